@@ -1,0 +1,44 @@
+"""cemq: diffusion transformers made small and fast without training, and honest about it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from cemq._register import register_when_diffusers_loads
+
+__version__ = "0.1.0"
+
+# Public names and where they live; loaded on first use (PEP 562), so that ``import cemq`` loads no torch.
+_PUBLIC = {
+    "BundleError": "cemq.errors",
+    "CacheSchedule": "cemq.schedule",
+    "CemqConfig": "cemq.quantize",
+    "CemqError": "cemq.errors",
+    "ErrorPrior": "cemq.prior",
+    "Evaluation": "cemq.evaluate",
+    "attached": "cemq.runtime",
+    "evaluate": "cemq.evaluate",
+    "from_pretrained": "cemq.runtime",
+    "generate": "cemq.workflow",
+    "plan_schedule": "cemq.schedule",
+    "profile": "cemq.profiling",
+    "quantize_and_schedule": "cemq.workflow",
+    "quantize_in_place": "cemq.quantize",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'cemq' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+register_when_diffusers_loads()

@@ -1,0 +1,44 @@
+"""What cemq raises when it is asked for something it cannot do; the command line prints these as one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CemqError(Exception):
+    """Says what was asked, what was found and what to do."""
+
+
+class ModelError(CemqError):
+    """The model cannot be opened, or is not a pipeline that cemq can drive."""
+
+
+class SchemeError(CemqError):
+    """No such quantization scheme or backend."""
+
+
+class InfeasibleBudgetError(CemqError):
+    """No schedule has this many full-compute steps."""
+
+
+class PriorMismatchError(CemqError):
+    """An error prior was measured under another sampler, step count or scheme."""
+
+
+class BundleError(CemqError):
+    """A bundle is incomplete, edited, of another format, or cannot be written."""
+
+
+class InputError(CemqError):
+    """A calibration file, recipe or call argument is missing or malformed."""
+
+
+def choose(kind: str, name: str, known: Iterable[str], error: type[CemqError] = InputError) -> str:
+    """Return ``name`` if it is known, else raise ``error`` with the nearest known name."""
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise error(f"unknown {kind} {name!r}: choose from {', '.join(known)}{hint}")

@@ -1,0 +1,185 @@
+"""cemq's own quantization as a diffusers quantizer: ``quant_method: "cemq"`` in a model's config.json.
+
+Saving and loading are diffusers' own. After ``import cemq``, ``SomeModel.from_pretrained(folder)`` reloads a quantized
+folder bit for bit, and ``from_pretrained(..., quantization_config=CemqConfig(scheme="w8a8"))`` quantizes while loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils import get_module_from_name
+from torch import nn
+
+from cemq.errors import BundleError, SchemeError
+from cemq.families import EIGHT_BIT, FULL_PRECISION
+from cemq.quantize.linear import QuantizedLinear
+from cemq.quantize.schemes import SCHEMES, Scheme, check_scheme
+
+METHOD = "cemq"
+
+
+class Method(str, Enum):  # diffusers reads quant_method.value
+    CEMQ = METHOD
+
+
+class CemqConfig(QuantizationConfigMixin):
+    """Which layers are quantized, and how.
+
+    Args:
+        scheme: ``w8a8`` or ``w4a8``.
+        full_precision: Shell-style patterns of module names that stay as they are.
+        eight_bit: Patterns of those that take 8-bit weights in a 4-bit scheme.
+
+    Raises:
+        SchemeError: Unknown scheme.
+    """
+
+    def __init__(
+        self,
+        scheme: str = "w8a8",
+        full_precision: Sequence[str] = FULL_PRECISION,
+        eight_bit: Sequence[str] = EIGHT_BIT,
+        **unknown: Any,
+    ):
+        unknown.pop("quant_method", None)
+        if unknown:
+            raise SchemeError(f"quantization config has unknown keys: {', '.join(sorted(unknown))}")
+        check_scheme(scheme)
+        if scheme not in SCHEMES:
+            raise SchemeError(f"scheme {scheme!r} quantizes nothing: leave the quantization config out instead")
+        self.quant_method = Method.CEMQ
+        self.scheme, self.full_precision, self.eight_bit = scheme, list(full_precision), list(eight_bit)
+
+    def scheme_for(self, name: str) -> Scheme | None:
+        """The scheme of one module, None where it stays in full precision."""
+        if _matches(name, self.full_precision):
+            return None
+        scheme = SCHEMES[self.scheme]
+        if scheme.weight_bits < 8 and _matches(name, self.eight_bit):
+            return SCHEMES["w8a8"]
+        return scheme
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": METHOD,
+            "scheme": self.scheme,
+            "full_precision": self.full_precision,
+            "eight_bit": self.eight_bit,
+        }
+
+    to_diff_dict = to_dict
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _linears(model: nn.Module, config: CemqConfig) -> Iterator[tuple[str, nn.Linear, Scheme]]:
+    for name, module in list(model.named_modules()):
+        scheme = config.scheme_for(name) if type(module) is nn.Linear else None
+        if scheme is not None:
+            yield name, module, scheme
+
+
+@torch.no_grad()
+def quantize_in_place(model: nn.Module, config: CemqConfig) -> int:
+    """Replace the linear layers of a diffusers model one by one, so that each float weight is freed in turn.
+
+    Returns the number of layers replaced; the model then saves and reloads as a quantized diffusers model.
+
+    Raises:
+        SchemeError: The patterns leave nothing to quantize.
+    """
+    replaced = 0
+    for name, module, scheme in _linears(model, config):
+        model.set_submodule(name, QuantizedLinear.from_linear(module, scheme))
+        replaced += 1
+    if not replaced:
+        raise SchemeError(
+            f"{type(model).__name__} has no linear layer outside the full-precision patterns: nothing to quantize"
+        )
+    quantizer = CemqQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method, model.hf_quantizer = True, config.quant_method, quantizer
+    model.register_to_config(quantization_config=config)
+    return replaced
+
+
+class CemqQuantizer(DiffusersQuantizer):
+    """The glue diffusers calls while it loads a model."""
+
+    use_keep_in_fp32_modules = False
+    is_serializable = True
+    is_trainable = False
+    is_compileable = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, module, scheme in _linears(model, self.quantization_config):
+            empty = QuantizedLinear(
+                module.in_features,
+                module.out_features,
+                scheme=scheme,
+                bias=module.bias is not None,
+                dtype=module.weight.dtype,
+                device="meta",
+            )
+            if not self.pre_quantized:  # the float weight is about to be loaded under this name
+                empty.weight = nn.Parameter(module.weight, requires_grad=False)
+            model.set_submodule(name, empty)
+        model.config.quantization_config = self.quantization_config
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        module, leaf = get_module_from_name(model, param_name)
+        return isinstance(module, QuantizedLinear) and leaf in ("weight", "weight_scale", "group_scale")
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        module, leaf = get_module_from_name(model, param_name)
+        stored = state_dict[param_name]  # not param_value: diffusers has rounded that to the model's dtype already
+        if leaf == "weight" and not self.pre_quantized:
+            module.set_weight(stored.to(target_device))
+            return
+        expected = getattr(module, leaf)
+        if stored.shape != expected.shape or stored.dtype != expected.dtype:
+            raise BundleError(
+                f"tensor '{param_name}' is {tuple(stored.shape)} {stored.dtype}, expected "
+                f"{tuple(expected.shape)} {expected.dtype}: the file was not written under this config.json"
+            )
+        setattr(module, leaf, nn.Parameter(stored.to(target_device), requires_grad=False))
+
+    def check_quantized_param_shape(self, *args: Any, **kwargs: Any) -> bool:
+        return True  # create_quantized_param compares shapes itself, and dtypes too
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        if self.pre_quantized:
+            return missing_keys
+        return [key for key in missing_keys if not key.endswith(("weight_scale", "group_scale"))]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+        if missing:
+            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise BundleError(f"{type(model).__name__} lacks {len(missing)} tensors ({shown}): write the bundle again")
+        return model
+
+
+def register(auto: Any) -> None:
+    """Enter cemq in diffusers' tables of quantizers; ``auto`` is the module diffusers.quantizers.auto."""
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = CemqQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CemqConfig
