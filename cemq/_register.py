@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _TARGET = "diffusers.quantizers.auto"
-
-
-def _register(auto: ModuleType) -> None:
-    from cemq.quantize.native import register
-
-    register(auto)
+_REGISTERS = "cemq.quantize.native"  # enters itself in diffusers' tables when imported
 
 
 class _ThenRegister(Loader):
@@ -27,7 +23,7 @@ class _ThenRegister(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _register(module)
+        importlib.import_module(_REGISTERS)
 
 
 class _Finder(MetaPathFinder):
@@ -43,6 +39,6 @@ class _Finder(MetaPathFinder):
 def register_when_diffusers_loads() -> None:
     """Register now if diffusers' quantizers are imported already, else when they are."""
     if _TARGET in sys.modules:
-        _register(sys.modules[_TARGET])
+        importlib.import_module(_REGISTERS)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import get_module_from_name
@@ -179,7 +180,5 @@ class CemqQuantizer(DiffusersQuantizer):
         return model
 
 
-def register(auto: Any) -> None:
-    """Enter cemq in diffusers' tables of quantizers; ``auto`` is the module diffusers.quantizers.auto."""
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = CemqQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CemqConfig
+auto.AUTO_QUANTIZER_MAPPING[METHOD] = CemqQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CemqConfig

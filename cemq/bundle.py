@@ -1,0 +1,201 @@
+"""The saved form: a diffusers pipeline folder plus cemq.json, prior.safetensors and a model card.
+
+`docs/bundle-format.md` specifies it. Written under a temporary name and renamed, so a bundle is whole or absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cemq.errors import BundleError, CemqError
+from cemq.prior import SamplerFingerprint
+from cemq.schedule import CacheSchedule
+
+FORMAT_VERSION = 1
+MANIFEST = "cemq.json"
+PRIOR = "prior.safetensors"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What cemq.json says; `docs/bundle-format.md` explains each key."""
+
+    cemq_version: str
+    model: str
+    revision: str | None
+    pipeline_class: str
+    denoisers: tuple[str, ...]
+    scheme: str
+    backend: str
+    dtype: str
+    view: str
+    schedule: CacheSchedule
+    sampler: SamplerFingerprint
+    call: dict[str, Any]
+    profiled_seeds: tuple[int, ...]
+    held_out_conditions: tuple[str | int, ...]
+    fidelity: dict[str, float]
+    model_bytes: int
+    reference_bytes: int
+    libraries: dict[str, str]
+    recipe: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Manifest:
+        expected = {field.name for field in dataclasses.fields(cls)}
+        if unknown := set(fields) - expected:
+            raise BundleError(f"unknown keys: {', '.join(sorted(unknown))}")
+        if missing := expected - set(fields):
+            raise BundleError(f"missing keys: {', '.join(sorted(missing))}")
+        tuples = {
+            name: tuple(fields[name]) for name in ("denoisers", "profiled_seeds", "held_out_conditions")
+        }
+        return cls(
+            **fields
+            | tuples
+            | {
+                "schedule": CacheSchedule.from_dict(fields["schedule"]),
+                "sampler": SamplerFingerprint.from_dict(fields["sampler"]),
+            }
+        )
+
+
+@contextmanager
+def staging(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh folder beside ``output`` that becomes ``output`` if the block ends well, and vanishes if it does not.
+
+    Enter it before long work: it finds out at once whether the output can be written.
+
+    Raises:
+        BundleError: The output exists (and is not a bundle to overwrite) or cannot be written.
+    """
+    output = output.expanduser().absolute()
+    if output.exists():
+        if not overwrite:
+            raise BundleError(f"output '{output}' exists already: choose another name, or pass --overwrite")
+        if not (output / MANIFEST).is_file():
+            raise BundleError(f"output '{output}' exists and is not a cemq bundle: it will not be overwritten")
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise BundleError(f"output '{output}' cannot be written: {error.strerror}") from error
+    try:
+        yield partial
+        if output.exists():
+            replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+            output.rename(replaced)
+            partial.rename(output)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(output)
+    except OSError as error:
+        raise BundleError(f"output '{output}' cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the model card and, last, cemq.json with the sizes and checksums of everything else."""
+    (folder / "README.md").write_text(_model_card(manifest), encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        if path.suffix in _PICKLED:
+            raise BundleError(f"'{path.relative_to(folder)}' may hold a pickle: bundles hold safetensors and text only")
+    content = dataclasses.asdict(manifest)
+    content["files"] = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+    content["checksum"] = _checksum(content)
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
+    """Read cemq.json and check that the bundle is whole: every file there, of its size and, with ``verify``, its content.
+
+    Raises:
+        BundleError: Names the file that is missing, truncated or edited.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        found = "no such folder" if not folder.is_dir() else f"it holds no {MANIFEST}"
+        raise BundleError(f"'{folder}' is not a cemq bundle: {found}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        checksum, files = content.pop("checksum"), content["files"]
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST} is damaged ({error}); write the bundle again") from error
+    if version != FORMAT_VERSION:
+        raise BundleError(f"bundle '{folder}' has format {version}, this cemq reads {FORMAT_VERSION}: write it again")
+    if checksum != _checksum(content):
+        raise BundleError(f"bundle '{folder}': {MANIFEST} was edited or damaged; write the bundle again")
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise BundleError(f"bundle '{folder}': file '{name}' is missing; write the bundle again")
+        if file.stat().st_size != expected["bytes"]:
+            raise BundleError(
+                f"bundle '{folder}': file '{name}' has {file.stat().st_size} bytes instead of {expected['bytes']}; "
+                "copy or write the bundle again"
+            )
+        if verify and _sha256(file) != expected["sha256"]:
+            raise BundleError(f"bundle '{folder}': file '{name}' was edited or damaged; copy or write the bundle again")
+    del content["files"]
+    try:
+        return Manifest.from_dict(content)
+    except CemqError as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST}: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _model_card(manifest: Manifest) -> str:
+    schedule, fidelity = manifest.schedule, manifest.fidelity
+    return f"""---
+library_name: diffusers
+base_model: {json.dumps(manifest.model)}
+tags: [cemq, quantized, step-caching]
+---
+# {manifest.model}, {manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full
+
+A cemq bundle: a diffusers {manifest.pipeline_class} whose denoiser is stored as {manifest.scheme} and which skips the
+denoising steps that its own quantization noise allows.
+
+```python
+import cemq
+
+pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
+```
+
+| | |
+|---|---|
+| schedule | `{schedule.strip()}` |
+| compute ratio | {schedule.compute_ratio:.2f} |
+| denoiser | {manifest.model_bytes / 1e6:.1f} MB (full precision {manifest.reference_bytes / 1e6:.1f} MB) |
+| PSNR to full precision, same seeds | {fidelity["psnr_db"]:.1f} dB over {fidelity["samples"]} samples |
+| SSIM | {fidelity["ssim"]:.4f} |
+| relative L2 of the final latent | {fidelity["relative_l2"]:.4f} |
+| sampler | {manifest.sampler.scheduler}, {schedule.num_steps} steps |
+"""

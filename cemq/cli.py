@@ -1,0 +1,270 @@
+"""Parse, call, print. Results go to stdout, progress and complaints to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from cemq import __version__
+from cemq.errors import CemqError, InputError
+
+app = typer.Typer(
+    help="Quantize a diffusion transformer, plan which steps it may skip, and ship both as one folder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Call = Annotated[
+    list[str] | None,
+    typer.Option("--call", metavar="KEY=VALUE", help="Argument of the pipeline, e.g. guidance_scale=2.0; repeatable."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")]
+Budget = Annotated[
+    str | None, typer.Option(metavar="N|Rx", help="Full-compute steps (15), or a compute ratio (3x).")
+]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by quantize-and-schedule.")]
+
+
+def main() -> None:
+    """Entry point of the ``cemq`` command."""
+    app()
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A CemqError ends the command as one line and exit code 1, Ctrl-C as one line and 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except CemqError as error:
+            print(f"cemq: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("cemq: interrupted; nothing was written", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def _quiet() -> None:
+    """Keep the libraries' log lines and progress bars off the terminal; cemq's own warnings stay."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", message="cemq:")
+    warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, share: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=1.0)
+            bars.update(tasks[stage], completed=share)
+
+        yield report
+
+
+def _call_arguments(pairs: list[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs; values are read as YAML, so that 2.0 is a number and true a truth value."""
+    arguments = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"--call {pair!r}: write KEY=VALUE, e.g. guidance_scale=2.0")
+        try:
+            arguments[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            arguments[key] = value
+    return arguments
+
+
+def _print_json(result: Any) -> None:
+    print(json.dumps(result, indent=2))
+
+
+@app.command("quantize-and-schedule")
+@_one_line_errors
+def quantize_and_schedule(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="builtin:NAME, a pipeline folder, or a Hub id.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write the bundle to.")] = Path("bundle"),
+    recipe: Annotated[str | None, typer.Option(help="A shipped recipe by name, or a YAML file.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="w8a8, w4a8 or none [w8a8].")] = None,
+    backend: Annotated[str | None, typer.Option(help="Quantization backend [native].")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; default: the pipeline's.")] = None,
+    budget: Budget = None,
+    solver: Annotated[str | None, typer.Option(help="segment, cem or uniform [segment].")] = None,
+    predictor: Annotated[str | None, typer.Option(help="reuse or taylor1 [taylor1].")] = None,
+    prior: Annotated[str | None, typer.Option(help="combined, cache or self [combined].")] = None,
+    calib: Annotated[str | None, typer.Option(help="Text file, one prompt or class label a line.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples to profile on [16].")] = None,
+    seed: Annotated[int | None, typer.Option(help="First seed of the profiling samples [0].")] = None,
+    call: Call = None,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: by device.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL, plan its schedule for its own noise, write a bundle.
+
+    Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
+    """
+    settings = {
+        "scheme": scheme, "backend": backend, "steps": steps, "budget": budget, "solver": solver, "dtype": dtype,
+        "predictor": predictor, "prior": prior, "calib": calib, "samples": samples, "seed": seed,
+        "call": _call_arguments(call),
+    }  # fmt: skip
+    if isinstance(budget, str) and budget.isdigit():
+        settings["budget"] = int(budget)
+    from cemq import workflow
+
+    _quiet()
+    with _progress() as progress:
+        manifest = workflow.quantize_and_schedule(
+            model, output, recipe=recipe, device=device, overwrite=overwrite, progress=progress, **settings
+        )
+    if as_json:
+        _print_json(dataclasses.asdict(manifest) | {"bundle": str(output)})
+        return
+    schedule, fidelity = manifest.schedule, manifest.fidelity
+    print(schedule.strip())
+    print(
+        f"{output}: {manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full, "
+        f"{fidelity['psnr_db']:.1f} dB to full precision on {fidelity['samples']} held-out samples, "
+        f"denoiser {manifest.model_bytes / 1e6:.1f} MB (was {manifest.reference_bytes / 1e6:.1f})"
+    )
+
+
+@app.command()
+@_one_line_errors
+def generate(
+    bundle: Bundle,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write.")],
+    prompt: Annotated[str | None, typer.Option(help="What to draw, for text-to-image models.")] = None,
+    label: Annotated[str | None, typer.Option(help="Class name or number, for class-conditional models.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the bundle's.")] = None,
+    budget: Budget = None,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    call: Call = None,
+    device: Device = None,
+) -> None:
+    """Draw one picture with a bundle.
+
+    Example: cemq generate digits --label seven -o seven.png
+    """
+    if (prompt is None) == (label is None):
+        raise InputError("give either --prompt or --label")
+    arguments = _call_arguments(call)
+    from cemq import workflow
+    from cemq.bundle import read_bundle
+    from cemq.evaluation.compare import check_picture_path
+
+    read_bundle(bundle)
+    check_picture_path(output)
+    _quiet()
+    condition = label if prompt is None else prompt
+    image = workflow.generate(
+        bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device
+    )
+    image.save(output)
+    print(output)
+
+
+@app.command()
+@_one_line_errors
+def evaluate(
+    bundle: Bundle,
+    reference: Annotated[str | None, typer.Option(help="Full-precision original; default: the bundle's model.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples to compare.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Shifts the evaluation seeds.")] = 0,
+    budget: Budget = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a PNG: full precision on the left, bundle on the right.")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a bundle with its full-precision, uncached original on fresh seeds.
+
+    Example: cemq evaluate digits --samples 16 --picture side-by-side.png
+    """
+    from cemq import evaluate as run_evaluation
+
+    _quiet()
+    with _progress() as progress:
+        found = run_evaluation(
+            bundle, reference=reference, samples=samples, seed=seed, budget=budget, picture=picture,
+            device=device, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    print(
+        f"PSNR {found.psnr_db:.1f} dB, SSIM {found.ssim:.4f}, relative L2 {found.relative_l2:.4f} "
+        f"over {found.samples} samples; {found.full_steps} of {found.num_steps} steps in full, "
+        f"compute ratio {found.compute_ratio:.2f}, wall ratio {found.wall_ratio:.2f} ({found.device}, {found.dtype}); "
+        f"denoiser {found.model_bytes:,} bytes, reference {found.reference_bytes:,}"
+    )
+    if picture:
+        print(picture)
+
+
+@app.command()
+@_one_line_errors
+def inspect(bundle: Bundle, as_json: Json = False) -> None:
+    """Show what is in a bundle: scheme, sizes, schedule, per-step errors, fidelity at build time.
+
+    Example: cemq inspect digits
+    """
+    from cemq.evaluation.report import describe, print_description
+
+    description = describe(bundle)
+    if as_json:
+        _print_json(description)
+    else:
+        print_description(description)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"cemq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Quantize a diffusion transformer, plan which steps it may skip, and ship both as one folder."""

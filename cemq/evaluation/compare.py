@@ -1,0 +1,179 @@
+"""Run the full-precision, uncached pipeline and another on the same seeds, and say how far apart they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cemq.bundle import read_bundle
+from cemq.errors import InputError
+from cemq.evaluation.metrics import psnr_db, relative_l2, ssim
+from cemq.models import default_device, locate, open_pipeline, weight_bytes
+from cemq.runtime import from_pretrained, schedule_hook
+from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, iterate, make_batches, run
+from cemq.trajectory import final_sample
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """Distance to the full-precision, uncached run of the same seeds; means over samples."""
+
+    psnr_db: float
+    ssim: float
+    relative_l2: float
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What the bundle cost and what it saved. ``wall_ratio`` is reference seconds / bundle seconds, both of this run."""
+
+    psnr_db: float
+    psnr_db_std: float
+    ssim: float
+    relative_l2: float
+    num_steps: int
+    full_steps: int
+    compute_ratio: float
+    wall_ratio: float
+    model_bytes: int
+    reference_bytes: int
+    samples: int
+    seeds: tuple[int, ...]
+    device: str
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """Images (n, height, width, 3) and final latents of one batch, and the seconds it took."""
+
+    images: np.ndarray
+    latents: torch.Tensor
+    seconds: float
+
+
+def run_batch(pipe: Any, batch: Batch, *, steps: int, call: Mapping[str, Any], on_step: Callable[[], None]) -> Outcome:
+    """Run one batch to images and keep its final latents."""
+    with final_sample(pipe) as held:
+        started = time.perf_counter()
+        images = run(pipe, batch, steps=steps, call=call, on_step=on_step)
+        if held[0].is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    images = np.asarray(images)
+    return Outcome(images=images.reshape(-1, *images.shape[-3:]), latents=held[0], seconds=seconds)
+
+
+def measure_fidelity(references: Sequence[Outcome], outcomes: Sequence[Outcome]) -> Fidelity:
+    """Fidelity of outcomes to references, batch by batch."""
+    pairs = list(zip(references, outcomes, strict=True))
+    quality = [psnr_db(a.images, b.images) for a, b in pairs]
+    return Fidelity(
+        psnr_db=float(np.concatenate(quality).mean()),
+        ssim=float(np.concatenate([ssim(a.images, b.images) for a, b in pairs]).mean()),
+        relative_l2=float(np.concatenate([relative_l2(a.latents, b.latents) for a, b in pairs]).mean()),
+        samples=sum(map(len, quality)),
+    )
+
+
+def evaluate(
+    bundle: str | Path,
+    *,
+    reference: str | None = None,
+    samples: int = 16,
+    seed: int = 0,
+    budget: int | str | None = None,
+    batch_size: int = 4,
+    picture: str | Path | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compare a bundle with its full-precision, uncached original on seeds and prompts not used for profiling.
+
+    Args:
+        reference: The original; None takes the model the bundle was made from.
+        seed: Samples use the seeds 1000000 + seed, 1000000 + seed + 1, ...; profiling used others.
+        budget: Full-compute steps or a ratio such as ``"3x"``; None takes the bundle's own schedule.
+        picture: Write a PNG, full precision on the left and the bundle on the right.
+
+    Raises:
+        CemqError: The bundle or the reference cannot be used, or a seed was used for profiling.
+    """
+    manifest = read_bundle(Path(bundle))
+    batches = make_batches(
+        manifest.held_out_conditions,
+        samples=samples,
+        first_seed=EVALUATION_SEED_OFFSET + seed,
+        batch_size=batch_size,
+    )
+    seeds = tuple(seed for batch in batches for seed in batch.seeds)
+    if used := set(seeds) & set(manifest.profiled_seeds):
+        raise InputError(f"seed {min(used)} was used to profile this bundle: choose another --seed")
+    if picture is not None:
+        check_picture_path(Path(picture))
+    place = device or default_device()
+    source = locate(reference or manifest.model)
+    scheduled = from_pretrained(bundle, device=place, budget=budget)
+    original = open_pipeline(source.folder, dtype=manifest.dtype, device=place)
+    for pipe in (scheduled, original):
+        pipe.set_progress_bar_config(disable=True)
+
+    schedule = schedule_hook(scheduled).schedule
+    settings = {"steps": schedule.num_steps, "call": manifest.call}
+    pairs = []
+    for batch, on_step in iterate(batches, "reference and bundle", progress, 2 * schedule.num_steps):
+        pairs.append(tuple(run_batch(pipe, batch, on_step=on_step, **settings) for pipe in (original, scheduled)))
+    references, outcomes = zip(*pairs, strict=True)
+    fidelity = measure_fidelity(references, outcomes)
+    if picture is not None:
+        write_side_by_side(Path(picture), references[0].images, outcomes[0].images)
+    quality = np.concatenate([psnr_db(a.images, b.images) for a, b in pairs])
+    return Evaluation(
+        **dataclasses.asdict(fidelity),
+        psnr_db_std=float(quality.std()),
+        num_steps=schedule.num_steps,
+        full_steps=schedule.budget,
+        compute_ratio=schedule.compute_ratio,
+        wall_ratio=statistics.median(a.seconds / b.seconds for a, b in pairs),
+        model_bytes=weight_bytes(scheduled),
+        reference_bytes=weight_bytes(original),
+        seeds=seeds,
+        device=place,
+        dtype=manifest.dtype,
+    )
+
+
+def check_picture_path(path: Path) -> None:
+    """Raises InputError unless a PNG can be written there."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"picture '{path}': the name must end in .png")
+    if not path.parent.is_dir():
+        raise InputError(f"picture '{path}': the folder '{path.parent}' does not exist")
+
+
+def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, rows: int = 4) -> None:
+    """A PNG with one row a sample: full precision | other; tiny images are enlarged without smoothing."""
+    from PIL import Image
+
+    gap, zoom = 4, max(1, 128 // references.shape[1])
+    lines = []
+    for left, right in list(zip(references, images, strict=True))[:rows]:
+        left, right = (x.repeat(zoom, 0).repeat(zoom, 1) for x in (left, right))
+        lines.append(np.concatenate([left, np.ones((left.shape[0], gap, 3)), right], axis=1))
+        lines.append(np.ones((gap, lines[0].shape[1], 3)))
+    sheet = np.concatenate(lines[:-1])
+    Image.fromarray((sheet * 255).round().astype(np.uint8)).save(path)

@@ -1,0 +1,34 @@
+"""Tensors to numbers. Images are (n, height, width, 3) in [0, 1]; every metric is per sample, shape (n,)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+# Identical images have no finite PSNR; 100 dB is below the rounding of one 16-bit level and keeps means and JSON sane.
+PSNR_CEILING_DB = 100.0
+
+
+def psnr_db(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio for a peak of 1, capped at 100 dB."""
+    errors = np.square(reference.astype(np.float64) - images).reshape(len(images), -1).mean(1)
+    return -10.0 * np.log10(np.maximum(errors, 10 ** (-PSNR_CEILING_DB / 10)))
+
+
+def ssim(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Structural similarity with an 11-pixel Gaussian window (smaller for images under 11 pixels)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    left, right = (torch.from_numpy(np.ascontiguousarray(x)).float().movedim(-1, 1) for x in (reference, images))
+    smallest = min(left.shape[-2:])
+    window = min(11, smallest - (smallest + 1) % 2)
+    values = structural_similarity_index_measure(
+        right, left, data_range=1.0, kernel_size=window, gaussian_kernel=True, reduction="none"
+    )
+    return values.double().numpy()
+
+
+def relative_l2(reference: torch.Tensor, other: torch.Tensor) -> np.ndarray:
+    """``|other - reference| / |reference|`` of each sample in a batch of latents."""
+    left, right = (x.detach().cpu().double().flatten(1) for x in (reference, other))
+    return ((right - left).norm(dim=1) / left.norm(dim=1).clamp_min(1e-20)).numpy()

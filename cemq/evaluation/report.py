@@ -1,0 +1,82 @@
+"""Numbers to tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from cemq.bundle import PRIOR, read_bundle
+from cemq.prior import ErrorPrior
+
+
+def describe(bundle: Path) -> dict[str, Any]:
+    """Everything `cemq inspect` shows, as plain data; checks the bundle's checksums.
+
+    Raises:
+        BundleError: The bundle is incomplete or damaged.
+    """
+    manifest = read_bundle(bundle, verify=True)
+    prior = ErrorPrior.load(bundle / PRIOR)
+    schedule = manifest.schedule
+    served = [
+        prior.error(step, *schedule.serving(step), view="combined") for step in range(schedule.num_steps)
+    ]
+    return {
+        "model": manifest.model,
+        "revision": manifest.revision,
+        "pipeline_class": manifest.pipeline_class,
+        "scheme": manifest.scheme,
+        "backend": manifest.backend,
+        "dtype": manifest.dtype,
+        "model_bytes": manifest.model_bytes,
+        "reference_bytes": manifest.reference_bytes,
+        "schedule": schedule.to_dict() | {"strip": schedule.strip(), "compute_ratio": schedule.compute_ratio},
+        "sampler": dataclasses.asdict(manifest.sampler),
+        "prior": {
+            "view": manifest.view,
+            "samples": prior.metadata.samples,
+            "quantization_floor": prior.quantization_floor.tolist(),
+            "predicted_error": served,
+            "step_sizes": prior.step_sizes.tolist(),
+        },
+        "fidelity": manifest.fidelity,
+        "call": manifest.call,
+        "libraries": manifest.libraries,
+    }
+
+
+def print_description(description: dict[str, Any]) -> None:
+    """The same for people, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    schedule, fidelity = description["schedule"], description["fidelity"]
+    facts = Table.grid(padding=(0, 2))
+    for name, value in {
+        "model": description["model"] + (f" @ {description['revision']}" if description["revision"] else ""),
+        "pipeline": f"{description['pipeline_class']}, {description['dtype']}",
+        "scheme": f"{description['scheme']} ({description['backend']})",
+        "denoiser": f"{description['model_bytes']:,} bytes, full precision {description['reference_bytes']:,}",
+        "sampler": f"{description['sampler']['scheduler']}, {schedule['num_steps']} steps",
+        "schedule": f"{len(schedule['full_steps'])} full-compute steps, compute ratio "
+        f"{schedule['compute_ratio']:.2f}, {schedule['solver']} on the {description['prior']['view']} prior, "
+        f"{schedule['predictor']}",
+        "fidelity": f"PSNR {fidelity['psnr_db']:.1f} dB, SSIM {fidelity['ssim']:.4f}, relative L2 "
+        f"{fidelity['relative_l2']:.4f} on {fidelity['samples']} held-out samples at build time",
+    }.items():
+        facts.add_row(name, value)
+    console.print(facts)
+    console.print(f"\n{schedule['strip']}", soft_wrap=True)
+    table = Table("step", "timestep", "full", "quantization floor", "predicted error", box=None, padding=(0, 2))
+    full, prior = set(schedule["full_steps"]), description["prior"]
+    for step, timestep in enumerate(description["sampler"]["timesteps"][: schedule["num_steps"]]):
+        table.add_row(
+            str(step),
+            f"{timestep:.4g}",
+            "█" if step in full else "",
+            f"{prior['quantization_floor'][step]:.4f}",
+            f"{prior['predicted_error'][step]:.4f}",
+        )
+    console.print(table)

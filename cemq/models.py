@@ -1,0 +1,125 @@
+"""Opening a pipeline by name: a built-in one, a folder, or a Hub id."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cemq.errors import InputError, ModelError, choose
+from cemq.families import DENOISERS
+
+BUILTIN_PREFIX = "builtin:"
+BUILTINS = ("dit-digits", "sd3-digits")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model's files lie; ``revision`` is the Hub commit, or None where there is none."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+def locate(name: str) -> ModelSource:
+    """Find a model's folder, downloading it where it is a Hub id.
+
+    Raises:
+        ModelError: No such built-in, folder or Hub model, or the folder is not a diffusers pipeline.
+    """
+    if name.startswith(BUILTIN_PREFIX):
+        short = choose("built-in model", name.removeprefix(BUILTIN_PREFIX), BUILTINS, ModelError)
+        root = Path(importlib.util.find_spec("cemq").origin).parent
+        return ModelSource(name=name, folder=root / "builtin" / short)
+    folder = Path(name).expanduser()
+    if folder.exists():
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(f"'{name}' is not a diffusers pipeline folder: it holds no model_index.json")
+        return ModelSource(name=str(folder.resolve()), folder=folder)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"no such model '{name}': give builtin:NAME, a pipeline folder, or a Hub id such as owner/name")
+    from diffusers import DiffusionPipeline
+
+    try:
+        downloaded = Path(DiffusionPipeline.download(name))
+    except Exception as error:  # huggingface_hub and its transport raise many unrelated types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"'{name}' is no folder here and cannot be fetched from the Hub: {reason}") from error
+    return ModelSource(name=name, folder=downloaded, revision=downloaded.name)
+
+
+def open_pipeline(folder: Path, *, dtype: str, device: str) -> Any:
+    """Load a pipeline folder in its own class.
+
+    Raises:
+        ModelError: The folder cannot be loaded.
+        InputError: Unknown dtype or device.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    choose("dtype", dtype, DTYPES)
+    place = check_device(device)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {reason}") from error
+    pipe = pipe.to(place)
+    _align(pipe)
+    return pipe
+
+
+def _align(pipe: Any) -> None:
+    """Copy CPU tensors that a memory-mapped file left unaligned: other alignments run other kernels, and a reloaded
+    model would differ in the last bits."""
+    import torch
+
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            for tensor in (*component.parameters(), *component.buffers()):
+                if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                    tensor.data = tensor.data.clone()
+
+
+def check_device(device: str) -> Any:
+    """The torch device. Raises InputError for one that does not exist here."""
+    import torch
+
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or ["unknown"])[0]
+        raise InputError(f"device {device!r} cannot be used here: {reason}") from None
+    return place
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def denoisers(pipe: Any) -> list[tuple[str, Any]]:
+    """The (component name, model) pairs that denoise. Raises ModelError if there is none."""
+    found = [(name, getattr(pipe, name)) for name in DENOISERS if getattr(pipe, name, None) is not None]
+    if not found:
+        raise ModelError(f"{type(pipe).__name__} has no {' or '.join(DENOISERS)}: cemq does not know what to quantize")
+    return found
+
+
+def weight_bytes(pipe: Any) -> int:
+    """Bytes of the denoiser's parameters and buffers."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for _, model in denoisers(pipe)
+        for tensor in (*model.parameters(), *model.buffers())
+    )

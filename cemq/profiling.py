@@ -1,0 +1,118 @@
+"""Two runs per batch measure every cache interval at once: a reference run, and a forced run of the quantized model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cemq.errors import PriorMismatchError
+from cemq.prior import ErrorPrior, PriorMetadata
+from cemq.sampling import Batch, iterate, run
+from cemq.trajectory import Trajectory, force, inject, record
+
+Progress = Callable[[str, float], None]
+_CHUNK = 1 << 20  # latent elements turned to float64 at a time
+
+
+def record_references(
+    pipe: Any, batches: Sequence[Batch], *, steps: int, call: Mapping[str, Any], progress: Progress | None = None
+) -> list[Trajectory]:
+    """Run the full-precision pipeline once per batch and keep its trajectories."""
+    references = []
+    for batch, on_step in iterate(batches, "reference runs", progress, steps):
+        with record(pipe, measure_steps=True) as trajectory:
+            run(pipe, batch, steps=steps, call=call, on_step=on_step)
+        references.append(trajectory)
+    return references
+
+
+def profile(
+    pipe: Any,
+    batches: Sequence[Batch],
+    references: Sequence[Trajectory],
+    *,
+    steps: int,
+    call: Mapping[str, Any],
+    scheme: str,
+    dtype: str,
+    progress: Progress | None = None,
+) -> ErrorPrior:
+    """Run the quantized pipeline along the references and return the combined error prior.
+
+    Args:
+        pipe: The pipeline with its quantized denoiser (or the full-precision one: then all views are equal).
+        batches: The batches that the references were recorded from.
+        references: Trajectories of the full-precision pipeline, with step sizes.
+
+    Raises:
+        PriorMismatchError: The two runs made different numbers of steps.
+    """
+    grams = []
+    for (batch, on_step), reference in zip(
+        iterate(batches, "forced runs", progress, steps), references, strict=True
+    ):
+        with force(pipe, reference) as forced:
+            run(pipe, batch, steps=steps, call=call, on_step=on_step)
+        if forced.num_steps != reference.num_steps:
+            raise PriorMismatchError(
+                f"the quantized run made {forced.num_steps} steps, its reference {reference.num_steps}: "
+                "profile both with the same sampler and step count"
+            )
+        grams.append((len(batch.seeds), *_grams(forced.predictions, reference.predictions)))
+    shares = np.array([gram[0] for gram in grams], dtype=float)
+    shares /= shares.sum()
+    qq, qv, vv = (sum(share * gram[i] for share, gram in zip(shares, grams, strict=True)) for i in (1, 2, 3))
+    metadata = PriorMetadata(
+        sampler=references[0].sampler,
+        scheme=scheme,
+        dtype=dtype,
+        call=dict(call),
+        samples=sum(len(batch.seeds) for batch in batches),
+        seeds=tuple(seed for batch in batches for seed in batch.seeds),
+        conditions=tuple(condition for batch in batches for condition in batch.conditions),
+    )
+    step_sizes = np.mean([reference.step_sizes for reference in references], axis=0)
+    return ErrorPrior(qq=qq, qv=qv, vv=vv, step_sizes=step_sizes, metadata=metadata)
+
+
+def _grams(q: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``<q_i, q_j>``, ``<q_i, v_j>``, ``<v_i, v_j>`` per element, in float64: small errors are differences of these."""
+    q_flat, v_flat = ([tensor.reshape(-1) for tensor in tensors] for tensors in (q, v))
+    elements, steps = q_flat[0].numel(), len(q_flat)
+    gram = torch.zeros(2 * steps, 2 * steps, dtype=torch.float64)
+    for start in range(0, elements, _CHUNK):
+        part = torch.stack([tensor[start : start + _CHUNK].double() for tensor in (*q_flat, *v_flat)])
+        gram += part @ part.T
+    gram /= elements
+    return gram[:steps, :steps].numpy(), gram[:steps, steps:].numpy(), gram[steps:, steps:].numpy()
+
+
+def measure_sensitivity(
+    pipe: Any,
+    batch: Batch,
+    step_indices: Sequence[int],
+    *,
+    steps: int,
+    call: Mapping[str, Any],
+    relative: float = 0.02,
+    seed: int = 0,
+) -> np.ndarray:
+    """Deviation of the final sample per unit of displacement injected after each given step; one run each.
+
+    The displacement is white noise of ``relative`` times the sample's norm; shape of the result: (len(step_indices),).
+    """
+    with record(pipe) as plain:
+        run(pipe, batch, steps=steps, call=call)
+    generator, gains = torch.Generator().manual_seed(seed), []
+    for step_index in step_indices:
+        sample = plain.samples[step_index].float()
+        noise = torch.randn(sample.shape, generator=generator)
+        displacement = noise * (relative * sample.norm() / noise.norm())
+        with inject(pipe, step_index, displacement), record(pipe) as moved:
+            run(pipe, batch, steps=steps, call=call)
+        deviation = moved.samples[-1].float() - plain.samples[-1].float()
+        gains.append((deviation.norm() / displacement.norm()).item())
+    return np.array(gains)

@@ -1,0 +1,91 @@
+"""Settings of a build: from recipes/*.yaml, the command line or a call; what is given later wins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cemq.errors import InputError, choose
+
+_PACKAGE = Path(__file__).parent
+
+
+class Recipe(BaseModel):
+    """How to build a bundle; every field is optional in a file, and a key that is not listed here is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str | None = None
+    scheme: str = "w8a8"
+    backend: str = "native"
+    steps: int | None = None  # None: the pipeline's own default
+    budget: int | str = "3x"
+    solver: str = "segment"
+    predictor: str = "taylor1"
+    prior: str = "combined"
+    calib: str | None = None  # a file beside the recipe, in calib_data/, or anywhere
+    samples: int = 16
+    batch_size: int = 4
+    seed: int = 0
+    dtype: str | None = None
+    call: dict[str, Any] = {}
+    full_precision: list[str] = []  # patterns of layers to keep, beside the defaults
+    note: str = ""
+
+
+def shipped(folder: str) -> Path:
+    """``recipes`` or ``calib_data``: inside the installed package, or at the top of a checkout."""
+    inside = _PACKAGE / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
+def recipe_names() -> Iterator[str]:
+    yield from sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
+
+
+def load_recipe(name_or_file: str) -> Recipe:
+    """A shipped recipe by name, or a YAML file.
+
+    Raises:
+        InputError: No such recipe, not YAML, an unknown key or a value of the wrong type.
+    """
+    path = Path(name_or_file).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        path = shipped("recipes") / f"{choose('recipe', name_or_file, recipe_names())}.yaml"
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe '{path}' cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe '{path}' is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"recipe '{path}' holds no settings: write 'key: value' lines")
+    return make_recipe(fields, f"recipe '{path}'")
+
+
+def make_recipe(fields: dict[str, Any], origin: str = "settings") -> Recipe:
+    """Validate settings. Raises InputError, naming the key and the nearest known one."""
+    for key in fields:
+        choose(f"key in {origin}", str(key), Recipe.model_fields)
+    try:
+        return Recipe(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][:1])
+        raise InputError(f"{origin}: {place}={first['input']!r} is wrong: {first['msg'].lower()}") from None
+
+
+def recipe_for(model: str) -> str | None:
+    """The name of the shipped recipe made for this model, if there is one."""
+    return next((name for name in recipe_names() if load_recipe(name).model == model), None)
+
+
+def find_calibration(name: str) -> Path:
+    """A calibration file: as given, else in calib_data/."""
+    given = Path(name).expanduser()
+    packaged = shipped("calib_data") / name
+    return packaged if not given.is_file() and packaged.is_file() else given

@@ -1,0 +1,137 @@
+"""Three instruments on ``scheduler.step``: record a run, force it along another, inject a displacement.
+
+Every diffusers pipeline ends a denoising step in one ``scheduler.step(model_output, t, sample)``, after guidance and
+after learned-sigma splitting, so none of this knows a model family.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cemq.errors import PriorMismatchError
+from cemq.sampler import fingerprint, intercepted, next_sample, with_next_sample
+
+
+@dataclass
+class Trajectory:
+    """One batch of runs, filled step by step; lists are in execution order, tensors on the CPU.
+
+    ``predictions[s]`` is the model output that ``scheduler.step`` consumed, ``samples[s]`` the sample it returned,
+    ``step_sizes[s]`` how much one unit of model output moves that sample.
+    """
+
+    predictions: list[torch.Tensor] = field(default_factory=list)
+    samples: list[torch.Tensor] = field(default_factory=list)
+    step_sizes: list[float] = field(default_factory=list)
+    sampler: Any = None  # SamplerFingerprint
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.predictions)
+
+
+@contextmanager
+def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
+    """Keep what every step of the next run consumes and returns.
+
+    Args:
+        measure_steps: Also measure the step sizes, by handing copies of the scheduler a scaled model output. Works for
+            any sampler, multistep and stochastic ones too, and leaves the run as it was.
+    """
+    trajectory, scheduler = Trajectory(), pipe.scheduler
+
+    def step(original: Any, **arguments: Any) -> Any:
+        if measure_steps:
+            trajectory.step_sizes.append(_step_size(scheduler, arguments))
+        trajectory.sampler = trajectory.sampler or fingerprint(scheduler)
+        result = original(**arguments)
+        trajectory.predictions.append(arguments["model_output"].detach().cpu())
+        trajectory.samples.append(next_sample(result).detach().cpu())
+        return result
+
+    with intercepted(scheduler, "step", step):
+        yield trajectory
+
+
+@contextmanager
+def final_sample(pipe: Any) -> Iterator[list[torch.Tensor]]:
+    """A list that holds the final sample once the next run has ended; costs nothing per step."""
+    held: list[torch.Tensor] = []
+
+    def step(original: Any, **arguments: Any) -> Any:
+        result = original(**arguments)
+        held[:] = [next_sample(result)]
+        return result
+
+    with intercepted(pipe.scheduler, "step", step):
+        yield held
+
+
+@contextmanager
+def force(pipe: Any, reference: Trajectory) -> Iterator[Trajectory]:
+    """Run along the samples of ``reference`` (teacher forcing) and record the predictions made there.
+
+    Raises:
+        PriorMismatchError: The run has more steps than the reference.
+    """
+    trajectory = Trajectory(sampler=reference.sampler)
+
+    def step(original: Any, **arguments: Any) -> Any:
+        index = trajectory.num_steps
+        if index >= reference.num_steps:
+            raise PriorMismatchError(
+                f"forced run made more steps than the {reference.num_steps} of its reference: use the same step count"
+            )
+        result = original(**arguments)  # first, so that the scheduler's own state moves on
+        trajectory.predictions.append(arguments["model_output"].detach().cpu())
+        computed, recorded = next_sample(result), reference.samples[index]
+        trajectory.samples.append(recorded)
+        return with_next_sample(result, recorded.to(computed.device, computed.dtype))
+
+    with intercepted(pipe.scheduler, "step", step):
+        yield trajectory
+
+
+@contextmanager
+def inject(pipe: Any, step_index: int, displacement: torch.Tensor) -> Iterator[None]:
+    """Add ``displacement`` (broadcast to the sample) to the sample after one step of the next run."""
+    done = 0
+
+    def step(original: Any, **arguments: Any) -> Any:
+        nonlocal done
+        result = original(**arguments)
+        if done == step_index:
+            sample = next_sample(result)
+            result = with_next_sample(result, sample + displacement.to(sample.device, sample.dtype))
+        done += 1
+        return result
+
+    with intercepted(pipe.scheduler, "step", step):
+        yield
+
+
+def _step_size(scheduler: Any, arguments: dict[str, Any]) -> float:
+    """``|change of the next sample| / |change of the model output|`` at this step, in float32, on two twins."""
+    output, sample = arguments["model_output"].float(), arguments["sample"].float()
+    change = 0.1 * output
+    results = []
+    for model_output in (output, output + change):
+        twin = copy.deepcopy(scheduler)
+        twin_arguments = arguments | {"model_output": model_output, "sample": sample}
+        if arguments.get("generator") is not None:
+            twin_arguments["generator"] = _twin_generators(arguments["generator"])
+        with torch.random.fork_rng(devices=[output.device] if output.is_cuda else []):
+            results.append(next_sample(type(twin).step(twin, **twin_arguments)).float())
+    return ((results[1] - results[0]).norm() / change.norm().clamp_min(1e-20)).item()
+
+
+def _twin_generators(generator: Any) -> Any:
+    if isinstance(generator, list):
+        return [_twin_generators(one) for one in generator]
+    return torch.Generator(generator.device).set_state(generator.get_state())

@@ -1,0 +1,212 @@
+"""The whole build, every stage in order: record, quantize, profile, plan, verify, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cemq import __version__
+from cemq.bundle import PRIOR, Manifest, read_bundle, seal, staging
+from cemq.errors import InputError, choose
+from cemq.evaluation import measure_fidelity, run_batch
+from cemq.families import FULL_PRECISION
+from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
+from cemq.predict import get_predictor
+from cemq.prior import VIEWS
+from cemq.profiling import profile, record_references
+from cemq.quantize import NO_SCHEME, CemqConfig, check_scheme, quantize_in_place
+from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
+from cemq.runtime import attached, from_pretrained
+from cemq.sampling import (
+    Batch,
+    check_call,
+    check_conditions,
+    condition_argument,
+    iterate,
+    make_batches,
+    read_conditions,
+    run,
+    split_conditions,
+)
+from cemq.schedule import SOLVERS, parse_budget, plan_schedule
+
+Progress = Callable[[str, float], None]
+
+CHECK_SAMPLES = 4  # held-out samples for the fidelity that is written into the bundle
+MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
+
+
+def resolve_recipe(model: str | None, recipe: str | None, settings: dict[str, Any]) -> Recipe:
+    """Defaults, then the recipe (the one shipped for this model if none is named), then ``settings``.
+
+    Raises:
+        InputError: No model, or a setting that is not valid.
+    """
+    name = recipe or (recipe_for(model) if model else None)
+    base = load_recipe(name).model_dump(exclude_unset=True) if name else {}
+    given = {key: value for key, value in settings.items() if value is not None}
+    given["call"] = base.get("call", {}) | given.get("call", {})
+    if model:
+        given["model"] = model
+    resolved = make_recipe(base | given)
+    if not resolved.model:
+        raise InputError("no model: name builtin:NAME, a pipeline folder or a Hub id, or a recipe that names one")
+    return resolved
+
+
+def quantize_and_schedule(
+    model: str | None = None,
+    output: str | Path = "bundle",
+    *,
+    recipe: str | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Manifest:
+    """Quantize a pipeline, plan its schedule for its own quantization noise, and write the bundle.
+
+    Args:
+        model: ``builtin:NAME``, a pipeline folder or a Hub id; None takes the recipe's.
+        output: The bundle's folder.
+        recipe: Name of a shipped recipe or a YAML file; None takes the one shipped for this model, if any.
+        device: Where to run; None takes CUDA where there is one.
+        overwrite: Replace a bundle of that name once the new one is whole.
+        progress: Called with the stage's name and the share of it done.
+        **settings: Fields of `Recipe`, which win over the recipe's: scheme, steps, budget, solver, predictor, prior,
+            calib, samples, seed, call, ...
+
+    Raises:
+        CemqError: Anything asked for cannot be done; nothing is written.
+    """
+    plan = resolve_recipe(model, recipe, settings)
+    check_scheme(plan.scheme, plan.backend)
+    choose("solver", plan.solver, SOLVERS)
+    choose("prior", plan.prior, VIEWS)
+    get_predictor(plan.predictor)
+    if plan.calib:
+        read_conditions(find_calibration(plan.calib))
+    place = device or default_device()
+    check_device(place)
+    dtype = plan.dtype or default_dtype(place)
+    source = locate(plan.model)
+
+    with staging(Path(output), overwrite=overwrite) as folder:
+        pipe = open_pipeline(source.folder, dtype=dtype, device=place)
+        pipe.set_progress_bar_config(disable=True)
+        steps = plan.steps or _default_steps(pipe)
+        parse_budget(plan.budget, steps)
+        check_call(pipe, plan.call)
+        profiled, held_out = _conditions(pipe, plan)
+        batches = make_batches(profiled, samples=plan.samples, first_seed=plan.seed, batch_size=plan.batch_size)
+        check = make_batches(
+            held_out, samples=CHECK_SAMPLES, first_seed=plan.seed + plan.samples, batch_size=plan.batch_size
+        )
+
+        references = record_references(pipe, batches, steps=steps, call=plan.call, progress=progress)
+        wanted = _outcomes(pipe, check, "full-precision check", steps, plan, progress)
+        reference_bytes = weight_bytes(pipe)
+
+        if plan.scheme != NO_SCHEME:
+            config = CemqConfig(plan.scheme, full_precision=[*FULL_PRECISION, *plan.full_precision])
+            for _, denoiser in denoisers(pipe):
+                quantize_in_place(denoiser, config)
+        prior = profile(
+            pipe, batches, references, steps=steps, call=plan.call, scheme=plan.scheme, dtype=dtype, progress=progress
+        )
+        schedule = plan_schedule(
+            prior,
+            parse_budget(plan.budget, prior.num_steps),
+            solver=plan.solver,
+            predictor=plan.predictor,
+            view=plan.prior,
+        )
+        sampler = prior.metadata.sampler
+        with attached(pipe, schedule, sampler):
+            found = _outcomes(pipe, check, "scheduled check", steps, plan, progress)
+
+        pipe.save_pretrained(folder, safe_serialization=True)
+        prior.save(folder / PRIOR)
+        manifest = Manifest(
+            cemq_version=__version__,
+            model=source.name,
+            revision=source.revision,
+            pipeline_class=type(pipe).__name__,
+            denoisers=tuple(name for name, _ in denoisers(pipe)),
+            scheme=plan.scheme,
+            backend=plan.backend,
+            dtype=dtype,
+            view=plan.prior,
+            schedule=schedule,
+            sampler=sampler,
+            call=plan.call,
+            profiled_seeds=tuple(seed for batch in (*batches, *check) for seed in batch.seeds),
+            held_out_conditions=held_out[:MAX_HELD_OUT],
+            fidelity=dataclasses.asdict(measure_fidelity(wanted, found)),
+            model_bytes=weight_bytes(pipe),
+            reference_bytes=reference_bytes,
+            libraries=_library_versions(),
+            recipe=plan.model_dump(exclude_unset=True),
+        )
+        seal(folder, manifest)
+    return manifest
+
+
+def generate(
+    bundle: str | Path,
+    condition: str | int,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    budget: int | str | None = None,
+    call: dict[str, Any] | None = None,
+    device: str | None = None,
+) -> Any:
+    """One PIL image from a bundle, for a prompt or a class label.
+
+    Raises:
+        CemqError: The bundle, the condition or an argument cannot be used.
+    """
+    manifest = read_bundle(Path(bundle))
+    pipe = from_pretrained(bundle, device=device, budget=budget)
+    arguments = manifest.call | (call or {})
+    check_call(pipe, arguments)
+    batch = Batch(conditions=check_conditions(pipe, [condition]), seeds=(seed,))
+    steps = steps or manifest.schedule.num_steps
+    return run(pipe, batch, steps=steps, call=arguments, output_type="pil")[0]
+
+
+def _conditions(pipe: Any, plan: Recipe) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
+    """Conditions to profile with and, apart from them where there are enough, held-out ones."""
+    labelled = condition_argument(pipe) == "class_labels"
+    default = "imagenet_labels.txt" if labelled else "prompts.txt"
+    lines = read_conditions(find_calibration(plan.calib or default))
+    return split_conditions(check_conditions(pipe, lines), profiled=plan.samples, seed=plan.seed)
+
+
+def _outcomes(pipe: Any, batches: Any, stage: str, steps: int, plan: Recipe, progress: Progress | None) -> list[Any]:
+    return [
+        run_batch(pipe, batch, steps=steps, call=plan.call, on_step=on_step)
+        for batch, on_step in iterate(batches, stage, progress, steps)
+    ]
+
+
+def _default_steps(pipe: Any) -> int:
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    if parameter is None or not isinstance(parameter.default, int):
+        raise InputError(f"{type(pipe).__name__} has no default step count: give --steps")
+    return parameter.default
+
+
+def _library_versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "diffusers", "transformers", "safetensors", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # vendored or built in place
+            continue
+    return found
