@@ -106,6 +106,15 @@ def staging(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_pipeline(pipe: Any, folder: Path, source: Path) -> None:
+    """``save_pretrained``, plus what it forgets: plain entries of the source's model_index.json (DiT's id2label)."""
+    pipe.save_pretrained(folder, safe_serialization=True)
+    index = folder / "model_index.json"
+    written, original = (json.loads((f / index.name).read_text(encoding="utf-8")) for f in (folder, source))
+    forgotten = {name: value for name, value in original.items() if name not in written and not name.startswith("_")}
+    index.write_text(json.dumps(written | forgotten, indent=2) + "\n", encoding="utf-8")
+
+
 def seal(folder: Path, manifest: Manifest) -> None:
     """Write the model card and, last, cemq.json with the sizes and checksums of everything else."""
     (folder / "README.md").write_text(_model_card(manifest), encoding="utf-8")

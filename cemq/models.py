@@ -64,7 +64,7 @@ def open_pipeline(folder: Path, *, dtype: str, device: str) -> Any:
     choose("dtype", dtype, DTYPES)
     place = check_device(device)
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {reason}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cemq import __version__
-from cemq.bundle import PRIOR, Manifest, read_bundle, seal, staging
+from cemq.bundle import PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
 from cemq.errors import InputError, choose
 from cemq.evaluation import measure_fidelity, run_batch
 from cemq.families import FULL_PRECISION
@@ -129,7 +129,7 @@ def quantize_and_schedule(
         with attached(pipe, schedule, sampler):
             found = _outcomes(pipe, check, "scheduled check", steps, plan, progress)
 
-        pipe.save_pretrained(folder, safe_serialization=True)
+        write_pipeline(pipe, folder, source.folder)
         prior.save(folder / PRIOR)
         manifest = Manifest(
             cemq_version=__version__,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cemq.quantize.integers import expand_int4, integer_matmul, quantize_int4, quantize_rows
+from cemq.quantize.integers import expand_int4, integer_matmul, quantize_channels, quantize_int4, quantize_tokens
 from cemq.quantize.schemes import Scheme
 
 # With fewer rows (time embedding, adaLN) there is nothing to gain from an integer product, and the input is precious.
@@ -19,7 +19,8 @@ class QuantizedLinear(nn.Module):
     """A linear layer with integer weights and, from 32 rows on, int8 activations quantized per token.
 
     ``weight`` is int8 (out, in), or uint8 (out, padded_in / 2) with ``group_scale`` int8 (out, groups);
-    ``weight_scale`` is float32 (out, 1) and stays so whatever dtype the model is cast to.
+    ``weight_scale`` is float32 (out, 1) and stays so whatever dtype the model is cast to. ``weight_sum`` is int32
+    (out, 1), the row sums of the integer weight, which the activations' zero points are multiplied with.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class QuantizedLinear(nn.Module):
         else:
             self.weight = frozen(out_features, in_features, dtype=torch.int8)
         self.weight_scale = frozen(out_features, 1, dtype=torch.float32)
+        self.weight_sum = frozen(out_features, 1, dtype=torch.int32)
         self.bias = frozen(out_features, dtype=dtype) if bias else None
 
     @classmethod
@@ -70,9 +72,11 @@ class QuantizedLinear(nn.Module):
             packed, group_scale, scale = quantize_int4(weight, self.scheme.group_size)
             self.group_scale = nn.Parameter(group_scale, requires_grad=False)
         else:
-            packed, scale = quantize_rows(weight)
+            packed, scale = quantize_channels(weight)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        row_sums = self.integer_weight().sum(1, keepdim=True, dtype=torch.int32)
+        self.weight_sum = nn.Parameter(row_sums, requires_grad=False)
 
     def integer_weight(self) -> torch.Tensor:
         """The int8 weight (out, in) that takes part in the product."""
@@ -85,9 +89,9 @@ class QuantizedLinear(nn.Module):
         weight = self.integer_weight()
         if rows < WEIGHT_ONLY_BELOW_ROWS:
             return F.linear(input, (weight * self.weight_scale).to(input.dtype), self.bias)
-        tokens, token_scale = quantize_rows(input.reshape(rows, self.in_features))
-        output = integer_matmul(tokens, weight) * token_scale * self.weight_scale.t()
-        output = output.to(input.dtype)
+        tokens, token_scale, zero_point = quantize_tokens(input.reshape(rows, self.in_features))
+        product = integer_matmul(tokens, weight) - zero_point * self.weight_sum.t()
+        output = (product * token_scale * self.weight_scale.t()).to(input.dtype)
         if self.bias is not None:
             output = output + self.bias
         return output.reshape(*input.shape[:-1], self.out_features)

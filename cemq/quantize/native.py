@@ -24,6 +24,7 @@ from cemq.quantize.linear import QuantizedLinear
 from cemq.quantize.schemes import SCHEMES, Scheme, check_scheme
 
 METHOD = "cemq"
+TENSORS = ("weight", "weight_scale", "weight_sum", "group_scale")  # of a QuantizedLinear, beside its bias
 
 
 class Method(str, Enum):  # diffusers reads quant_method.value
@@ -139,7 +140,7 @@ class CemqQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         module, leaf = get_module_from_name(model, param_name)
-        return isinstance(module, QuantizedLinear) and leaf in ("weight", "weight_scale", "group_scale")
+        return isinstance(module, QuantizedLinear) and leaf in TENSORS
 
     def create_quantized_param(
         self,
@@ -170,7 +171,7 @@ class CemqQuantizer(DiffusersQuantizer):
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if self.pre_quantized:
             return missing_keys
-        return [key for key in missing_keys if not key.endswith(("weight_scale", "group_scale"))]
+        return [key for key in missing_keys if key.rpartition(".")[2] not in TENSORS[1:]]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]

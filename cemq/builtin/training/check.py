@@ -42,7 +42,7 @@ def classifier(steps: int = 600) -> nn.Module:
 @torch.no_grad()
 def check(folder: Path, samples: int = 300) -> dict[str, float]:
     """Print and return the shares of samples on which digit, stroke and tilt are what was asked for."""
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(13)
     labels = np.arange(samples) % 10

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -118,8 +119,7 @@ def train_dit(vae: AutoencoderKL, latents: torch.Tensor, labels: np.ndarray, ste
         return F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, timestep))
 
     fit("dit", [transformer], loss, steps=steps, learning_rate=1.5e-3, seed=3)
-    names = {str(i): f"{word}, {i}" for i, word in enumerate(WORDS)}
-    return DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler, id2label=names)
+    return DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)
 
 
 def train_sd3(vae: AutoencoderKL, latents: torch.Tensor, digits, steps: int) -> StableDiffusion3Pipeline:
@@ -163,6 +163,10 @@ def train_sd3(vae: AutoencoderKL, latents: torch.Tensor, digits, steps: int) -> 
 def save(pipe: DiffusionPipeline, folder: Path) -> None:
     """fp16 safetensors: half the bytes; the loaded fp32 weights are exactly these."""
     copy.deepcopy(pipe).to(torch.float16).save_pretrained(folder)
+    if isinstance(pipe, DiTPipeline):  # save_pretrained does not write the class names
+        index = folder / "model_index.json"
+        names = {"id2label": {str(number): word for number, word in enumerate(WORDS)}}
+        index.write_text(json.dumps(json.loads(index.read_text()) | names, indent=2) + "\n")
     print(f"{folder}: {sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6:.1f} MB", flush=True)
 
 

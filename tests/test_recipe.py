@@ -1,0 +1,63 @@
+import pytest
+
+from cemq.errors import InputError
+from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for, recipe_names, shipped
+from cemq.sampling import read_conditions
+from cemq.workflow import resolve_recipe
+
+
+@pytest.mark.parametrize("name", sorted(recipe_names()))
+def test_every_shipped_recipe_is_valid_and_its_calibration_file_exists(name):
+    recipe = load_recipe(name)
+    assert recipe.model
+    if recipe.calib:
+        assert read_conditions(find_calibration(recipe.calib))
+    assert recipe.model.startswith("builtin:") or "not yet run" in recipe.note
+
+
+def test_the_shipped_prompts_are_many_and_differ():
+    prompts = read_conditions(shipped("calib_data") / "prompts.txt")
+    assert len(prompts) == len(set(prompts)) >= 190
+
+
+def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: builtin:dit-digits\nbugdet: 10\n")
+    with pytest.raises(InputError, match=r"unknown key .*'bugdet'.*did you mean 'budget'"):
+        load_recipe(str(file))
+
+
+def test_a_value_of_the_wrong_type_is_refused():
+    with pytest.raises(InputError, match="steps='many' is wrong"):
+        make_recipe({"steps": "many"})
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n", "holds no settings"), ("a: [", "is not YAML")])
+def test_a_malformed_file_is_refused(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_recipe(str(tmp_path / "bad.yaml"))
+
+
+def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    with pytest.raises(InputError, match=r"unknown recipe 'dit-digit'.*did you mean 'dit-digits'"):
+        load_recipe("dit-digit")
+
+
+def test_settings_win_over_the_recipe_and_the_recipe_over_the_defaults():
+    plan = resolve_recipe("builtin:dit-digits", None, {"budget": "5x", "scheme": None, "call": {"guidance_scale": 1.5}})
+    assert (plan.budget, plan.steps, plan.call, plan.samples) == ("5x", 50, {"guidance_scale": 1.5}, Recipe().samples)
+    assert recipe_for("builtin:dit-digits") == "dit-digits"
+    assert recipe_for("someone/something") is None
+
+
+def test_a_recipe_may_be_used_for_another_model():
+    plan = resolve_recipe("/some/folder", "dit-digits", {})
+    assert (plan.model, plan.steps) == ("/some/folder", 50)
+
+
+def test_no_model_is_refused():
+    with pytest.raises(InputError, match="no model"):
+        resolve_recipe(None, None, {})

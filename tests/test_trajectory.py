@@ -1,0 +1,175 @@
+import numpy as np
+import pytest
+import torch
+from conftest import FLUX_CALL
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+
+from cemq.errors import PriorMismatchError
+from cemq.profiling import measure_sensitivity, profile, record_references
+from cemq.quantize import CemqConfig, quantize_in_place
+from cemq.sampler import fingerprint, intercepted
+from cemq.sampling import Batch, make_batches, run
+from cemq.trajectory import final_sample, force, inject, record
+
+BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
+CALL = {"guidance_scale": 2.0}
+STEPS = 6
+
+
+def test_recording_leaves_the_run_as_it_was(dit):
+    plain = run(dit, BATCH, steps=STEPS, call=CALL)
+    with record(dit, measure_steps=True) as trajectory:
+        recorded = run(dit, BATCH, steps=STEPS, call=CALL)
+    assert np.array_equal(plain, recorded)
+    assert trajectory.num_steps == STEPS
+    assert trajectory.predictions[0].shape[1] == 4  # learned sigma is gone before scheduler.step
+    assert "step" not in dit.scheduler.__dict__
+
+
+def test_recording_a_stochastic_sampler_draws_the_same_noise(dit):
+    dit.scheduler = DDPMScheduler()
+    torch.manual_seed(1)
+    plain = run(dit, BATCH, steps=STEPS, call=CALL)
+    torch.manual_seed(1)
+    with record(dit, measure_steps=True):
+        recorded = run(dit, BATCH, steps=STEPS, call=CALL)
+    assert np.array_equal(plain, recorded)
+
+
+def test_step_sizes_of_flow_matching_are_the_sigma_differences(flux):
+    batch = Batch(conditions=("a bold seven",), seeds=(1,))
+    with record(flux, measure_steps=True) as trajectory:
+        run(flux, batch, steps=STEPS, call=FLUX_CALL)
+    sigmas = flux.scheduler.sigmas.numpy()
+    assert trajectory.step_sizes == pytest.approx(np.abs(np.diff(sigmas)), rel=1e-3)
+
+
+def test_every_scheduler_step_counts_even_with_two_evaluations_a_step(dit):
+    dit.scheduler = HeunDiscreteScheduler()
+    with record(dit) as trajectory:
+        run(dit, BATCH, steps=STEPS, call=CALL)
+    assert trajectory.num_steps == 2 * STEPS - 1 == len(fingerprint(dit.scheduler).timesteps)
+
+
+def test_a_forced_run_sees_exactly_the_reference_samples(dit):
+    with record(dit) as reference:
+        run(dit, BATCH, steps=STEPS, call=CALL)
+    seen = []
+    hook = dit.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    quantize_in_place(dit.transformer, CemqConfig("w4a8"))
+    with force(dit, reference) as forced:
+        run(dit, BATCH, steps=STEPS, call=CALL)
+    hook.remove()
+    for entered, sample in zip(seen[1:], reference.samples, strict=False):
+        assert torch.equal(entered[: len(entered) // 2], sample[: len(sample) // 2])
+    assert not torch.equal(forced.predictions[3], reference.predictions[3])
+
+
+def test_forcing_the_same_model_gives_the_same_predictions(dit_multistep):
+    with record(dit_multistep) as reference:
+        run(dit_multistep, BATCH, steps=STEPS, call=CALL)
+    with force(dit_multistep, reference) as forced:
+        run(dit_multistep, BATCH, steps=STEPS, call=CALL)
+    assert all(torch.equal(a, b) for a, b in zip(forced.predictions, reference.predictions, strict=True))
+
+
+def test_forcing_a_longer_run_is_refused(dit):
+    with record(dit) as reference:
+        run(dit, BATCH, steps=3, call=CALL)
+    with force(dit, reference), pytest.raises(PriorMismatchError, match="more steps than the 3"):
+        run(dit, BATCH, steps=4, call=CALL)
+
+
+def test_an_injection_moves_only_what_comes_after_it(dit):
+    with record(dit) as plain:
+        run(dit, BATCH, steps=STEPS, call=CALL)
+    with inject(dit, 2, torch.tensor(0.5)), record(dit) as moved:
+        run(dit, BATCH, steps=STEPS, call=CALL)
+    assert torch.equal(plain.predictions[2], moved.predictions[2])
+    assert torch.allclose(moved.samples[2] - plain.samples[2], torch.tensor(0.5), atol=1e-5)
+    assert not torch.equal(plain.predictions[3], moved.predictions[3])
+
+
+def test_the_last_step_passes_a_displacement_on_unchanged(dit):
+    assert measure_sensitivity(dit, BATCH, [STEPS - 1], steps=STEPS, call=CALL) == pytest.approx([1.0], rel=1e-3)
+
+
+def test_the_final_sample_is_the_last_recorded_one(dit):
+    with record(dit) as trajectory, final_sample(dit) as held:
+        run(dit, BATCH, steps=STEPS, call=CALL)
+    assert torch.equal(held[0], trajectory.samples[-1])
+
+
+def test_an_interception_is_undone_after_an_exception(dit):
+    with pytest.raises(ZeroDivisionError), record(dit):
+        raise ZeroDivisionError
+    assert "step" not in dit.scheduler.__dict__
+
+
+def test_interceptions_nest_and_a_deep_copy_is_left_alone():
+    import copy
+
+    calls = []
+    scheduler = FlowMatchEulerDiscreteScheduler()
+
+    def around(name):
+        def step(original, **arguments):
+            calls.append(name)
+            return original(**arguments)
+
+        return step
+
+    with intercepted(scheduler, "step", around("outer")), intercepted(scheduler, "step", around("inner")):
+        scheduler.set_timesteps(4)
+        scheduler.step(torch.ones(1), scheduler.timesteps[0], torch.ones(1))
+        assert calls == ["inner", "outer"]
+        twin = copy.deepcopy(scheduler)
+        twin.step(torch.ones(1), twin.timesteps[1], torch.ones(1))
+        assert calls == ["inner", "outer"]
+        assert (scheduler.step_index, twin.step_index) == (1, 2)
+
+
+def profiled(pipe, scheme):
+    batches = make_batches((1, 2, 3), samples=3, first_seed=0, batch_size=2)
+    runs = []
+    original = type(pipe).__call__
+    counting = type("Counting", (type(pipe),), {"__call__": lambda *a, **k: (runs.append(1), original(*a, **k))[1]})
+    counting.__call__.__signature__ = __import__("inspect").signature(original)
+    pipe.__class__ = counting
+    references = record_references(pipe, batches, steps=STEPS, call=CALL)
+    if scheme != "none":
+        quantize_in_place(pipe.transformer, CemqConfig(scheme))
+    prior = profile(pipe, batches, references, steps=STEPS, call=CALL, scheme=scheme, dtype="float32")
+    return prior, references, batches, len(runs)
+
+
+def test_two_runs_a_batch_profile_every_interval(dit):
+    prior, _, batches, runs = profiled(dit, "w8a8")
+    assert runs == 2 * len(batches)
+    errors = prior.reuse_errors("combined")
+    assert np.isfinite(errors[np.triu_indices(STEPS)]).all()  # every (cache interval, step) with a step to reuse
+    assert prior.metadata.samples == 3
+    assert prior.metadata.seeds == (0, 1, 2)
+
+
+def test_without_quantization_the_three_views_are_equal(dit):
+    prior, *_ = profiled(dit, "none")
+    for name in ("cache", "self"):
+        assert np.array_equal(prior.reuse_errors("combined"), prior.reuse_errors(name), equal_nan=True)
+    assert np.allclose(prior.quantization_floor, 0, atol=1e-7)
+
+
+def test_the_age_zero_row_is_the_measured_quantization_error(dit):
+    prior, references, batches, _ = profiled(dit, "w4a8")
+    squared, energy = np.zeros(STEPS), np.zeros(STEPS)
+    for reference, batch in zip(references, batches, strict=True):
+        with force(dit, reference) as forced:
+            run(dit, batch, steps=STEPS, call=CALL)
+        for step, (q, v) in enumerate(zip(forced.predictions, reference.predictions, strict=True)):
+            share = len(batch.seeds) / v.numel()
+            squared[step] += share * (q.double() - v.double()).square().sum().item()
+            energy[step] += share * v.double().square().sum().item()
+    assert prior.quantization_floor == pytest.approx(np.sqrt(squared / energy), rel=1e-6)
+    assert (prior.quantization_floor > 1e-3).all()
+    combined, cache = prior.reuse_errors("combined"), prior.reuse_errors("cache")
+    assert (combined[1, 1:] != cache[1, 1:]).all()
