@@ -58,9 +58,7 @@ class Manifest:
             raise BundleError(f"unknown keys: {', '.join(sorted(unknown))}")
         if missing := expected - set(fields):
             raise BundleError(f"missing keys: {', '.join(sorted(missing))}")
-        tuples = {
-            name: tuple(fields[name]) for name in ("denoisers", "profiled_seeds", "held_out_conditions")
-        }
+        tuples = {name: tuple(fields[name]) for name in ("denoisers", "profiled_seeds", "held_out_conditions")}
         return cls(
             **fields
             | tuples
@@ -131,7 +129,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
 
 
 def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
-    """Read cemq.json and check that the bundle is whole: every file there, of its size and, with ``verify``, its content.
+    """Read cemq.json and check that every file is there and of its size and, with ``verify``, of its content.
 
     Raises:
         BundleError: Names the file that is missing, truncated or edited.

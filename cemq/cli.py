@@ -33,9 +33,7 @@ Call = Annotated[
     typer.Option("--call", metavar="KEY=VALUE", help="Argument of the pipeline, e.g. guidance_scale=2.0; repeatable."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")]
-Budget = Annotated[
-    str | None, typer.Option(metavar="N|Rx", help="Full-compute steps (15), or a compute ratio (3x).")
-]
+Budget = Annotated[str | None, typer.Option(metavar="N|Rx", help="Full-compute steps (15), or a compute ratio (3x).")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by quantize-and-schedule.")]
 
 
@@ -193,9 +191,7 @@ def generate(
     check_picture_path(output)
     _quiet()
     condition = label if prompt is None else prompt
-    image = workflow.generate(
-        bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device
-    )
+    image = workflow.generate(bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device)
     image.save(output)
     print(output)
 

@@ -40,7 +40,9 @@ def locate(name: str) -> ModelSource:
             raise ModelError(f"'{name}' is not a diffusers pipeline folder: it holds no model_index.json")
         return ModelSource(name=str(folder.resolve()), folder=folder)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"no such model '{name}': give builtin:NAME, a pipeline folder, or a Hub id such as owner/name")
+        raise ModelError(
+            f"no such model '{name}': give builtin:NAME, a pipeline folder, or a Hub id such as owner/name"
+        )
     from diffusers import DiffusionPipeline
 
     try:

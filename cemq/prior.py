@@ -95,7 +95,9 @@ class ErrorPrior:
                 raise InputError(f"error prior: {name} has shape {matrix.shape}, expected {(steps, steps)}")
         for name in ("qq", "qv", "vv", "step_sizes"):
             if not np.isfinite(getattr(self, name)).all():
-                raise InputError(f"error prior: {name} is not finite; the model produced NaN or infinity while profiled")
+                raise InputError(
+                    f"error prior: {name} is not finite; the model produced NaN or infinity while profiled"
+                )
 
     @property
     def num_steps(self) -> int:

@@ -51,9 +51,7 @@ def profile(
         PriorMismatchError: The two runs made different numbers of steps.
     """
     grams = []
-    for (batch, on_step), reference in zip(
-        iterate(batches, "forced runs", progress, steps), references, strict=True
-    ):
+    for (batch, on_step), reference in zip(iterate(batches, "forced runs", progress, steps), references, strict=True):
         with force(pipe, reference) as forced:
             run(pipe, batch, steps=steps, call=call, on_step=on_step)
         if forced.num_steps != reference.num_steps:

@@ -45,7 +45,9 @@ def read_conditions(path: Path) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"calibration file '{path}' cannot be read ({reason}): give a text file, one line each") from None
+        raise InputError(
+            f"calibration file '{path}' cannot be read ({reason}): give a text file, one line each"
+        ) from None
     found = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not found:
         raise InputError(f"calibration file '{path}' holds no prompt or label: write one per line")
@@ -143,7 +145,9 @@ def run(
     return output[0] if isinstance(output, tuple) else next(iter(output.values()))
 
 
-def iterate(batches: Sequence[Batch], stage: str, progress: Callable[[str, float], None] | None, steps: int) -> Iterator:
+def iterate(
+    batches: Sequence[Batch], stage: str, progress: Callable[[str, float], None] | None, steps: int
+) -> Iterator:
     """Yield (batch, on_step) and report the share of all steps done under the name ``stage``."""
     done, total = 0, len(batches) * steps
 

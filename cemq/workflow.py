@@ -88,6 +88,8 @@ def quantize_and_schedule(
     choose("solver", plan.solver, SOLVERS)
     choose("prior", plan.prior, VIEWS)
     get_predictor(plan.predictor)
+    if plan.steps:
+        parse_budget(plan.budget, plan.steps)
     if plan.calib:
         read_conditions(find_calibration(plan.calib))
     place = device or default_device()

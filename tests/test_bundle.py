@@ -90,7 +90,10 @@ def test_full_budget_equals_the_plain_quantized_pipeline(bundle):
 
 
 def test_another_dtype_leaves_the_scales_alone(bundle):
-    wide, narrow = load(bundle).transformer.state_dict(), load(bundle, torch_dtype=torch.bfloat16).transformer.state_dict()
+    wide, narrow = (
+        load(bundle).transformer.state_dict(),
+        load(bundle, torch_dtype=torch.bfloat16).transformer.state_dict(),
+    )
     scales = [name for name in wide if name.endswith("weight_scale")]
     assert all(torch.equal(wide[name], narrow[name]) for name in scales)
     assert narrow["proj_out_1.weight"].dtype is torch.bfloat16

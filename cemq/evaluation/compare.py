@@ -36,7 +36,7 @@ class Fidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What the bundle cost and what it saved. ``wall_ratio`` is reference seconds / bundle seconds, both of this run."""
+    """What the bundle cost and what it saved; ``wall_ratio`` is reference seconds / bundle seconds of this run."""
 
     psnr_db: float
     psnr_db_std: float

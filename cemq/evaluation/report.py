@@ -19,9 +19,7 @@ def describe(bundle: Path) -> dict[str, Any]:
     manifest = read_bundle(bundle, verify=True)
     prior = ErrorPrior.load(bundle / PRIOR)
     schedule = manifest.schedule
-    served = [
-        prior.error(step, *schedule.serving(step), view="combined") for step in range(schedule.num_steps)
-    ]
+    served = [prior.error(step, *schedule.serving(step), view="combined") for step in range(schedule.num_steps)]
     return {
         "model": manifest.model,
         "revision": manifest.revision,

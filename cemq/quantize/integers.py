@@ -14,7 +14,7 @@ _CLIP_TRIALS = 4  # how far below the smallest unclipped group scale to look for
 
 
 def quantize_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 per output channel: ``weight ~ quantized * scale``; (out, in) to int8 (out, in), float32 (out, 1)."""
+    """Symmetric int8 per output channel, ``weight ~ quantized * scale``: int8 (out, in) and float32 (out, 1)."""
     weight = weight.float()
     scale = weight.abs().amax(-1, keepdim=True).clamp_min(_TINY) / INT8_MAX
     return (weight / scale).round_().to(torch.int8), scale

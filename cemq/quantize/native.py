@@ -27,7 +27,9 @@ METHOD = "cemq"
 TENSORS = ("weight", "weight_scale", "weight_sum", "group_scale")  # of a QuantizedLinear, beside its bias
 
 
-class Method(str, Enum):  # diffusers reads quant_method.value
+class Method(str, Enum):
+    """An enum of one, because diffusers reads ``quant_method.value``."""
+
     CEMQ = METHOD
 
 

@@ -1,4 +1,4 @@
-"""The denoiser hook: on a skipped step it serves the denoiser's output from earlier ones and runs no kernel of the model."""
+"""The denoiser hook: a skipped step is served from earlier outputs and runs no kernel of the model."""
 
 from __future__ import annotations
 

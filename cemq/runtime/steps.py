@@ -39,7 +39,7 @@ class StepTracker:
         self._undo.close()
 
     def enter_call(self, context: str | None) -> Stream:
-        """The stream of this denoiser call: its cache context, and how many calls of that name came since the last step."""
+        """The stream of this denoiser call: its cache context, and how many calls of that name the step has had."""
         stream = (context, self._calls[context])
         self._calls[context] += 1
         return stream
@@ -58,7 +58,9 @@ class StepTracker:
         if not found.matches(expected):
             self.step_index = None
             if len(found.timesteps) != len(expected.timesteps):
-                difference = f"this run has {len(found.timesteps)} steps, the schedule was planned for {len(expected.timesteps)}"
+                difference = (
+                    f"this run has {len(found.timesteps)} steps, the schedule was planned for {len(expected.timesteps)}"
+                )
             else:
                 difference = "the sampler's settings or timesteps are not those the schedule was planned for"
             self.warn_once(difference)

@@ -13,9 +13,7 @@ from cemq.predict import Predictor
 from cemq.prior import View
 
 
-def segment_costs(
-    view: View, step_weights: np.ndarray, predictor: Predictor, gamma: float, max_gap: int
-) -> np.ndarray:
+def segment_costs(view: View, step_weights: np.ndarray, predictor: Predictor, gamma: float, max_gap: int) -> np.ndarray:
     """``|| sum_{s=p}^{n-1} w(s) (p(s) - y(s)) || ** gamma`` for every segment.
 
     Args:

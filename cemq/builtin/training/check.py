@@ -26,8 +26,8 @@ def classifier(steps: int = 600) -> nn.Module:
     digits = make_digits(8_000, seed=12)
     images, labels = torch.from_numpy(digits.images[:, :1]), torch.from_numpy(digits.labels)
     network = nn.Sequential(
-        nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
-        nn.Flatten(), nn.Dropout(0.3), nn.Linear(1024, 10),
+        nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(1024, 10),
     )  # fmt: skip
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     for step in range(steps):

@@ -37,7 +37,13 @@ def vae() -> AutoencoderKL:
 def dit() -> DiTTransformer2DModel:
     """2.8 M parameters. 1000 classes because DiTPipeline's null class is hard-coded as 1000."""
     return DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=32, in_channels=4, out_channels=4, num_layers=6, sample_size=16, patch_size=2
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        sample_size=16,
+        patch_size=2,
     )
 
 

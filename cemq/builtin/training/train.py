@@ -74,7 +74,10 @@ def fit(
         average.update()
         recent.append(value.item())
         if (step + 1) % 200 == 0:
-            print(f"{name} {step + 1}/{steps} loss {np.mean(recent[-200:]):.4f} {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{name} {step + 1}/{steps} loss {np.mean(recent[-200:]):.4f} {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
     average.apply()
     for module in modules:
         module.eval().requires_grad_(False)

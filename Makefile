@@ -1,0 +1,45 @@
+# Each target sets up what it needs: a Python 3.10+ with venv is all that must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint fix wheel bench train clean
+
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable .
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable '.[dev]'
+	touch $@ .venv/installed
+
+demo: .venv/installed  ## quantize and schedule the built-in digits model, compare it with full precision, draw both
+	$(BIN)/cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o out/digits --overwrite
+	$(BIN)/cemq evaluate out/digits --samples 8 --picture out/side-by-side.png
+
+test: lint wheel  ## lint, build the wheel and look into it, run every test
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fix: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: .venv/installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --quiet --wheel --no-isolation
+
+bench: .venv/installed  ## fidelity of both built-in models, all schemes and budgets; rewrites docs/benchmarks/fidelity.md
+	$(BIN)/python docs/benchmarks/fidelity.py
+
+train: .venv/installed-dev  ## train the built-in models anew, into out/trained
+	$(BIN)/python -m cemq.builtin.training.train dit-digits sd3-digits -o out/trained
+
+clean:
+	rm -rf .venv dist out

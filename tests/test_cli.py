@@ -1,0 +1,238 @@
+"""The installed command, end to end; in-process where only a message is checked."""
+
+import inspect as python_inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import cemq
+from cemq import cli
+
+CEMQ = str(Path(sys.executable).with_name("cemq"))
+FAST = ["--steps", "10", "--budget", "4", "--samples", "2"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def run(*arguments):
+    return subprocess.run([CEMQ, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli") / "digits"
+    done = run("quantize-and-schedule", "builtin:dit-digits", "--scheme", "w8a8", *FAST, "-o", output, "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["scheme"] == "w8a8"
+    assert len(made["schedule"]["full_steps"]) == 4
+    return output
+
+
+def test_evaluate_prints_every_promised_key(bundle):
+    done = run("evaluate", bundle, "--samples", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    promised = {
+        "psnr_db", "ssim", "relative_l2", "num_steps", "full_steps", "compute_ratio", "wall_ratio", "model_bytes",
+        "reference_bytes", "samples",
+    }  # fmt: skip
+    assert promised <= set(found)
+    assert (found["num_steps"], found["full_steps"], found["compute_ratio"], found["samples"]) == (10, 4, 2.5, 2)
+    assert 15 < found["psnr_db"] < 100
+    assert 0 < found["ssim"] <= 1
+    assert found["model_bytes"] < found["reference_bytes"]
+
+
+def test_more_budget_is_closer_to_full_precision(bundle, tmp_path):
+    few, all_steps = (
+        cemq.evaluate(bundle, samples=2, budget=budget, device="cpu", picture=tmp_path / f"{budget}.png")
+        for budget in (3, 10)
+    )
+    assert all_steps.psnr_db > few.psnr_db + 3
+    with Image.open(tmp_path / "3.png") as picture:
+        assert picture.size == (2 * 128 + 4, 2 * 128 + 4)
+
+
+def test_generate_writes_the_same_picture_twice(bundle, tmp_path):
+    for name in ("a.png", "b.png"):
+        done = run("generate", bundle, "--label", "seven", "--seed", "3", "-o", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(tmp_path / name)
+    first, second = (Image.open(tmp_path / name) for name in ("a.png", "b.png"))
+    assert first.size == (32, 32)
+    assert first.tobytes() == second.tobytes()
+
+
+def test_inspect_draws_the_schedule(bundle):
+    shown = invoke("inspect", bundle)
+    assert shown.exit_code == 0
+    assert "w8a8" in shown.stdout
+    assert shown.stdout.count("█") == 2 * 4  # once in the strip, once in the table
+    described = json.loads(invoke("inspect", bundle, "--json").stdout)
+    assert len(described["prior"]["quantization_floor"]) == 10
+    assert described["fidelity"]["samples"] == 4
+
+
+def test_another_step_count_draws_in_full_with_one_warning(bundle, tmp_path):
+    done = run("generate", bundle, "--label", "7", "--steps", "5", "-o", tmp_path / "a.png")
+    assert done.returncode == 0
+    assert done.stderr.count("this run has 5 steps, the schedule was planned for 10") == 1
+
+
+def fails(message, *arguments, code=1):
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("cemq: ")
+    assert message in lines[0]
+
+
+BUILD = ("quantize-and-schedule", "builtin:dit-digits")
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("unknown scheme 'w8a9': choose from w8a8, w4a8, none; did you mean", [*BUILD, "--scheme", "w8a9"]),
+        ("unknown backend 'bnb'", [*BUILD, "--backend", "bnb"]),
+        ("budget=51 is out of range for 50 steps: choose 2..50", [*BUILD, "--budget", "51"]),
+        ("budget=1 is out of range", [*BUILD, "--budget", "1"]),
+        ("budget 'lots' is neither", [*BUILD, "--budget", "lots"]),
+        ("unknown solver 'segmnt'", [*BUILD, "--solver", "segmnt"]),
+        ("unknown predictor 'taylor9'", [*BUILD, "--predictor", "taylor9"]),
+        ("unknown prior 'joint'", [*BUILD, "--prior", "joint"]),
+        ("calibration file 'none.txt' cannot be read (No such file", [*BUILD, "--calib", "none.txt"]),
+        ("device 'tpu' cannot be used here", [*BUILD, "--device", "tpu"]),
+        ("unknown dtype 'int3'", [*BUILD, "--dtype", "int3"]),
+        ("--call 'guidance': write KEY=VALUE", [*BUILD, "--call", "guidance"]),
+        ("unknown argument of DiTPipeline 'guidance_scal'", [*BUILD, "--call", "guidance_scal=2"]),
+        ("cemq sets this argument itself", [*BUILD, "--call", "generator=2"]),
+        ("unknown built-in model 'dit-digit'", ["quantize-and-schedule", "builtin:dit-digit"]),
+        ("no such model 'nowhere'", ["quantize-and-schedule", "nowhere"]),
+        ("is no folder here and cannot be fetched from the Hub", ["quantize-and-schedule", "someone/something"]),
+        ("no model: name builtin:NAME", ["quantize-and-schedule"]),
+        ("unknown recipe 'flux'", [*BUILD, "--recipe", "flux"]),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_writes_nothing(message, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(message, *arguments, "-o", "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    (tmp_path / "photos").mkdir()
+    fails("not a diffusers pipeline folder", "quantize-and-schedule", tmp_path / "photos", "-o", tmp_path / "out")
+
+
+def test_a_pipeline_folder_without_its_weights_is_refused(dit_folder, tmp_path):
+    next((dit_folder / "transformer").glob("*.safetensors")).unlink()
+    fails("cannot be loaded as a diffusers pipeline", "quantize-and-schedule", dit_folder, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "holds no prompt or label"), ("# only this\n\n", "holds no prompt")]
+)
+def test_an_empty_calibration_file_is_refused(tmp_path, text, message):
+    (tmp_path / "calib.txt").write_text(text)
+    fails(message, *BUILD, "--calib", tmp_path / "calib.txt", "-o", tmp_path / "out")
+
+
+def test_an_unknown_label_is_refused(tmp_path, bundle):
+    (tmp_path / "calib.txt").write_text("seven\neleven\n")
+    fails("label 'eleven' is not known", *BUILD, "--calib", tmp_path / "calib.txt", "-o", tmp_path / "out")
+    fails("label '11' is not known", "generate", bundle, "--label", "11", "-o", tmp_path / "a.png")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    fails("cannot be written", *BUILD, "-o", tmp_path / "file" / "out")
+    fails("exists already", *BUILD, "-o", tmp_path)
+
+
+def test_generate_wants_one_condition_and_a_png(bundle, tmp_path):
+    fails("either --prompt or --label", "generate", bundle, "-o", tmp_path / "a.png")
+    fails("must end in .png", "generate", bundle, "--label", "1", "-o", tmp_path / "a.jpg")
+    fails("does not exist", "generate", bundle, "--label", "1", "-o", tmp_path / "none" / "a.png")
+
+
+def test_an_empty_prompt_is_refused(tmp_path):
+    output = tmp_path / "sd3"
+    done = run(
+        "quantize-and-schedule", "builtin:sd3-digits", "--steps", "4", "--budget", "2", "--samples", "1", "-o", output
+    )
+    assert done.returncode == 0, done.stderr
+    fails("the prompt is empty", "generate", output, "--prompt", " ", "-o", tmp_path / "a.png")
+    assert invoke("generate", output, "--prompt", "a bold seven", "-o", tmp_path / "a.png").exit_code == 0
+    (tmp_path / "empty.txt").write_text("\n")
+    fails(
+        "holds no prompt", "quantize-and-schedule", "builtin:sd3-digits", "--calib", tmp_path / "empty.txt",
+        "-o", tmp_path / "out",
+    )  # fmt: skip
+
+
+def test_a_profiled_seed_is_refused_for_evaluation(tmp_path):
+    output = tmp_path / "late"
+    assert invoke(*BUILD, *FAST, "--seed", "1000000", "-o", output).exit_code == 0
+    fails("was used to profile this bundle", "evaluate", output, "--samples", "2")
+
+
+def test_bundles_that_are_none_are_refused(tmp_path):
+    for command in (["evaluate"], ["inspect"], ["generate", "--label", "1", "-o", tmp_path / "a.png"]):
+        fails("is not a cemq bundle", command[0], tmp_path, *command[1:])
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path):
+    process = subprocess.Popen(
+        [CEMQ, *BUILD, "--samples", "64", "-o", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.partial-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == "cemq: interrupted; nothing was written"
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_loads_no_torch_and_names_every_command():
+    code = (
+        "import sys, cemq.cli as c\ntry: c.app(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("quantize-and-schedule", "generate", "evaluate", "inspect"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", ["quantize-and-schedule", "generate", "evaluate", "inspect"])
+def test_every_command_is_documented_with_an_example(name):
+    shown = invoke(name, "--help")
+    assert shown.exit_code == 0
+    assert f"Example: cemq {name}" in " ".join(shown.output.split())
+    assert name in (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_functions_take_what_the_commands_take():
+    options = set(python_inspect.signature(cli.evaluate).parameters) - {"as_json"}
+    assert options <= set(python_inspect.signature(cemq.evaluate).parameters)
