@@ -19,6 +19,7 @@ import numpy as np
 from cemq.errors import BundleError, InputError, choose
 
 VIEWS = ("combined", "cache", "self")
+_ARRAYS = ("qq", "qv", "vv", "step_sizes", "sensitivity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,22 +79,28 @@ class ErrorPrior:
     """Gram matrices of quantized (q) and full-precision (v) predictions, averaged over calibration samples.
 
     ``qq``, ``qv`` and ``vv`` are (num_steps, num_steps), float64, divided by the number of latent elements.
-    ``step_sizes`` (num_steps,) is how much one unit of model output moves the sample at each step.
+    ``step_sizes`` (num_steps,) is how much one unit of model output moves the sample at each step, ``sensitivity``
+    (num_steps,) how much one unit of displacement after that step moves the final sample; None counts as ones.
     """
 
     qq: np.ndarray
     qv: np.ndarray
     vv: np.ndarray
     step_sizes: np.ndarray
+    sensitivity: np.ndarray | None = None
     metadata: PriorMetadata | None = None
 
     def __post_init__(self) -> None:
         steps = len(self.step_sizes)
+        if self.sensitivity is None:
+            object.__setattr__(self, "sensitivity", np.ones(steps))
+        if self.sensitivity.shape != (steps,):
+            raise InputError(f"error prior: sensitivity has shape {self.sensitivity.shape}, expected {(steps,)}")
         for name in ("qq", "qv", "vv"):
             matrix = getattr(self, name)
             if matrix.shape != (steps, steps):
                 raise InputError(f"error prior: {name} has shape {matrix.shape}, expected {(steps, steps)}")
-        for name in ("qq", "qv", "vv", "step_sizes"):
+        for name in _ARRAYS:
             if not np.isfinite(getattr(self, name)).all():
                 raise InputError(
                     f"error prior: {name} is not finite; the model produced NaN or infinity while profiled"
@@ -102,6 +109,11 @@ class ErrorPrior:
     @property
     def num_steps(self) -> int:
         return len(self.step_sizes)
+
+    @property
+    def step_weights(self) -> np.ndarray:
+        """How far one unit of error in the prediction of a step moves the final sample, shape (num_steps,)."""
+        return self.step_sizes * self.sensitivity
 
     def view(self, name: str = "combined") -> View:
         """``combined``: p[q] against v. ``cache``: p[v] against v. ``self``: p[q] against q."""
@@ -159,7 +171,7 @@ class ErrorPrior:
         from safetensors.numpy import save_file
 
         header = {"cemq": json.dumps(dataclasses.asdict(self.metadata))} if self.metadata else None
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ("qq", "qv", "vv", "step_sizes")}
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         save_file(arrays, str(path), metadata=header)
 
     @classmethod
@@ -169,7 +181,7 @@ class ErrorPrior:
 
         try:
             with safe_open(str(path), framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in ("qq", "qv", "vv", "step_sizes")}
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
                 header = (file.metadata() or {}).get("cemq")
             metadata = PriorMetadata.from_dict(json.loads(header)) if header else None
         except Exception as error:  # safetensors raises several unrelated types for a damaged file

@@ -1,4 +1,7 @@
-"""Two runs per batch measure every cache interval at once: a reference run, and a forced run of the quantized model."""
+"""Two runs per batch measure every cache interval at once: a reference run, and a forced run of the quantized model.
+
+A few more runs of one batch measure how much each step matters for the final sample.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from cemq.errors import PriorMismatchError
 from cemq.prior import ErrorPrior, PriorMetadata
 from cemq.sampling import Batch, iterate, run
-from cemq.trajectory import Trajectory, force, inject, record
+from cemq.trajectory import Trajectory, final_sample, force, inject, record
 
 Progress = Callable[[str, float], None]
 _CHUNK = 1 << 20  # latent elements turned to float64 at a time
@@ -38,6 +41,7 @@ def profile(
     call: Mapping[str, Any],
     scheme: str,
     dtype: str,
+    sensitivity: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> ErrorPrior:
     """Run the quantized pipeline along the references and return the combined error prior.
@@ -46,6 +50,7 @@ def profile(
         pipe: The pipeline with its quantized denoiser (or the full-precision one: then all views are equal).
         batches: The batches that the references were recorded from.
         references: Trajectories of the full-precision pipeline, with step sizes.
+        sensitivity: From `measure_sensitivity`; None counts every step's displacement alike.
 
     Raises:
         PriorMismatchError: The two runs made different numbers of steps.
@@ -73,7 +78,7 @@ def profile(
         conditions=tuple(condition for batch in batches for condition in batch.conditions),
     )
     step_sizes = np.mean([reference.step_sizes for reference in references], axis=0)
-    return ErrorPrior(qq=qq, qv=qv, vv=vv, step_sizes=step_sizes, metadata=metadata)
+    return ErrorPrior(qq=qq, qv=qv, vv=vv, step_sizes=step_sizes, sensitivity=sensitivity, metadata=metadata)
 
 
 def _grams(q: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -91,26 +96,37 @@ def _grams(q: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> tuple[np.nda
 def measure_sensitivity(
     pipe: Any,
     batch: Batch,
-    step_indices: Sequence[int],
+    reference: Trajectory,
     *,
+    points: int,
     steps: int,
     call: Mapping[str, Any],
-    relative: float = 0.02,
-    seed: int = 0,
+    relative: float = 0.05,
+    progress: Progress | None = None,
 ) -> np.ndarray:
-    """Deviation of the final sample per unit of displacement injected after each given step; one run each.
+    """Deviation of the final sample per unit of displacement after each step, shape (num_steps,).
 
-    The displacement is white noise of ``relative`` times the sample's norm; shape of the result: (len(step_indices),).
+    Measured by one run at each of ``points`` steps spread evenly, the last one included, and interpolated in the
+    logarithm between them. The displacement is white noise of ``relative`` times the sample's norm, large enough to
+    stand above rounding and small enough to stay near the reference.
+
+    Args:
+        reference: The trajectory that ``pipe`` ran for ``batch``.
+        points: 0 measures nothing and returns ones.
     """
-    with record(pipe) as plain:
-        run(pipe, batch, steps=steps, call=call)
-    generator, gains = torch.Generator().manual_seed(seed), []
-    for step_index in step_indices:
-        sample = plain.samples[step_index].float()
-        noise = torch.randn(sample.shape, generator=generator)
-        displacement = noise * (relative * sample.norm() / noise.norm())
-        with inject(pipe, step_index, displacement), record(pipe) as moved:
-            run(pipe, batch, steps=steps, call=call)
-        deviation = moved.samples[-1].float() - plain.samples[-1].float()
-        gains.append((deviation.norm() / displacement.norm()).item())
-    return np.array(gains)
+    last = reference.num_steps - 1
+    if points == 0:
+        return np.ones(last + 1)
+    measured = np.unique(np.linspace(0 if points > 1 else last, last, points).round().astype(int))
+    noise, gains = torch.Generator().manual_seed(0), []
+    for step_index, (_, on_step) in zip(
+        measured, iterate([batch] * len(measured), "sensitivity runs", progress, steps), strict=True
+    ):
+        sample = reference.samples[step_index].float()
+        displacement = torch.randn(sample.shape, generator=noise)
+        displacement *= relative * sample.norm() / displacement.norm()
+        with inject(pipe, int(step_index), displacement), final_sample(pipe) as moved:
+            run(pipe, batch, steps=steps, call=call, on_step=on_step)
+        deviation = moved[0].cpu().float() - reference.samples[-1].float()
+        gains.append(max((deviation.norm() / displacement.norm()).item(), 1e-6))
+    return np.exp(np.interp(np.arange(last + 1), measured, np.log(gains)))

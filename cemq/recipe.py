@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cemq.errors import InputError, choose
 
@@ -28,8 +28,9 @@ class Recipe(BaseModel):
     predictor: str = "taylor1"
     prior: str = "combined"
     calib: str | None = None  # a file beside the recipe, in calib_data/, or anywhere
-    samples: int = 16
-    batch_size: int = 4
+    samples: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    sensitivity_points: int = Field(default=8, ge=0)  # runs of one batch that find out which steps matter; 0: none
     seed: int = 0
     dtype: str | None = None
     call: dict[str, Any] = {}

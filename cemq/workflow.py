@@ -17,7 +17,7 @@ from cemq.families import FULL_PRECISION
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
 from cemq.predict import get_predictor
 from cemq.prior import VIEWS
-from cemq.profiling import profile, record_references
+from cemq.profiling import measure_sensitivity, profile, record_references
 from cemq.quantize import NO_SCHEME, CemqConfig, check_scheme, quantize_in_place
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
 from cemq.runtime import attached, from_pretrained
@@ -110,6 +110,15 @@ def quantize_and_schedule(
         )
 
         references = record_references(pipe, batches, steps=steps, call=plan.call, progress=progress)
+        sensitivity = measure_sensitivity(
+            pipe,
+            batches[0],
+            references[0],
+            points=plan.sensitivity_points,
+            steps=steps,
+            call=plan.call,
+            progress=progress,
+        )
         wanted = _outcomes(pipe, check, "full-precision check", steps, plan, progress)
         reference_bytes = weight_bytes(pipe)
 
@@ -118,7 +127,15 @@ def quantize_and_schedule(
             for _, denoiser in denoisers(pipe):
                 quantize_in_place(denoiser, config)
         prior = profile(
-            pipe, batches, references, steps=steps, call=plan.call, scheme=plan.scheme, dtype=dtype, progress=progress
+            pipe,
+            batches,
+            references,
+            steps=steps,
+            call=plan.call,
+            scheme=plan.scheme,
+            dtype=dtype,
+            sensitivity=sensitivity,
+            progress=progress,
         )
         schedule = plan_schedule(
             prior,

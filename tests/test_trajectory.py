@@ -90,8 +90,13 @@ def test_an_injection_moves_only_what_comes_after_it(dit):
     assert not torch.equal(plain.predictions[3], moved.predictions[3])
 
 
-def test_the_last_step_passes_a_displacement_on_unchanged(dit):
-    assert measure_sensitivity(dit, BATCH, [STEPS - 1], steps=STEPS, call=CALL) == pytest.approx([1.0], rel=1e-3)
+def test_sensitivity_is_one_at_the_last_step_and_interpolated_between_the_measured_ones(dit):
+    with record(dit) as reference:
+        run(dit, BATCH, steps=STEPS, call=CALL)
+    gains = measure_sensitivity(dit, BATCH, reference, points=2, steps=STEPS, call=CALL)
+    assert gains[-1] == pytest.approx(1.0, rel=1e-3)  # what is added after the last step stays as it is
+    assert np.diff(np.log(gains)) == pytest.approx([np.log(gains[-1] / gains[0]) / (STEPS - 1)] * (STEPS - 1))
+    assert measure_sensitivity(dit, BATCH, reference, points=0, steps=STEPS, call=CALL).tolist() == [1.0] * STEPS
 
 
 def test_the_final_sample_is_the_last_recorded_one(dit):

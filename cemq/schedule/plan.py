@@ -83,7 +83,7 @@ def plan_schedule(
         full_steps, _ = solve_cem(cem_costs(prior.cosine_distances(view)), steps)
     else:
         longest = min(max_gap or prior.num_steps, prior.num_steps)
-        costs = segment_costs(prior.view(view), prior.step_sizes, get_predictor(predictor), gamma, longest)
+        costs = segment_costs(prior.view(view), prior.step_weights, get_predictor(predictor), gamma, longest)
         full_steps, total = solve_segments(costs, steps)
         if not np.isfinite(total):
             raise InfeasibleBudgetError(

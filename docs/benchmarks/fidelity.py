@@ -11,6 +11,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,13 @@ import diffusers
 import torch
 
 import cemq
+from cemq.bundle import PRIOR, read_bundle
+from cemq.evaluation import measure_fidelity, run_batch
+from cemq.models import locate, open_pipeline
+from cemq.prior import ErrorPrior
+from cemq.runtime import attached, detach
+from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, make_batches
+from cemq.schedule import plan_schedule
 
 MODELS = ("builtin:dit-digits", "builtin:sd3-digits")
 SCHEMES = ("none", "w8a8", "w4a8")
@@ -35,21 +43,63 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads; {versions}"
 
 
-def measure(samples: int) -> list[dict]:
-    rows = []
+def budget_wall_share(bundle: Path, rounds: int = 7) -> float:
+    """Seconds of a run with 10 of 50 steps over one with 50 of 50, same bundle, one sample, interleaved; median."""
+    manifest = read_bundle(bundle)
+    batch = Batch(conditions=manifest.held_out_conditions[:1], seeds=(1,))
+    pipes = [cemq.from_pretrained(bundle, budget=budget) for budget in (10, 50)]
+    shares = []
+    for _ in range(rounds):
+        few, every = (run_batch(pipe, batch, steps=50, call=manifest.call, on_step=nothing).seconds for pipe in pipes)
+        shares.append(few / every)
+    return statistics.median(shares)
+
+
+def compare_solvers(bundle: Path, samples: int) -> list[dict]:
+    """PSNR of the schedules that other solvers find on the bundle's own prior, on the samples `cemq.evaluate` takes."""
+    manifest, prior = read_bundle(bundle), ErrorPrior.load(bundle / PRIOR)
+    batches = make_batches(
+        manifest.held_out_conditions, samples=samples, first_seed=EVALUATION_SEED_OFFSET, batch_size=4
+    )
+    original = open_pipeline(locate(manifest.model).folder, dtype=manifest.dtype, device="cpu")
+    scheduled = cemq.from_pretrained(bundle, device="cpu")
+    detach(scheduled)
+
+    def outcomes(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return [run_batch(pipe, batch, steps=50, call=manifest.call, on_step=nothing) for batch in batches]
+
+    references, rows = outcomes(original), []
+    for solver in ("cem", "uniform"):
+        for budget in BUDGETS[1:]:
+            with attached(scheduled, plan_schedule(prior, budget, solver=solver), manifest.sampler):
+                fidelity = measure_fidelity(references, outcomes(scheduled))
+            rows.append({"solver": solver, "full_steps": budget, "psnr_db": fidelity.psnr_db, "ssim": fidelity.ssim})
+    return rows
+
+
+def nothing() -> None:
+    pass
+
+
+def measure(samples: int) -> tuple[list[dict], dict[str, float]]:
+    rows, shares = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         for model in MODELS:
             for scheme in SCHEMES:
-                for solver in SOLVERS:
-                    bundle = Path(scratch) / f"{model.split(':')[1]}-{scheme}-{solver}"
-                    cemq.quantize_and_schedule(model, bundle, scheme=scheme, solver=solver, budget=25)
-                    for budget in BUDGETS if solver == "segment" else BUDGETS[1:]:
-                        found = cemq.evaluate(bundle, samples=samples, budget=budget)
-                        rows.append({"model": model, "scheme": scheme, "solver": solver} | found.to_dict())
-                        print(
-                            model, scheme, solver, budget, f"{found.psnr_db:.2f} dB {found.wall_ratio:.2f}", flush=True
-                        )
-    return rows
+                name = f"{model.split(':')[1]}-{scheme}"
+                bundle = Path(scratch) / name
+                cemq.quantize_and_schedule(model, bundle, scheme=scheme, budget=25)
+                cells = [
+                    {"solver": "segment"} | cemq.evaluate(bundle, samples=samples, budget=budget).to_dict()
+                    for budget in BUDGETS
+                ]
+                shares[name] = budget_wall_share(bundle)
+                cells += compare_solvers(bundle, samples)
+                for cell in cells:
+                    print(name, cell["solver"], cell["full_steps"], f"{cell['psnr_db']:.2f} dB", flush=True)
+                rows += [{"model": model, "scheme": scheme} | cell for cell in cells]
+    return rows, shares
 
 
 def table(rows: list[dict], value: str, form: str) -> str:
@@ -63,7 +113,7 @@ def table(rows: list[dict], value: str, form: str) -> str:
                 cells = {
                     row["full_steps"]: format(row[value], form)
                     for row in rows
-                    if (row["model"], row["scheme"], row["solver"]) == (model, scheme, solver)
+                    if value in row and (row["model"], row["scheme"], row["solver"]) == (model, scheme, solver)
                 }
                 if cells:
                     shown = " | ".join(cells.get(budget, "") for budget in BUDGETS)
@@ -76,10 +126,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     samples = parser.parse_args().samples
     diffusers.utils.logging.disable_progress_bar()
-    rows = measure(samples)
-    sizes = sorted({(r["model"], r["scheme"], r["model_bytes"], r["reference_bytes"]) for r in rows})
+    rows, shares = measure(samples)
+    sizes = sorted({(r["model"], r["scheme"], r["model_bytes"], r["reference_bytes"]) for r in rows if "seeds" in r})
     here = Path(__file__).with_suffix("")
-    here.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    record = {"machine": machine(), "rows": rows, "wall_share_10_of_50": shares}
+    here.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     here.with_suffix(".md").write_text(
         f"""# Fidelity by scheme and budget
 
@@ -97,6 +148,10 @@ of them profiled; 50 steps; predictor taylor1; combined prior of 16 samples). Re
 ## Reference seconds / bundle seconds, both measured in the cell's own run (fp32 reference)
 
 {table(rows, "wall_ratio", ".2f")}
+
+## Seconds of a run with 10 of 50 steps over one with 50 of 50, same bundle, interleaved, median of 7
+
+{", ".join(f"{name} {share:.3f}" for name, share in shares.items())}
 
 ## Bytes of the denoiser
 

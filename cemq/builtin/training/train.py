@@ -177,19 +177,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", choices=["dit-digits", "sd3-digits"])
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parents[1])
+    parser.add_argument("--vae", type=Path, help="folder of a VAE trained before, instead of training one")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the training steps, to try things out")
     options = parser.parse_args()
 
     digits = make_digits(16_000, seed=7)
     images = torch.from_numpy(digits.images)
-    vae = train_vae(images, int(800 * options.scale))
+    if options.vae:
+        vae = AutoencoderKL.from_pretrained(options.vae).requires_grad_(False)
+    else:
+        vae = train_vae(images, int(800 * options.scale))
     latents = encode(vae, images) * vae.config.scaling_factor
     restored = vae.decode(latents[:256] / vae.config.scaling_factor).sample
     error = F.mse_loss(restored.clamp(-1, 1), images[:256]).item() / 4
     print(f"vae: {-10 * math.log10(error):.1f} dB, scaling factor {vae.config.scaling_factor}", flush=True)
     for name in options.names:
         if name == "dit-digits":
-            pipe = train_dit(vae, latents, digits.labels, int(2800 * options.scale))
+            plain = make_digits(16_000, seed=8, plain=True)
+            plain_latents = encode(vae, torch.from_numpy(plain.images)) * vae.config.scaling_factor
+            pipe = train_dit(vae, plain_latents, plain.labels, int(2800 * options.scale))
         else:
             pipe = train_sd3(vae, latents, digits, int(2300 * options.scale))
         save(pipe, options.output / name)
