@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cemq import __version__
-from cemq.bundle import PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
-from cemq.errors import InputError, choose
+from cemq.bundle import MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
+from cemq.errors import InputError, ModelError, choose
 from cemq.evaluation import measure_fidelity, run_batch
 from cemq.families import FULL_PRECISION
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
@@ -96,6 +96,8 @@ def quantize_and_schedule(
     check_device(place)
     dtype = plan.dtype or default_dtype(place)
     source = locate(plan.model)
+    if (source.folder / MANIFEST).is_file():
+        raise ModelError(f"'{plan.model}' is a cemq bundle already: give the full-precision model it was made from")
 
     with staging(Path(output), overwrite=overwrite) as folder:
         pipe = open_pipeline(source.folder, dtype=dtype, device=place)

@@ -138,6 +138,10 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
     fails("not a diffusers pipeline folder", "quantize-and-schedule", tmp_path / "photos", "-o", tmp_path / "out")
 
 
+def test_a_bundle_is_not_quantized_again(bundle, tmp_path):
+    fails("is a cemq bundle already", "quantize-and-schedule", bundle, "-o", tmp_path / "out")
+
+
 def test_a_pipeline_folder_without_its_weights_is_refused(dit_folder, tmp_path):
     next((dit_folder / "transformer").glob("*.safetensors")).unlink()
     fails("cannot be loaded as a diffusers pipeline", "quantize-and-schedule", dit_folder, "-o", tmp_path / "out")

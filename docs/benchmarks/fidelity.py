@@ -135,7 +135,8 @@ def main() -> None:
         f"""# Fidelity by scheme and budget
 
 {datetime.date.today()}, {machine()}. Command: `make bench` ({samples} samples a cell, seeds from 1000000 on, none
-of them profiled; 50 steps; predictor taylor1; combined prior of 16 samples). Reference: full precision, uncached, same seeds.
+of them profiled; 50 steps; predictor taylor1; combined prior of 16 samples). Reference: full precision, uncached, same
+seeds.
 
 ## PSNR in dB (100 stands for identical pictures)
 
