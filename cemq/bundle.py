@@ -39,6 +39,7 @@ class Manifest:
     backend: str
     dtype: str
     view: str
+    num_inference_steps: int
     schedule: CacheSchedule
     sampler: SamplerFingerprint
     call: dict[str, Any]

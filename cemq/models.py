@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,12 @@ def open_pipeline(folder: Path, *, dtype: str, device: str) -> Any:
     choose("dtype", dtype, DTYPES)
     place = check_device(device)
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        # a component that is absent on purpose (SD3 without its T5) must be named, or diffusers misses it
+        absent = {name: None for name, kind in index.items() if kind == [None, None]}
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, **absent
+        )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {reason}") from error

@@ -32,7 +32,7 @@ from cemq.sampling import (
     run,
     split_conditions,
 )
-from cemq.schedule import SOLVERS, parse_budget, plan_schedule
+from cemq.schedule import SOLVERS, check_budget, parse_budget, plan_schedule
 
 Progress = Callable[[str, float], None]
 
@@ -89,7 +89,7 @@ def quantize_and_schedule(
     choose("prior", plan.prior, VIEWS)
     get_predictor(plan.predictor)
     if plan.steps:
-        parse_budget(plan.budget, plan.steps)
+        check_budget(plan.budget, plan.steps, plan.solver)
     if plan.calib:
         read_conditions(find_calibration(plan.calib))
     place = device or default_device()
@@ -103,7 +103,7 @@ def quantize_and_schedule(
         pipe = open_pipeline(source.folder, dtype=dtype, device=place)
         pipe.set_progress_bar_config(disable=True)
         steps = plan.steps or _default_steps(pipe)
-        parse_budget(plan.budget, steps)
+        check_budget(plan.budget, steps, plan.solver)
         check_call(pipe, plan.call)
         profiled, held_out = _conditions(pipe, plan)
         batches = make_batches(profiled, samples=plan.samples, first_seed=plan.seed, batch_size=plan.batch_size)
@@ -162,6 +162,7 @@ def quantize_and_schedule(
             backend=plan.backend,
             dtype=dtype,
             view=plan.prior,
+            num_inference_steps=steps,
             schedule=schedule,
             sampler=sampler,
             call=plan.call,
@@ -197,7 +198,7 @@ def generate(
     arguments = manifest.call | (call or {})
     check_call(pipe, arguments)
     batch = Batch(conditions=check_conditions(pipe, [condition]), seeds=(seed,))
-    steps = steps or manifest.schedule.num_steps
+    steps = steps or manifest.num_inference_steps
     return run(pipe, batch, steps=steps, call=arguments, output_type="pil")[0]
 
 

@@ -111,6 +111,7 @@ BUILD = ("quantize-and-schedule", "builtin:dit-digits")
         ("budget=51 is out of range for 50 steps: choose 2..50", [*BUILD, "--budget", "51"]),
         ("budget=1 is out of range", [*BUILD, "--budget", "1"]),
         ("budget 'lots' is neither", [*BUILD, "--budget", "lots"]),
+        ("the CEM rule cannot spend budget=7 on 50 steps", [*BUILD, "--solver", "cem", "--budget", "7"]),
         ("unknown solver 'segmnt'", [*BUILD, "--solver", "segmnt"]),
         ("unknown predictor 'taylor9'", [*BUILD, "--predictor", "taylor9"]),
         ("unknown prior 'joint'", [*BUILD, "--prior", "joint"]),

@@ -50,9 +50,7 @@ def test_fidelity_is_the_mean_over_all_samples_of_all_batches():
     def outcome(images):
         return Outcome(images=images, latents=torch.ones(len(images), 1), seconds=1.0)
 
-    found = measure_fidelity(
-        [outcome(black), outcome(np.zeros_like(grey))], [outcome(black), outcome(grey)]
-    )
+    found = measure_fidelity([outcome(black), outcome(np.zeros_like(grey))], [outcome(black), outcome(grey)])
     assert found.psnr_db == pytest.approx((100 + 20 + 20) / 3)
     assert (found.samples, found.relative_l2) == (3, 0.0)
 

@@ -41,7 +41,7 @@ def test_no_predictor_returns_more_weights_than_its_depth(name):
 
 
 def test_an_unknown_predictor_names_the_nearest_one():
-    with pytest.raises(InputError, match="unknown predictor 'taylor': .*did you mean 'taylor1'"):
+    with pytest.raises(InputError, match=r"unknown predictor 'taylor': .*did you mean 'taylor1'"):
         get_predictor("taylor")
 
 

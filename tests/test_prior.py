@@ -112,7 +112,7 @@ def test_a_step_computed_in_full_costs_nothing_where_nothing_is_quantized_away(v
 
 
 def test_an_unknown_view_names_the_nearest_one():
-    with pytest.raises(InputError, match="unknown prior 'combine'.*did you mean 'combined'"):
+    with pytest.raises(InputError, match=r"unknown prior 'combine'.*did you mean 'combined'"):
         prior_of(*trajectories()).reuse_errors("combine")
 
 

@@ -64,7 +64,7 @@ def test_a_schedule_that_cannot_run_is_refused(full_steps, message):
 
 
 def test_a_schedule_with_an_unknown_predictor_is_refused():
-    with pytest.raises(InputError, match="unknown predictor 'tailor1'.*did you mean 'taylor1'"):
+    with pytest.raises(InputError, match=r"unknown predictor 'tailor1'.*did you mean 'taylor1'"):
         CacheSchedule(num_steps=4, full_steps=(0, 2), predictor="tailor1")
 
 
@@ -261,7 +261,7 @@ def test_a_schedule_records_how_it_was_planned():
 
 
 def test_an_unknown_solver_names_the_nearest_one():
-    with pytest.raises(InputError, match="unknown solver 'segments'.*did you mean 'segment'"):
+    with pytest.raises(InputError, match=r"unknown solver 'segments'.*did you mean 'segment'"):
         plan_schedule(prior_of(*trajectories(6)), 3, solver="segments")
 
 
@@ -337,7 +337,7 @@ def test_cem_costs_of_one_step_weigh_the_error_alone():
 
 
 def test_an_unknown_cem_weighter_names_the_nearest_one():
-    with pytest.raises(InputError, match="unknown CEM weighter 'square': choose from none, linear, quadratic"):
+    with pytest.raises(InputError, match=r"unknown CEM weighter 'square': choose from none, linear, quadratic"):
         cem_costs(np.zeros((2, 2)), "square")
 
 
@@ -345,7 +345,7 @@ def test_an_unknown_cem_weighter_names_the_nearest_one():
 def test_the_cem_solver_equals_the_published_rule_bit_for_bit(weighter):
     random = np.random.default_rng(2)
     solved = refused = 0
-    for _ in range(70):
+    for _ in range(200):
         steps = int(random.integers(2, 51))
         budget = int(random.integers(2, steps + 1))
         costs = cem_costs(synthetic_errors(random, steps), weighter)
@@ -359,14 +359,28 @@ def test_the_cem_solver_equals_the_published_rule_bit_for_bit(weighter):
             assert solve_cem(costs, budget) == expected
             assert expected[0][0] == 0
             assert expected[0][-1] == steps - 1
-    assert min(solved, refused) >= 10
+    assert min(solved, refused) >= 5
 
 
 def test_of_equal_paths_the_cem_solver_takes_the_smallest_last_gap():
-    assert solve_cem(np.ones((9, 9)), 4) == naive_solve(np.ones((9, 9)).tolist(), 4) == ((0, 3, 6, 8), 3.0) or True
+    # gaps of 1 to 3 that add up to 8 in three: 3, 3 and 2 in any order
+    assert solve_cem(np.ones((9, 9)), 4) == ((0, 3, 6, 8), 3.0)
 
 
-GOLDEN = {}
+def test_no_gap_of_the_cem_rule_is_longer_than_ten():
+    costs = np.ones((200, 200))
+    costs[10] = 0.001  # gaps of 11 would be a bargain
+    full_steps, total = solve_cem(costs, 21)
+    assert (full_steps, total) == naive_solve(costs.tolist(), 21)
+    assert sorted(np.diff(full_steps)) == [9] + [10] * 19
+
+
+GOLDEN = {
+    (20, 5): ((0, 5, 10, 15, 19), 182.6875),
+    (20, 8): ((0, 3, 6, 9, 12, 15, 17, 19), 68.125),
+    (50, 10): ((0, 6, 12, 18, 24, 30, 35, 40, 45, 49), 1519.0625),
+    (50, 17): ((0, 4, 8, 12, 16, 20, 23, 26, 29, 32, 35, 38, 41, 43, 45, 47, 49), 546.6875),
+}
 
 
 @pytest.mark.parametrize("key", GOLDEN)
@@ -403,10 +417,9 @@ def test_gap_rules_replace_the_window_where_they_apply():
 
 
 def test_a_wider_spread_allows_wider_gaps():
-    costs = np.ones((20, 20))
-    costs[6, 19] = costs[5, 6] = 0.01
-    with pytest.raises(InfeasibleBudgetError, match="gaps of 4 to 6"):
-        solve_cem(costs, 4, spread=1) if False else solve_cem(costs[:, :14], 2, spread=1)
+    full_steps, total = solve_cem(np.ones((50, 50)), 7, spread=2)
+    assert (full_steps[0], full_steps[-1], len(full_steps), total) == (0, 49, 7, 6.0)
+    assert set(np.diff(full_steps)) <= {5, 6, 7, 8, 9}
 
 
 def test_the_cem_schedule_of_a_prior_keeps_both_ends():

@@ -133,7 +133,7 @@ def evaluate(
         pipe.set_progress_bar_config(disable=True)
 
     schedule = schedule_hook(scheduled).schedule
-    settings = {"steps": schedule.num_steps, "call": manifest.call}
+    settings = {"steps": manifest.num_inference_steps, "call": manifest.call}
     pairs = []
     for batch, on_step in iterate(batches, "reference and bundle", progress, 2 * schedule.num_steps):
         pairs.append(tuple(run_batch(pipe, batch, on_step=on_step, **settings) for pipe in (original, scheduled)))

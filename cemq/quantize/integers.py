@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -88,7 +90,18 @@ def integer_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Exact int8 x int8 product in int32: left (m, k), right (n, k), result (m, n)."""
     if left.is_cuda:  # cuBLAS wants more than 16 rows, and k and n in multiples of 8
         return _padded_matmul(left, right, min_rows=17, multiple=8)
+    if not _cpu_product_is_exact():
+        return (left.double() @ right.double().t()).to(torch.int32)
+    if left.shape[1] == 1:  # torch leaves the result of a one-column product uninitialised
+        return _padded_matmul(left, right, min_rows=1, multiple=2)
     return torch._int_mm(left.contiguous(), right.t())
+
+
+@functools.cache
+def _cpu_product_is_exact() -> bool:
+    """False on CPUs without VNNI, where oneDNN sums pairs of products in 16 bits and saturates."""
+    extreme = torch.full((32, 64), INT8_MAX, dtype=torch.int8)
+    return bool((torch._int_mm(extreme, extreme.t()) == 64 * INT8_MAX**2).all())
 
 
 def _padded_matmul(left: torch.Tensor, right: torch.Tensor, *, min_rows: int, multiple: int) -> torch.Tensor:

@@ -97,7 +97,7 @@ class QuantizedLinear(nn.Module):
         return output.reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        scale = self.weight_scale
+        scale = self.weight_scale.detach()  # the parameter itself is cast in place
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:  # a cast of the model: move the scale, do not round it
             self.weight_scale = nn.Parameter(scale.to(self.weight_scale.device), requires_grad=False)

@@ -2,13 +2,14 @@
 
 from cemq.schedule.cache_schedule import CacheSchedule
 from cemq.schedule.cem import cem_costs, solve_cem
-from cemq.schedule.plan import SOLVERS, parse_budget, plan_schedule, uniform_steps
+from cemq.schedule.plan import SOLVERS, check_budget, parse_budget, plan_schedule, uniform_steps
 from cemq.schedule.segment import segment_costs, solve_segments
 
 __all__ = [
     "SOLVERS",
     "CacheSchedule",
     "cem_costs",
+    "check_budget",
     "parse_budget",
     "plan_schedule",
     "segment_costs",

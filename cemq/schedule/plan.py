@@ -39,6 +39,18 @@ def parse_budget(budget: int | str, num_steps: int) -> int:
     return steps
 
 
+def check_budget(budget: int | str, num_steps: int, solver: str) -> int:
+    """`parse_budget`, and whether ``solver`` can spend it: known before anything is profiled.
+
+    Raises:
+        InfeasibleBudgetError: Out of range, or the CEM rule has no path of so many steps.
+    """
+    steps = parse_budget(budget, num_steps)
+    if choose("solver", solver, SOLVERS) == "cem":
+        solve_cem(cem_costs(np.ones((num_steps, num_steps))), steps)
+    return steps
+
+
 def uniform_steps(num_steps: int, budget: int) -> tuple[int, ...]:
     """``budget`` steps with gaps as equal as integers allow, beginning with step 0."""
     return tuple(i * num_steps // budget for i in range(budget))
@@ -56,7 +68,7 @@ def plan_schedule(
 ) -> CacheSchedule:
     """Choose the full-compute steps with the least predicted error.
 
-    More budget: closer to full compute, slower. ``segment`` minimises the summed signed error of each segment
+    ``segment`` minimises the summed signed error of each segment
     (`segment_costs`), ``cem`` is the published rule on cosine distances, ``uniform`` spaces evenly.
 
     Args:
@@ -75,13 +87,14 @@ def plan_schedule(
     >>> plan_schedule(prior, budget=3, predictor="reuse").full_steps
     (0, 3, 6)
     """
-    steps = parse_budget(budget, prior.num_steps)
-    choose("solver", solver, SOLVERS)
+    steps = check_budget(budget, prior.num_steps, solver)
     if solver == "uniform":
         full_steps = uniform_steps(prior.num_steps, steps)
     elif solver == "cem":
         full_steps, _ = solve_cem(cem_costs(prior.cosine_distances(view)), steps)
     else:
+        if max_gap is not None and max_gap < 1:
+            raise InputError(f"max_gap={max_gap}: a gap between full-compute steps is at least 1")
         longest = min(max_gap or prior.num_steps, prior.num_steps)
         costs = segment_costs(prior.view(view), prior.step_weights, get_predictor(predictor), gamma, longest)
         full_steps, total = solve_segments(costs, steps)

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from cemq.builtin.training.digits import STROKES, TILTS, WORDS, make_digits, measured_half_width, measured_tilt
+from cemq.models import open_pipeline
 
 STROKE_EDGES = (1.5, 2.65)  # half-widths between thin | regular | bold, pixels, as measured on drawn digits
 TILT_EDGES = (-0.24, 0.24)
@@ -39,10 +39,9 @@ def classifier(steps: int = 600) -> nn.Module:
     return network.eval()
 
 
-@torch.no_grad()
 def check(folder: Path, samples: int = 300) -> dict[str, float]:
     """Print and return the shares of samples on which digit, stroke and tilt are what was asked for."""
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe = open_pipeline(folder, dtype="float32", device="cpu")
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(13)
     labels = np.arange(samples) % 10
@@ -63,7 +62,9 @@ def check(folder: Path, samples: int = 300) -> dict[str, float]:
         images.append(pipe(**arguments, num_inference_steps=30, generator=generator, output_type="np").images)
     pixels = np.concatenate(images).mean(-1)
 
-    guesses = classifier()(torch.from_numpy(pixels[:, None] * 2 - 1).float()).argmax(1).numpy()
+    network = classifier()
+    with torch.no_grad():
+        guesses = network(torch.from_numpy(pixels[:, None] * 2 - 1).float()).argmax(1).numpy()
     result = {"digit": float((guesses == labels).mean())}
     if hasattr(pipe, "tokenizer"):
         measured = np.digitize([measured_half_width(image) for image in pixels], STROKE_EDGES)

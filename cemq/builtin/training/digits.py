@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 IMAGE_SIZE = 32
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STROKES = {"thin": (0.9, 1.15), "regular": (1.6, 1.9), "bold": (2.6, 3.0)}  # half-width of the line, pixels
 TILTS = {"left": (-0.55, -0.38), "upright": (-0.06, 0.06), "right": (0.38, 0.55)}  # x shift per unit of height
 PLAIN = ((1.5, 2.0), (-0.1, 0.1))  # stroke and tilt where no caption names them
+PEN_SOFTNESS = 1.3  # pixels
 _SUPERSAMPLE = 8
 
 
@@ -87,6 +89,14 @@ def make_digits(count: int, seed: int, *, plain: bool = False) -> Digits:
     return Digits(images=images, labels=targets[which], strokes=strokes, tilts=tilts)
 
 
+def soften(images: torch.Tensor) -> torch.Tensor:
+    """The same images, (n, 3, 32, 32), drawn with a soft pen: a Gaussian blur of 1.3 pixels."""
+    from scipy.ndimage import gaussian_filter1d
+
+    blurred = gaussian_filter1d(gaussian_filter1d(images.numpy(), PEN_SOFTNESS, axis=2), PEN_SOFTNESS, axis=3)
+    return torch.from_numpy(blurred)
+
+
 def caption(label: int, stroke: int, tilt: int, rng: np.random.Generator) -> str:
     """A prompt that is true of the image; each attribute is left out now and then, and nothing is said falsely."""
     stroke_word, tilt_word = list(STROKES)[stroke], list(TILTS)[tilt]
@@ -101,13 +111,13 @@ def measured_half_width(image: np.ndarray) -> float:
     """Half the stroke width in pixels, from ink area over centre-line length; image (32, 32) in [0, 1]."""
     from skimage.morphology import skeletonize
 
-    length = skeletonize(image > 0.5).sum()
+    length = skeletonize(image > image.max() / 2).sum()
     return float(image.sum() / max(length, 1) / 2)
 
 
 def measured_tilt(image: np.ndarray) -> float:
     """Slant from second moments of the ink; image (32, 32) in [0, 1]; the inverse of ``draw``'s tilt."""
-    rows, columns = np.nonzero(image > 0.5)
+    rows, columns = np.nonzero(image > image.max() / 2)
     if rows.size < 3:
         return 0.0
     return _slant(np.stack([columns, rows], 1).astype(np.float64))

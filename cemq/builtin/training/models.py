@@ -30,6 +30,7 @@ def vae() -> AutoencoderKL:
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=32,
+        shift_factor=0.0,  # StableDiffusion3Pipeline adds it
         mid_block_add_attention=False,
     )
 
