@@ -50,5 +50,5 @@ def test_the_docs_link_only_to_files_that_are_there():
     import re
 
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#:]+\.\w+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
