@@ -34,7 +34,7 @@ class Recipe(BaseModel):
     seed: int = 0
     dtype: str | None = None
     call: dict[str, Any] = {}
-    full_precision: list[str] = []  # patterns of layers to keep, beside the defaults
+    full_precision: list[str] | None = None  # patterns of layers to keep; None: those of `families`
     note: str = ""
 
 

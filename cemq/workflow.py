@@ -13,7 +13,7 @@ from cemq import __version__
 from cemq.bundle import MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
 from cemq.errors import InputError, ModelError, choose
 from cemq.evaluation import measure_fidelity, run_batch
-from cemq.families import FULL_PRECISION
+from cemq.families import full_precision_patterns
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
 from cemq.predict import get_predictor
 from cemq.prior import VIEWS
@@ -125,9 +125,11 @@ def quantize_and_schedule(
         reference_bytes = weight_bytes(pipe)
 
         if plan.scheme != NO_SCHEME:
-            config = CemqConfig(plan.scheme, full_precision=[*FULL_PRECISION, *plan.full_precision])
             for _, denoiser in denoisers(pipe):
-                quantize_in_place(denoiser, config)
+                kept = plan.full_precision
+                if kept is None:
+                    kept = full_precision_patterns(type(denoiser).__name__)
+                quantize_in_place(denoiser, CemqConfig(plan.scheme, full_precision=kept))
         prior = profile(
             pipe,
             batches,

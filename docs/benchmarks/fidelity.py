@@ -144,8 +144,8 @@ def main() -> None:
 
 {datetime.date.today()}, {machine()}.
 Command: `make bench` ({samples} samples a cell, seeds from 1000000 on, none of them profiled; 50 steps; predictor
-taylor1; combined prior of 16 samples). Reference: full precision, uncached, same seeds. The denoiser ran exactly as often as the
-budget says in every timed run (asserted).
+taylor1; combined prior of 16 samples). Reference: full precision, uncached, same
+seeds. The denoiser ran exactly as often as the budget says in every timed run (asserted).
 
 ## PSNR in dB (100 stands for identical pictures)
 
