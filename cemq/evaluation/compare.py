@@ -26,9 +26,10 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """Distance to the full-precision, uncached run of the same seeds; means over samples."""
+    """Distance to the full-precision, uncached run of the same seeds; means over samples, and the spread of PSNR."""
 
     psnr_db: float
+    psnr_db_std: float
     ssim: float
     relative_l2: float
     samples: int
@@ -81,12 +82,13 @@ def run_batch(pipe: Any, batch: Batch, *, steps: int, call: Mapping[str, Any], o
 def measure_fidelity(references: Sequence[Outcome], outcomes: Sequence[Outcome]) -> Fidelity:
     """Fidelity of outcomes to references, batch by batch."""
     pairs = list(zip(references, outcomes, strict=True))
-    quality = [psnr_db(a.images, b.images) for a, b in pairs]
+    quality = np.concatenate([psnr_db(a.images, b.images) for a, b in pairs])
     return Fidelity(
-        psnr_db=float(np.concatenate(quality).mean()),
+        psnr_db=float(quality.mean()),
+        psnr_db_std=float(quality.std()),
         ssim=float(np.concatenate([ssim(a.images, b.images) for a, b in pairs]).mean()),
         relative_l2=float(np.concatenate([relative_l2(a.latents, b.latents) for a, b in pairs]).mean()),
-        samples=sum(map(len, quality)),
+        samples=len(quality),
     )
 
 
@@ -141,10 +143,8 @@ def evaluate(
     fidelity = measure_fidelity(references, outcomes)
     if picture is not None:
         write_side_by_side(Path(picture), references[0].images, outcomes[0].images)
-    quality = np.concatenate([psnr_db(a.images, b.images) for a, b in pairs])
     return Evaluation(
         **dataclasses.asdict(fidelity),
-        psnr_db_std=float(quality.std()),
         num_steps=schedule.num_steps,
         full_steps=schedule.budget,
         compute_ratio=schedule.compute_ratio,

@@ -19,6 +19,7 @@ from cemq.models import open_pipeline
 
 STROKE_EDGES = (1.5, 2.65)  # half-widths between thin | regular | bold, pixels, as measured on drawn digits
 TILT_EDGES = (-0.24, 0.24)
+REQUIRED_SHARE = 0.85
 
 
 def classifier(steps: int = 600) -> nn.Module:
@@ -78,5 +79,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     root = Path(__file__).parents[1]
     parser.add_argument("folders", nargs="*", type=Path, default=[root / "dit-digits", root / "sd3-digits"])
-    for folder in parser.parse_args().folders:
-        check(folder)
+    failed = [folder.name for folder in parser.parse_args().folders if min(check(folder).values()) < REQUIRED_SHARE]
+    if failed:
+        raise SystemExit(f"below {REQUIRED_SHARE:.0%}: {', '.join(failed)}")
