@@ -1,6 +1,6 @@
 """Train the built-in pipelines: ``python -m cemq.builtin.training.train dit-digits sd3-digits -o FOLDER``.
 
-About 50 minutes for both on 2 CPU cores. Needs the ``train`` extra. Ends with a check by ``check.py``.
+Its stages add up to under an hour on 2 CPU cores (docs/builtin-models.md). Needs the ``train`` extra. Ends with a check by ``check.py``.
 """
 
 from __future__ import annotations
