@@ -1,6 +1,7 @@
 """Train the built-in pipelines: ``python -m cemq.builtin.training.train dit-digits sd3-digits -o FOLDER``.
 
-Its stages add up to under an hour on 2 CPU cores (docs/builtin-models.md). Needs the ``train`` extra. Ends with a check by ``check.py``.
+Its stages add up to under an hour on 2 CPU cores (docs/builtin-models.md). Needs the ``train`` extra; ends with
+the check in ``check.py``.
 """
 
 from __future__ import annotations
