@@ -112,6 +112,15 @@ def write_pipeline(pipe: Any, folder: Path, source: Path) -> None:
     written, original = (json.loads((f / index.name).read_text(encoding="utf-8")) for f in (folder, source))
     forgotten = {name: value for name, value in original.items() if name not in written and not name.startswith("_")}
     index.write_text(json.dumps(written | forgotten, indent=2) + "\n", encoding="utf-8")
+    forget_paths(folder)
+
+
+def forget_paths(folder: Path) -> None:
+    """Take out of every config.json where on this machine it was loaded from: that is nobody's business elsewhere."""
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def seal(folder: Path, manifest: Manifest) -> None:

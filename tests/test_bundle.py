@@ -67,6 +67,12 @@ def test_a_bundle_holds_tensors_and_text_only(bundle):
     assert not list(bundle.parent.glob(".*partial*"))
 
 
+def test_a_bundle_does_not_tell_where_it_was_made(bundle):
+    for path in bundle.rglob("*.json"):
+        if path.name != MANIFEST:
+            assert str(bundle.parent) not in path.read_text()
+
+
 def test_an_ordinary_from_pretrained_reloads_the_denoiser_bit_for_bit(bundle):
     stored = {}
     with safe_open(next((bundle / "transformer").glob("*.safetensors")), framework="pt") as file:

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, DiTTransfor
 
 from cemq.builtin.training import check, models
 from cemq.builtin.training.digits import WORDS, caption, make_digits, soften
+from cemq.bundle import forget_paths
 
 BATCH = 128
 NULL_CLASS = 1000
@@ -202,6 +203,7 @@ def save(pipe: DiffusionPipeline, folder: Path) -> None:
         index = folder / "model_index.json"
         names = {"id2label": {str(number): word for number, word in enumerate(WORDS)}}
         index.write_text(json.dumps(json.loads(index.read_text()) | names, indent=2) + "\n")
+    forget_paths(folder)
     print(f"{folder}: {sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6:.1f} MB", flush=True)
 
 
