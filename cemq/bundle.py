@@ -95,7 +95,11 @@ def staging(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if output.exists():
             replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
             output.rename(replaced)
-            partial.rename(output)
+            try:
+                partial.rename(output)
+            except BaseException:
+                replaced.rename(output)
+                raise
             shutil.rmtree(replaced)
         else:
             partial.rename(output)

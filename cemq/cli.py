@@ -184,10 +184,8 @@ def generate(
         raise InputError("give either --prompt or --label")
     arguments = _call_arguments(call)
     from cemq import workflow
-    from cemq.bundle import read_bundle
     from cemq.evaluation.compare import check_picture_path
 
-    read_bundle(bundle)
     check_picture_path(output)
     _quiet()
     condition = label if prompt is None else prompt

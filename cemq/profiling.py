@@ -5,7 +5,7 @@ A few more runs of one batch measure how much each step matters for the final sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,9 @@ import torch
 
 from cemq.errors import PriorMismatchError
 from cemq.prior import ErrorPrior, PriorMetadata
-from cemq.sampling import Batch, iterate, run
+from cemq.sampling import Batch, Progress, iterate, run
 from cemq.trajectory import Trajectory, final_sample, force, inject, record
 
-Progress = Callable[[str, float], None]
 _CHUNK = 1 << 20  # latent elements turned to float64 at a time
 
 

@@ -15,6 +15,7 @@ import torch
 from cemq.errors import InputError, choose
 from cemq.sampler import intercepted
 
+Progress = Callable[[str, float], None]  # told a stage's name and the share of it done
 EVALUATION_SEED_OFFSET = 1_000_000  # evaluation seeds start here, so that none was ever used for profiling
 
 
@@ -145,9 +146,7 @@ def run(
     return output[0] if isinstance(output, tuple) else next(iter(output.values()))
 
 
-def iterate(
-    batches: Sequence[Batch], stage: str, progress: Callable[[str, float], None] | None, steps: int
-) -> Iterator:
+def iterate(batches: Sequence[Batch], stage: str, progress: Progress | None, steps: int) -> Iterator:
     """Yield (batch, on_step) and report the share of all steps done under the name ``stage``."""
     done, total = 0, len(batches) * steps
 

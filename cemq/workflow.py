@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, reci
 from cemq.runtime import attached, from_pretrained
 from cemq.sampling import (
     Batch,
+    Progress,
     check_call,
     check_conditions,
     condition_argument,
@@ -32,9 +32,7 @@ from cemq.sampling import (
     run,
     split_conditions,
 )
-from cemq.schedule import SOLVERS, check_budget, parse_budget, plan_schedule
-
-Progress = Callable[[str, float], None]
+from cemq.schedule import SOLVERS, check_budget, plan_schedule
 
 CHECK_SAMPLES = 4  # held-out samples for the fidelity that is written into the bundle
 MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
@@ -143,7 +141,7 @@ def quantize_and_schedule(
         )
         schedule = plan_schedule(
             prior,
-            parse_budget(plan.budget, prior.num_steps),
+            plan.budget,
             solver=plan.solver,
             predictor=plan.predictor,
             view=plan.prior,

@@ -187,5 +187,22 @@ def test_an_existing_output_is_replaced_only_on_request_and_only_if_it_is_a_bund
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_interrupt_between_the_two_renames_keeps_the_old_bundle(tmp_path, monkeypatch):
+    output, rename = tmp_path / "out", Path.rename
+    output.mkdir()
+    (output / MANIFEST).write_text("old")
+
+    def interrupted(self, target):
+        if "partial" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), staging(output, overwrite=True):
+        pass
+    assert (output / MANIFEST).read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_bundle_records_only_what_the_recipe_set(bundle):
     assert make_recipe(read_bundle(bundle).recipe).steps == 8

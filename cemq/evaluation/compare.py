@@ -18,10 +18,8 @@ from cemq.errors import InputError
 from cemq.evaluation.metrics import psnr_db, relative_l2, ssim
 from cemq.models import default_device, locate, open_pipeline, weight_bytes
 from cemq.runtime import from_pretrained, schedule_hook
-from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, iterate, make_batches, run
+from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches, run
 from cemq.trajectory import final_sample
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
