@@ -35,8 +35,11 @@ wheel: .venv/installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --quiet --wheel --no-isolation
 
-bench: .venv/installed  ## fidelity of both built-in models, all schemes and budgets; rewrites docs/benchmarks/fidelity.md
+bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; about 25 minutes
+	$(BIN)/python docs/benchmarks/quantization.py
 	$(BIN)/python docs/benchmarks/fidelity.py
+	$(BIN)/python docs/benchmarks/memory.py
+	$(BIN)/python docs/benchmarks/speed.py
 
 train: .venv/installed-dev  ## train the built-in models anew, into out/trained
 	$(BIN)/python -m cemq.builtin.training.train dit-digits sd3-digits -o out/trained

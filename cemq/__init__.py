@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from cemq._register import register_when_diffusers_loads
+from cemq._register import register_when_loaded
 
 __version__ = "0.1.0"
 
@@ -17,6 +17,7 @@ _PUBLIC = {
     "CemqError": "cemq.errors",
     "ErrorPrior": "cemq.prior",
     "Evaluation": "cemq.evaluation",
+    "TextEncoderConfig": "cemq.quantize.text_encoders",
     "attached": "cemq.runtime",
     "evaluate": "cemq.evaluation",
     "from_pretrained": "cemq.runtime",
@@ -25,6 +26,7 @@ _PUBLIC = {
     "profile": "cemq.profiling",
     "quantize_and_schedule": "cemq.workflow",
     "quantize_in_place": "cemq.quantize",
+    "quantize_text_encoder": "cemq.quantize.text_encoders",
 }
 __all__ = ["__version__", *_PUBLIC]
 
@@ -41,4 +43,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
-register_when_diffusers_loads()
+register_when_loaded()

@@ -1,15 +1,46 @@
-"""Tell diffusers about cemq's quantizer as soon as diffusers is there, without importing it (or torch) here."""
+"""Tell diffusers and transformers of cemq's quantizers once they are there, without importing them (or torch) here."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_TARGET = "diffusers.quantizers.auto"
-_REGISTERS = "cemq.quantize.native"  # enters itself in diffusers' tables when imported
+_REGISTERS = {  # what enters itself in a library's tables when it is imported
+    "diffusers.quantizers.auto": "cemq.quantize.quantizer",
+    "transformers.quantizers.auto": "cemq.quantize.text_encoders",
+}
+
+
+# diffusers imports every quantization library it finds, and these complain about what this machine lacks
+_NOISY = (
+    "bitsandbytes.backends.cpu.ops",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+    "torch.utils._pytree",
+    "torchao",
+)
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Drop log records up to warnings of the libraries that diffusers imports beside its quantizers."""
+
+    def errors_only(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING
+
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    for logger in loggers:
+        logger.addFilter(errors_only)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(errors_only)
 
 
 class _ThenRegister(Loader):
@@ -22,13 +53,14 @@ class _ThenRegister(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        importlib.import_module(_REGISTERS)
+        with _without_noise():
+            self.loader.exec_module(module)
+        importlib.import_module(_REGISTERS[module.__name__])
 
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != _TARGET:
+        if name not in _REGISTERS:
             return None
         spec = PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
@@ -36,9 +68,10 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-def register_when_diffusers_loads() -> None:
-    """Register now if diffusers' quantizers are imported already, else when they are."""
-    if _TARGET in sys.modules:
-        importlib.import_module(_REGISTERS)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+def register_when_loaded() -> None:
+    """Register now with what is imported already, else when it is."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+    for target, registers in _REGISTERS.items():
+        if target in sys.modules:
+            importlib.import_module(registers)

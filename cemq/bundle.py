@@ -20,7 +20,7 @@ from cemq.errors import BundleError, CemqError
 from cemq.prior import SamplerFingerprint
 from cemq.schedule import CacheSchedule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "cemq.json"
 PRIOR = "prior.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -117,8 +118,18 @@ def quantize_and_schedule(
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write the bundle to.")] = Path("bundle"),
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe by name, or a YAML file.")] = None,
-    scheme: Annotated[str | None, typer.Option(help="w8a8, w4a8 or none [w8a8].")] = None,
-    backend: Annotated[str | None, typer.Option(help="Quantization backend [native].")] = None,
+    scheme: Annotated[str | None, typer.Option(help="w8a8, w4a8, w8a16, w4a16 or none [w8a8].")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="native, quanto, bitsandbytes or torchao [native]; see cemq doctor.")
+    ] = None,
+    rounding: Annotated[str | None, typer.Option(help="Of weights: gptq or nearest [gptq].")] = None,
+    low_rank: Annotated[int | None, typer.Option(min=0, help="Rank of a bf16 correction of 4-bit weights [0].")] = None,
+    bits_budget: Annotated[
+        float | None, typer.Option(help="Average bits a weight, e.g. 4.5: the layers that gain most take 8.")
+    ] = None,
+    components: Annotated[
+        str | None, typer.Option(help="What to quantize, e.g. transformer,text_encoder_2 [the denoiser].")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; default: the pipeline's.")] = None,
     budget: Budget = None,
     solver: Annotated[str | None, typer.Option(help="segment, cem or uniform [segment].")] = None,
@@ -138,7 +149,9 @@ def quantize_and_schedule(
     Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
     """
     settings = {
-        "scheme": scheme, "backend": backend, "steps": steps, "budget": budget, "solver": solver, "dtype": dtype,
+        "scheme": scheme, "backend": backend, "rounding": rounding, "low_rank": low_rank, "bits_budget": bits_budget,
+        "components": [name.strip() for name in components.split(",") if name.strip()] if components else None,
+        "steps": steps, "budget": budget, "solver": solver, "dtype": dtype,
         "predictor": predictor, "prior": prior, "calib": calib, "samples": samples, "seed": seed,
         "call": _call_arguments(call),
     }  # fmt: skip
@@ -247,6 +260,92 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         _print_json(description)
     else:
         print_description(description)
+
+
+@app.command()
+@_one_line_errors
+def bench(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="Time a bundle and its original, not an architecture.")
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(help="dit-small, dit-xl-2, pixart-sigma, sd3-medium, flux-dev or wan-1.3b; default: dit-small."),
+    ] = None,
+    schemes: Annotated[str | None, typer.Option(help="Of --arch, e.g. w8a16,quanto:w8a8; default: w8a8,w4a8.")] = None,
+    no_full_precision: Annotated[bool, typer.Option("--no-full-precision", help="Leave full precision out.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: bfloat16, or the bundle's.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Inputs of a forward, samples of a run.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="How often each variant is timed; default: 15, runs 5.")
+    ] = None,
+    device: Device = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile every variant of --arch.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file to write as well.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time full precision against quantized, taking turns in one run, and weigh both.
+
+    Weights of --arch are random, and nothing is downloaded. Ratios are those of medians.
+
+    Example: cemq bench --arch dit-small --schemes w8a8,w4a8,torchao:w8a8
+    """
+    if bundle and (arch or schemes or compiled):
+        raise InputError("--arch, --schemes and --compile do not go with a bundle: leave out one or the other")
+    if output and not output.absolute().parent.is_dir():
+        raise InputError(f"output '{output}': the folder '{output.parent}' does not exist")
+    from cemq.bench import bench_architecture, bench_bundle
+    from cemq.bench.table import print_benchmark
+
+    _quiet()
+    given = {
+        "dtype": dtype,
+        "batch": batch,
+        "rounds": rounds,
+        "device": device,
+        "full_precision": not no_full_precision,
+    }
+    if not bundle:
+        names = [name.strip() for name in schemes.split(",") if name.strip()] if schemes is not None else None
+        given |= {"schemes": names, "compiled": compiled}
+    settings = {name: value for name, value in given.items() if value is not None}
+    with _progress() as progress:
+        if bundle:
+            result = bench_bundle(bundle, progress=progress, **settings)
+        else:
+            result = bench_architecture(arch or "dit-small", progress=progress, **settings)
+    if output:
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        _print_json(result)
+    else:
+        print_benchmark(result)
+
+
+@app.command()
+@_one_line_errors
+def doctor(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave torch.compile out, which takes most of the time.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what this machine can do: every backend and scheme, tried on a tiny model.
+
+    Example: cemq doctor --quick
+    """
+    from cemq.bench import examine
+    from cemq.bench.table import print_doctor
+
+    _quiet()
+    with _progress() as progress:
+        found = examine(quick=quick, progress=progress)
+    if as_json:
+        _print_json(found)
+    else:
+        print_doctor(found)
 
 
 def _version(value: bool) -> None:

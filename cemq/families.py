@@ -4,7 +4,8 @@ from __future__ import annotations
 
 # Sensitive and small: what turns latents and conditions into tokens, and tokens back into latents.
 FULL_PRECISION = (
-    "proj_out*",
+    "proj_out",
+    "proj_out_2",
     "norm_out*",
     "pos_embed*",
     "patch_embed*",

@@ -86,11 +86,15 @@ def _align(pipe: Any) -> None:
     model would differ in the last bits."""
     import torch
 
+    from cemq.memory import give_back
+
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             for tensor in (*component.parameters(), *component.buffers()):
                 if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                    tensor.data = tensor.data.clone()
+                    mapped = tensor.data
+                    tensor.data = mapped.clone()
+                    give_back(mapped)
 
 
 def check_device(device: str) -> Any:

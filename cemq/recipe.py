@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,6 +35,11 @@ class Recipe(BaseModel):
     dtype: str | None = None
     call: dict[str, Any] = {}
     full_precision: list[str] | None = None  # patterns of layers to keep; None: those of `families`
+    rounding: Literal["gptq", "nearest"] = "gptq"  # of weights, native backend
+    smoothed: bool = False  # scale the inputs of 8-bit activations per channel, native backend
+    low_rank: int = Field(default=0, ge=0)  # rank of a bfloat16 correction beside every 4-bit weight, native backend
+    bits_budget: float | None = None  # average stored bits a weight; the layers that gain most take 8 bits
+    components: list[str] | None = None  # what to quantize; None: the denoiser
     note: str = ""
 
 

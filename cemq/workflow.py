@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,11 @@ from cemq import __version__
 from cemq.bundle import MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
 from cemq.errors import InputError, ModelError, choose
 from cemq.evaluation import measure_fidelity, run_batch
-from cemq.families import full_precision_patterns
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
 from cemq.predict import get_predictor
 from cemq.prior import VIEWS
 from cemq.profiling import measure_sensitivity, profile, record_references
-from cemq.quantize import NO_SCHEME, CemqConfig, check_scheme, quantize_in_place
+from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
 from cemq.runtime import attached, from_pretrained
 from cemq.sampling import (
@@ -35,6 +35,7 @@ from cemq.sampling import (
 from cemq.schedule import SOLVERS, check_budget, plan_schedule
 
 CHECK_SAMPLES = 4  # held-out samples for the fidelity that is written into the bundle
+CALIBRATION_CALLS = 48  # calls of the denoiser that quantization is fitted to, spread over all trajectories
 MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
 
 
@@ -82,7 +83,17 @@ def quantize_and_schedule(
         CemqError: Anything asked for cannot be done; nothing is written.
     """
     plan = resolve_recipe(model, recipe, settings)
-    check_scheme(plan.scheme, plan.backend)
+    quantization = QuantizationPlan(
+        scheme=plan.scheme,
+        backend=plan.backend,
+        full_precision=plan.full_precision,
+        gptq=plan.rounding == "gptq",
+        smoothed=plan.smoothed,
+        low_rank=plan.low_rank,
+        bits_budget=plan.bits_budget,
+        components=tuple(plan.components or ()),
+    )
+    quantization.check()
     choose("solver", plan.solver, SOLVERS)
     choose("prior", plan.prior, VIEWS)
     get_predictor(plan.predictor)
@@ -103,13 +114,20 @@ def quantize_and_schedule(
         steps = plan.steps or _default_steps(pipe)
         check_budget(plan.budget, steps, plan.solver)
         check_call(pipe, plan.call)
+        quantization.check_pipeline(pipe)
         profiled, held_out = _conditions(pipe, plan)
         batches = make_batches(profiled, samples=plan.samples, first_seed=plan.seed, batch_size=plan.batch_size)
         check = make_batches(
             held_out, samples=CHECK_SAMPLES, first_seed=plan.seed + plan.samples, batch_size=plan.batch_size
         )
 
-        references = record_references(pipe, batches, steps=steps, call=plan.call, progress=progress)
+        calls: dict[str, Any] = {}
+        with ExitStack() as recording:
+            for name, denoiser in denoisers(pipe):
+                if quantization.needs_calls(denoiser):
+                    every = _stride(len(batches) * steps)
+                    calls[name] = recording.enter_context(record_calls(denoiser, every=every))
+            references = record_references(pipe, batches, steps=steps, call=plan.call, progress=progress)
         sensitivity = measure_sensitivity(
             pipe,
             batches[0],
@@ -122,12 +140,8 @@ def quantize_and_schedule(
         wanted = _outcomes(pipe, check, "full-precision check", steps, plan, progress)
         reference_bytes = weight_bytes(pipe)
 
-        if plan.scheme != NO_SCHEME:
-            for _, denoiser in denoisers(pipe):
-                kept = plan.full_precision
-                if kept is None:
-                    kept = full_precision_patterns(type(denoiser).__name__)
-                quantize_in_place(denoiser, CemqConfig(plan.scheme, full_precision=kept))
+        quantize_pipeline(pipe, quantization, calls, progress)
+        calls.clear()
         prior = profile(
             pipe,
             batches,
@@ -208,6 +222,11 @@ def _conditions(pipe: Any, plan: Recipe) -> tuple[tuple[str | int, ...], tuple[s
     default = "imagenet_labels.txt" if labelled else "prompts.txt"
     lines = read_conditions(find_calibration(plan.calib or default))
     return split_conditions(check_conditions(pipe, lines), profiled=plan.samples, seed=plan.seed)
+
+
+def _stride(steps: int) -> int:
+    """Which share of the calls to keep for calibration; odd, so that two calls a step (guidance) are kept alike."""
+    return max(1, steps // CALIBRATION_CALLS) | 1
 
 
 def _outcomes(pipe: Any, batches: Any, stage: str, steps: int, plan: Recipe, progress: Progress | None) -> list[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -19,6 +21,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from cemq.builtin.training import models as built
@@ -28,6 +31,42 @@ from cemq.models import locate, open_pipeline
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def make_denoiser() -> DiTTransformer2DModel:
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10,
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def predict(model: nn.Module, seed: int = 1) -> torch.Tensor:
+    """Three images of sixteen tokens, so that the blocks run in integers and the embeddings weight-only."""
+    torch.manual_seed(seed)
+    sample = torch.randn(3, 4, 8, 8).to(model.pos_embed.proj.weight.dtype)
+    return model(sample, timestep=torch.tensor([5, 50, 500]), class_labels=torch.tensor([1, 2, 3])).sample
+
+
+def identical(left: nn.Module, right: nn.Module) -> bool:
+    left, right = left.state_dict(), right.state_dict()
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 error."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def run_python(code: str, *arguments: object, **variables: str) -> str:
+    """What a fresh interpreter prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | variables
+    ).stdout.strip()
 
 
 def tiny_vae(latent_channels: int) -> AutoencoderKL:
@@ -43,11 +82,11 @@ def tiny_vae(latent_channels: int) -> AutoencoderKL:
     ).eval()
 
 
-def make_dit(scheduler=None) -> DiTPipeline:
+def make_dit(scheduler=None, head_dim=16) -> DiTPipeline:
     """Class-conditional, guidance batched, learned sigma (the second half of the channels is thrown away)."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        num_attention_heads=2, attention_head_dim=head_dim, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
         patch_size=2, num_embeds_ada_norm=1000,
     )  # fmt: skip
     pipe = DiTPipeline(transformer=transformer.eval(), vae=tiny_vae(4), scheduler=scheduler or DDIMScheduler())

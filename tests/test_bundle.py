@@ -10,7 +10,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from safetensors import safe_open
 
 import cemq
-from cemq.bundle import MANIFEST, PRIOR, read_bundle, staging
+from cemq.bundle import FORMAT_VERSION, MANIFEST, PRIOR, read_bundle, staging
 from cemq.errors import BundleError, InfeasibleBudgetError
 from cemq.prior import ErrorPrior
 from cemq.recipe import make_recipe
@@ -102,7 +102,7 @@ def test_another_dtype_leaves_the_scales_alone(bundle):
     )
     scales = [name for name in wide if name.endswith("weight_scale")]
     assert all(torch.equal(wide[name], narrow[name]) for name in scales)
-    assert narrow["proj_out_1.weight"].dtype is torch.bfloat16
+    assert narrow["proj_out_2.weight"].dtype is torch.bfloat16
 
 
 def test_the_manifest_says_how_the_bundle_was_made(bundle):
@@ -149,10 +149,11 @@ def test_a_damaged_manifest_is_refused(copy, content):
         load(copy)
 
 
-def test_a_newer_format_is_refused(copy):
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
+def test_another_format_is_refused(copy, version):
     fields = json.loads((copy / MANIFEST).read_text())
-    (copy / MANIFEST).write_text(json.dumps(fields | {"format_version": 2}))
-    with pytest.raises(BundleError, match="has format 2, this cemq reads 1"):
+    (copy / MANIFEST).write_text(json.dumps(fields | {"format_version": version}))
+    with pytest.raises(BundleError, match=f"has format {version}, this cemq reads {FORMAT_VERSION}: write it again"):
         load(copy)
 
 

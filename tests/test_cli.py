@@ -106,8 +106,14 @@ BUILD = ("quantize-and-schedule", "builtin:dit-digits")
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
-        ("unknown scheme 'w8a9': choose from w8a8, w4a8, none; did you mean", [*BUILD, "--scheme", "w8a9"]),
+        ("unknown scheme 'w8a9': choose from w8a8, w4a8, w8a16, ", [*BUILD, "--scheme", "w8a9"]),
         ("unknown backend 'bnb'", [*BUILD, "--backend", "bnb"]),
+        ("rounding='floor' is wrong: input should be 'gptq' or 'nearest'", [*BUILD, "--rounding", "floor"]),
+        ("low rank: only 4-bit schemes of the native backend take it, not w8a8", [*BUILD, "--low-rank", "8"]),
+        ("bits budget: only 4-bit schemes of the native backend", [*BUILD, "--bits-budget", "5"]),
+        ("component 'vae' stays in full precision", [*BUILD, "--components", "vae"]),
+        ("unknown component of DiTPipeline 'text_encoder'", [*BUILD, "--components", "transformer, text_encoder"]),
+        ("components to quantize are named", [*BUILD, "--scheme", "none", "--components", "transformer"]),
         ("budget=51 is out of range for 50 steps: choose 2..50", [*BUILD, "--budget", "51"]),
         ("budget=1 is out of range", [*BUILD, "--budget", "1"]),
         ("budget 'lots' is neither", [*BUILD, "--budget", "lots"]),
@@ -131,6 +137,16 @@ BUILD = ("quantize-and-schedule", "builtin:dit-digits")
 def test_a_wrong_request_is_one_line_and_writes_nothing(message, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fails(message, *arguments, "-o", "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scheme", [[], ["--scheme", "w4a8"]])
+def test_another_backend_takes_no_low_rank_correction(scheme, tmp_path, monkeypatch):
+    monkeypatch.setattr("cemq.quantize.schemes.installed", lambda backend: True)
+    fails(
+        "low rank: only 4-bit schemes of the native backend", *BUILD, *scheme, "--backend", "quanto", "--low-rank", "8",
+        "-o", tmp_path / "out",
+    )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 
@@ -175,14 +191,35 @@ def test_generate_wants_one_condition_and_a_png(bundle, tmp_path):
     fails("does not exist", "generate", bundle, "--label", "1", "-o", tmp_path / "none" / "a.png")
 
 
-def test_an_empty_prompt_is_refused(tmp_path):
-    output = tmp_path / "sd3"
-    done = run(
-        "quantize-and-schedule", "builtin:sd3-digits", "--steps", "4", "--budget", "2", "--samples", "1", "-o", output
-    )
-    assert done.returncode == 0, done.stderr
-    fails("the prompt is empty", "generate", output, "--prompt", " ", "-o", tmp_path / "a.png")
-    assert invoke("generate", output, "--prompt", "a bold seven", "-o", tmp_path / "a.png").exit_code == 0
+@pytest.fixture(scope="module")
+def prompted_bundle(tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli") / "sd3"
+    done = invoke(
+        "quantize-and-schedule", "builtin:sd3-digits", "--steps", "4", "--budget", "2", "--samples", "1",
+        "--scheme", "w4a8", "--rounding", "nearest", "--low-rank", "4", "--components", "transformer, text_encoder",
+        "-o", output,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return output
+
+
+def test_options_of_quantization_reach_the_bundle(prompted_bundle):
+    recipe = json.loads((prompted_bundle / "cemq.json").read_text())["recipe"]
+    assert recipe.items() >= {"scheme": "w4a8", "rounding": "nearest", "low_rank": 4}.items()
+    assert recipe["components"] == ["transformer", "text_encoder"]
+    configs = {path.parent.name: json.loads(path.read_text()) for path in prompted_bundle.glob("*/config.json")}
+    quantized = {
+        name: fields["quantization_config"] for name, fields in configs.items() if "quantization_config" in fields
+    }
+    assert {name: fields["scheme"] for name, fields in quantized.items()} == {
+        "transformer": "w4a8", "text_encoder": "w4a16",
+    }  # fmt: skip
+    assert quantized["transformer"]["low_rank"] == 4
+
+
+def test_an_empty_prompt_is_refused(prompted_bundle, tmp_path):
+    fails("the prompt is empty", "generate", prompted_bundle, "--prompt", " ", "-o", tmp_path / "a.png")
+    assert invoke("generate", prompted_bundle, "--prompt", "a bold seven", "-o", tmp_path / "a.png").exit_code == 0
     (tmp_path / "empty.txt").write_text("\n")
     fails(
         "holds no prompt", "quantize-and-schedule", "builtin:sd3-digits", "--calib", tmp_path / "empty.txt",

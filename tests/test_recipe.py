@@ -32,6 +32,28 @@ def test_a_value_of_the_wrong_type_is_refused():
         make_recipe({"steps": "many"})
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rounding": "floor"}, "rounding='floor' is wrong: input should be 'gptq' or 'nearest'"),
+        ({"low_rank": -1}, "low_rank=-1 is wrong"),
+        ({"components": "transformer"}, "components='transformer' is wrong"),
+        ({"bits_budget": "few"}, "bits_budget='few' is wrong"),
+        ({"lowrank": 8}, "unknown key in settings 'lowrank'.*did you mean 'low_rank'"),
+    ],
+)
+def test_wrong_settings_of_quantization_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        make_recipe(fields)
+
+
+def test_settings_of_quantization_are_read_from_a_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("rounding: nearest\nlow_rank: 8\nbits_budget: 5\ncomponents: [text_encoder]\n")
+    recipe = load_recipe(str(tmp_path / "a.yaml"))
+    assert (recipe.rounding, recipe.low_rank, recipe.bits_budget) == ("nearest", 8, 5.0)
+    assert recipe.components == ["text_encoder"]
+
+
 @pytest.mark.parametrize(("text", "message"), [("- a\n", "holds no settings"), ("a: [", "is not YAML")])
 def test_a_malformed_file_is_refused(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)

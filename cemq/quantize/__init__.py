@@ -1,16 +1,29 @@
-"""Quantization of denoisers."""
+"""Quantization: schemes and backends, layers, calibration, and the glue to diffusers."""
 
-from cemq.quantize.linear import QuantizedLinear
-from cemq.quantize.native import CemqConfig, quantize_in_place
-from cemq.quantize.schemes import BACKENDS, NO_SCHEME, SCHEMES, Scheme, check_scheme
+from cemq.quantize.allocate import choose_eight_bit, stored_bits
+from cemq.quantize.build import QuantizationPlan, quantize_pipeline
+from cemq.quantize.calibrate import quantize_calibrated, record_calls
+from cemq.quantize.linear import InputStatistics, NativeLinear, QuantizedLinear
+from cemq.quantize.quantizer import CemqConfig, quantize_in_place
+from cemq.quantize.schemes import BACKENDS, NO_SCHEME, SCHEMES, Backend, Scheme, check_scheme, installed
 
 __all__ = [
     "BACKENDS",
     "NO_SCHEME",
     "SCHEMES",
+    "Backend",
     "CemqConfig",
+    "InputStatistics",
+    "NativeLinear",
+    "QuantizationPlan",
     "QuantizedLinear",
     "Scheme",
     "check_scheme",
+    "choose_eight_bit",
+    "installed",
+    "quantize_calibrated",
     "quantize_in_place",
+    "quantize_pipeline",
+    "record_calls",
+    "stored_bits",
 ]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 INT8_MAX = 127
 INT4_MAX = 7
+GROUP_SIZE = 64  # int4 weights that share a group scale
 # int4 times its group scale must fit in int8, so that the product with int8 activations stays integer
 GROUP_SCALE_MAX = INT8_MAX // INT4_MAX
 _TINY = 1e-12
@@ -17,89 +18,142 @@ _CLIP_TRIALS = 4  # how far below the smallest unclipped group scale to look for
 
 def quantize_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 per output channel, ``weight ~ quantized * scale``: int8 (out, in) and float32 (out, 1)."""
-    weight = weight.float()
-    scale = weight.abs().amax(-1, keepdim=True).clamp_min(_TINY) / INT8_MAX
-    return (weight / scale).round_().to(torch.int8), scale
+    scale = channel_scales(weight)
+    return (weight.float() / scale).round_().to(torch.int8), scale
 
 
-def quantize_tokens(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def channel_scales(weight: torch.Tensor) -> torch.Tensor:
+    """The symmetric int8 scale of each output channel, float32 (out, 1)."""
+    return weight.float().abs().amax(-1, keepdim=True).clamp_min(_TINY) / INT8_MAX
+
+
+def quantize_tokens(
+    values: torch.Tensor, smooth: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Asymmetric int8 per token: ``values ~ (quantized - zero_point) * scale``, and zero stays exactly zero.
 
     What leaves an activation function lies mostly on one side of zero, where symmetric scales waste a bit: on the
-    built-in DiT this lowers the error of a W8A8 forward by a quarter.
+    built-in DiT this lowers the error of a W8A8 forward by a quarter. The kernels do the same float32 operations in the
+    same order.
+
+    Args:
+        values: (tokens, channels).
+        smooth: float32 (channels,) that the values are multiplied with first, or None.
 
     Returns:
         int8 (tokens, channels), float32 scales (tokens, 1), int32 zero points (tokens, 1) in -128..127.
     """
-    values = values.float()
-    low, high = values.amin(-1, keepdim=True).clamp_max_(0), values.amax(-1, keepdim=True).clamp_min_(0)
-    scale = ((high - low) / 255).clamp_min_(_TINY)
-    zero_point = (-128 - low / scale).round_()
-    quantized = (values / scale).round_().add_(zero_point).clamp_(-128, 127)
+    values = values.float() if smooth is None else values.float() * smooth
+    low, high = values.amin(-1, keepdim=True).clamp_max(0), values.amax(-1, keepdim=True).clamp_min(0)
+    scale = ((high - low) * (1 / 255)).clamp_min(_TINY)
+    inverse = scale.reciprocal()
+    zero_point = (-128 - low * inverse).round()
+    quantized = ((values * inverse).round() + zero_point).clamp(-128, 127)
     return quantized.to(torch.int8), scale, zero_point.to(torch.int32)
 
 
-def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Progressive int4: ``weight ~ int4 * group_scale * scale`` with integer group scales (as in QServe, 2405.04532).
+def group_scales(
+    weight: torch.Tensor, group_size: int, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Progressive scales for int4: ``weight ~ int4 * group_scale * scale``, group scales whole (QServe, 2405.04532).
 
     ``int4`` lies in -7..7 and ``group_scale`` in 1..18, so their product is an int8 weight. Each group scale is the one
     of the four largest useful candidates with the least squared error.
 
+    Args:
+        weight: (out, groups * group_size).
+        group_size: Columns that share a group scale.
+        importance: (groups * group_size,), how much each column's squared error counts; None: all alike.
+
     Returns:
-        packed (out, padded_in / 2) uint8, group scales (out, groups) int8, scales (out, 1) float32.
+        group scales (out, groups) float32 of whole numbers, scales (out, 1) float32.
     """
-    rows, columns = weight.shape
-    groups = -(-columns // group_size)
-    grouped = F.pad(weight.float(), (0, groups * group_size - columns)).view(rows, groups, group_size)
-    scale = grouped.abs().amax((1, 2)).clamp_min(_TINY).view(rows, 1, 1) / (INT4_MAX * GROUP_SCALE_MAX)
+    grouped = weight.float().unflatten(1, (-1, group_size))
+    scale = grouped.abs().amax((1, 2)).clamp_min(_TINY).view(-1, 1, 1) / (INT4_MAX * GROUP_SCALE_MAX)
     unclipped = (grouped.abs().amax(-1, keepdim=True) / (INT4_MAX * scale)).ceil().clamp(1, GROUP_SCALE_MAX)
-    best_error = best = best_scale = None
+    weighting = 1.0 if importance is None else importance.float().view(1, -1, group_size)
+    candidates, errors = [], []
     for trial in range(_CLIP_TRIALS):
         group_scale = (unclipped - trial).clamp_min(1)
         step = group_scale * scale
-        quantized = (grouped / step).round().clamp(-INT4_MAX, INT4_MAX)
-        error = (quantized * step - grouped).square().sum(-1, keepdim=True)
-        if best is None:
-            best_error, best, best_scale = error, quantized, group_scale
-            continue
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better, quantized, best)
-        best_scale = torch.where(better, group_scale, best_scale)
-    return pack_int4(best.to(torch.int8).flatten(1)), best_scale.squeeze(-1).to(torch.int8), scale.view(rows, 1)
+        error = (grouped / step).round_().clamp_(-INT4_MAX, INT4_MAX).mul_(step).sub_(grouped).square_()
+        candidates.append(group_scale.squeeze(-1))
+        errors.append((error * weighting).sum(-1))
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    return torch.stack(candidates).gather(0, best).squeeze(0), scale.view(-1, 1)
 
 
-def pack_int4(values: torch.Tensor) -> torch.Tensor:
-    """int8 in -8..7, shape (rows, even), to uint8 (rows, even / 2); the even column sits in the low half byte."""
-    shifted = (values + 8).to(torch.uint8)
-    return shifted[:, ::2] | (shifted[:, 1::2] << 4)
+def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round to nearest under the scales of `group_scales`.
+
+    Returns:
+        packed (out, padded_in / 2) uint8, group scales (out, groups) int8, scales (out, 1) float32.
+    """
+    weight = F.pad(weight.float(), (0, -weight.shape[1] % group_size))
+    group_scale, scale = group_scales(weight, group_size)
+    step = (group_scale * scale).repeat_interleave(group_size, 1)
+    values = (weight / step).round_().clamp_(-INT4_MAX, INT4_MAX)
+    return pack_int4(values.to(torch.int8), group_size), group_scale.to(torch.int8), scale
 
 
-def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+def pack_int4(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """int8 in -8..7, shape (rows, groups * group_size), to uint8 (rows, groups * group_size / 2).
+
+    A byte holds a column of the first half of a group in its low half, and its like of the second half in its high
+    half: both halves of a group unpack to runs of neighbours, which vector units and tensor cores can take as they are.
+    """
+    low, high = (values + 8).to(torch.uint8).unflatten(1, (-1, 2, group_size // 2)).unbind(2)
+    return (low | (high << 4)).flatten(1)
+
+
+def unpack_int4(packed: torch.Tensor, group_size: int) -> torch.Tensor:
     """The inverse of `pack_int4`."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(1).to(torch.int8) - 8
+    halves = packed.unflatten(1, (-1, 1, group_size // 2))
+    return torch.cat((halves & 15, halves >> 4), 2).flatten(1).to(torch.int8) - 8
 
 
 def expand_int4(packed: torch.Tensor, group_scale: torch.Tensor, columns: int) -> torch.Tensor:
     """The int8 weight (rows, columns) that packed int4 and its integer group scales stand for."""
-    values = unpack_int4(packed).view(*group_scale.shape, -1)
+    group_size = 2 * packed.shape[1] // group_scale.shape[1]
+    values = unpack_int4(packed, group_size).unflatten(1, (-1, group_size))
     return (values * group_scale.unsqueeze(-1)).flatten(1)[:, :columns]
+
+
+def rescale(
+    product: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """From the int32 product (tokens, out) of quantized tokens and an integer weight to what the float layer gives."""
+    output = (product - zero_point * weight_sum.t()).float() * (scale * weight_scale.t())
+    if bias is not None:
+        output = output + bias.float()
+    return output.to(dtype)
 
 
 def integer_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Exact int8 x int8 product in int32: left (m, k), right (n, k), result (m, n)."""
     if left.is_cuda:  # cuBLAS wants more than 16 rows, and k and n in multiples of 8
         return _padded_matmul(left, right, min_rows=17, multiple=8)
-    if not _cpu_product_is_exact():
+    if not cpu_product_is_exact():
         return (left.double() @ right.double().t()).to(torch.int32)
     if left.shape[1] == 1:  # torch leaves the result of a one-column product uninitialised
         return _padded_matmul(left, right, min_rows=1, multiple=2)
     return torch._int_mm(left.contiguous(), right.t())
 
 
-@functools.cache
-def _cpu_product_is_exact() -> bool:
+@torch.compiler.assume_constant_result
+def cpu_product_is_exact() -> bool:
     """False on CPUs without VNNI, where oneDNN sums pairs of products in 16 bits and saturates."""
+    return _probe_cpu_product()
+
+
+@functools.cache
+def _probe_cpu_product() -> bool:
     extreme = torch.full((32, 64), INT8_MAX, dtype=torch.int8)
     return bool((torch._int_mm(extreme, extreme.t()) == 64 * INT8_MAX**2).all())
 
@@ -109,4 +163,4 @@ def _padded_matmul(left: torch.Tensor, right: torch.Tensor, *, min_rows: int, mu
     pad_inner, pad_columns = -inner % multiple, -columns % multiple
     left = F.pad(left, (0, pad_inner, 0, max(min_rows - rows, 0)))
     right = F.pad(right, (0, pad_inner, 0, pad_columns))
-    return torch._int_mm(left, right.t())[:rows, :columns]
+    return torch._int_mm(left, right.t())[:rows, :columns].contiguous()

@@ -1,27 +1,47 @@
-"""The quantized linear layer: plain integer tensors and one integer product."""
+"""Quantized linear layers: plain integer tensors, whatever library multiplies them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cemq.quantize.integers import expand_int4, integer_matmul, quantize_channels, quantize_int4, quantize_tokens
+from cemq.memory import give_back
+from cemq.quantize.gptq import gptq_int4, gptq_int8, low_rank, smoothing
+from cemq.quantize.integers import GROUP_SIZE, quantize_channels, quantize_int4
+from cemq.quantize.kernels import FEW_ROWS, integer_linear, integer_weight, weight_only_linear
 from cemq.quantize.schemes import Scheme
 
-# With fewer rows (time embedding, adaLN) there is nothing to gain from an integer product, and the input is precious.
-WEIGHT_ONLY_BELOW_ROWS = 32
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputStatistics:
+    """What calibration knows of a layer's inputs ``x``.
+
+    Args:
+        largest: The largest ``|x|`` of each recorded call, in order.
+        channel_largest: (in,) the largest ``|x|`` of each channel over all calls.
+        hessian: (in, in) float32, the sum of ``x x^T``; None where it was not asked for.
+    """
+
+    largest: tuple[float, ...]
+    channel_largest: torch.Tensor
+    hessian: torch.Tensor | None = None
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer with integer weights and, from 32 rows on, int8 activations quantized per token.
+    """A linear layer whose stored tensors are plain ones, so that any loader, offloader or copy can handle them.
 
-    ``weight`` is int8 (out, in), or uint8 (out, padded_in / 2) with ``group_scale`` int8 (out, groups);
-    ``weight_scale`` is float32 (out, 1) and stays so whatever dtype the model is cast to. ``weight_sum`` is int32
-    (out, 1), the row sums of the integer weight, which the activations' zero points are multiplied with.
+    Subclasses say which tensors they store (`layout`), how a float weight turns into them (`quantize`) and how they are
+    multiplied (`multiply`). Tensors of the layout keep their dtype whatever the model is cast to.
     """
+
+    needs_largest: ClassVar[bool] = False  # static activation scales: cannot be made without statistics
 
     def __init__(
         self,
@@ -35,73 +55,143 @@ class QuantizedLinear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-
-        def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-        if scheme.weight_bits == 4:
-            groups = -(-in_features // scheme.group_size)
-            self.weight = frozen(out_features, groups * scheme.group_size // 2, dtype=torch.uint8)
-            self.group_scale = frozen(out_features, groups, dtype=torch.int8)
-        else:
-            self.weight = frozen(out_features, in_features, dtype=torch.int8)
-        self.weight_scale = frozen(out_features, 1, dtype=torch.float32)
-        self.weight_sum = frozen(out_features, 1, dtype=torch.int32)
-        self.bias = frozen(out_features, dtype=dtype) if bias else None
+        for name, (shape, kind) in self.layout(in_features, out_features, scheme).items():
+            setattr(self, name, _frozen(torch.empty(shape, dtype=kind, device=device)))
+        self.bias = _frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
-        """Round the weights of ``linear`` to nearest under ``scheme``; the bias is kept."""
-        quantized = cls(
+    def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:
+        """Shape and dtype of every stored tensor but the bias; one of them is called ``weight``."""
+        raise NotImplementedError
+
+    @classmethod
+    def quantize(
+        cls, weight: torch.Tensor, scheme: Scheme, statistics: InputStatistics | None
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of `layout` for a float weight (out, in)."""
+        raise NotImplementedError
+
+    def multiply(self, values: torch.Tensor) -> torch.Tensor:
+        """(rows, in) to (rows, out)."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, scheme: Scheme, statistics: InputStatistics | None = None
+    ) -> QuantizedLinear:
+        """Quantize the weight of ``linear``; the bias is kept."""
+        has_bias = linear.bias is not None
+        layer = cls(
             linear.in_features,
             linear.out_features,
             scheme=scheme,
-            bias=linear.bias is not None,
+            bias=has_bias,
             dtype=linear.weight.dtype,
             device="meta",
         )
-        quantized.set_weight(linear.weight)
-        if linear.bias is not None:
-            quantized.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        return quantized
+        layer.set_weight(linear.weight, statistics)
+        if has_bias:
+            layer.bias = _frozen(linear.bias)
+        return layer
 
     @torch.no_grad()
-    def set_weight(self, weight: torch.Tensor) -> None:
+    def set_weight(self, weight: torch.Tensor, statistics: InputStatistics | None = None) -> None:
         """Quantize a float weight (out, in)."""
-        if self.scheme.weight_bits == 4:
-            packed, group_scale, scale = quantize_int4(weight, self.scheme.group_size)
-            self.group_scale = nn.Parameter(group_scale, requires_grad=False)
-        else:
-            packed, scale = quantize_channels(weight)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        row_sums = self.integer_weight().sum(1, keepdim=True, dtype=torch.int32)
-        self.weight_sum = nn.Parameter(row_sums, requires_grad=False)
-
-    def integer_weight(self) -> torch.Tensor:
-        """The int8 weight (out, in) that takes part in the product."""
-        if self.scheme.weight_bits == 4:
-            return expand_int4(self.weight, self.group_scale, self.in_features)
-        return self.weight
+        for name, tensor in self.quantize(weight, self.scheme, statistics).items():
+            setattr(self, name, _frozen(tensor.contiguous()))
+        give_back(weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = input.numel() // self.in_features
-        weight = self.integer_weight()
-        if rows < WEIGHT_ONLY_BELOW_ROWS:
-            return F.linear(input, (weight * self.weight_scale).to(input.dtype), self.bias)
-        tokens, token_scale, zero_point = quantize_tokens(input.reshape(rows, self.in_features))
-        product = integer_matmul(tokens, weight) - zero_point * self.weight_sum.t()
-        output = (product * token_scale * self.weight_scale.t()).to(input.dtype)
-        if self.bias is not None:
-            output = output + self.bias
+        output = self.multiply(input.reshape(-1, self.in_features))
         return output.reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        scale = self.weight_scale.detach()  # the parameter itself is cast in place
+        exact = {
+            name: getattr(self, name).detach()  # the parameter itself is cast in place
+            for name, (_, kind) in self.layout(self.in_features, self.out_features, self.scheme).items()
+            if kind.is_floating_point
+        }
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:  # a cast of the model: move the scale, do not round it
-            self.weight_scale = nn.Parameter(scale.to(self.weight_scale.device), requires_grad=False)
+        for name, tensor in exact.items():
+            if getattr(self, name).dtype != tensor.dtype:  # a cast of the model: move the scale, do not round it
+                setattr(self, name, _frozen(tensor.to(getattr(self, name).device)))
         return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, scheme={self.scheme.name}, bias={self.bias is not None}"
+
+
+class NativeLinear(QuantizedLinear):
+    """cemq's own layer: from 32 rows on, int8 activations quantized per token and an integer product.
+
+    ``weight`` is int8 (out, in), or uint8 (out, padded_in / 2) with ``group_scale`` int8 (out, groups);
+    ``weight_scale`` is float32 (out, 1); ``weight_sum`` is int32 (out, 1), the row sums of the integer weight, which
+    the activations' zero points are multiplied with. With fewer rows (time embedding, adaLN) there is nothing to gain
+    from an integer product and the input is precious: then, and in schemes with 16-bit activations, only the weight is
+    quantized.
+
+    A smoothed layer multiplies its input by ``smooth`` (in,), and its weight has been divided by it (SmoothQuant,
+    2211.10438). One with a low-rank correction adds ``(x @ down^T) @ up^T`` in bfloat16 (as in SVDQuant, 2411.05007).
+    """
+
+    @classmethod
+    def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:
+        tensors: Layout = {"weight": ((out_features, in_features), torch.int8)}
+        if scheme.weight_bits == 4:
+            groups = -(-in_features // GROUP_SIZE)
+            tensors["weight"] = ((out_features, groups * GROUP_SIZE // 2), torch.uint8)
+            tensors["group_scale"] = ((out_features, groups), torch.int8)
+        tensors["weight_scale"] = ((out_features, 1), torch.float32)
+        tensors["weight_sum"] = ((out_features, 1), torch.int32)
+        if scheme.smoothed:
+            tensors["smooth"] = ((in_features,), torch.float32)
+        if rank := min(scheme.low_rank, in_features, out_features):
+            tensors["up"], tensors["down"] = (
+                ((out_features, rank), torch.bfloat16),
+                ((rank, in_features), torch.bfloat16),
+            )
+        return tensors
+
+    @classmethod
+    def quantize(
+        cls, weight: torch.Tensor, scheme: Scheme, statistics: InputStatistics | None
+    ) -> dict[str, torch.Tensor]:
+        tensors, weight = {}, weight.float()
+        hessian = None if statistics is None else statistics.hessian
+        if scheme.smoothed:
+            smooth = smoothing(weight, None if statistics is None else statistics.channel_largest)
+            weight = weight / smooth
+            hessian = None if hessian is None else hessian * torch.outer(smooth, smooth)
+            tensors["smooth"] = smooth
+        if rank := min(scheme.low_rank, *weight.shape):
+            up, down = low_rank(weight, hessian, rank)
+            weight = weight - up.float() @ down.float()
+            tensors |= {"up": up, "down": down}
+        if scheme.weight_bits == 8:
+            quantized = quantize_channels(weight) if hessian is None else gptq_int8(weight, hessian)
+            tensors["weight"], tensors["weight_scale"] = quantized
+        else:
+            quantized = quantize_int4(weight, GROUP_SIZE) if hessian is None else gptq_int4(weight, hessian, GROUP_SIZE)
+            tensors["weight"], tensors["group_scale"], tensors["weight_scale"] = quantized
+        integers = integer_weight(tensors["weight"], tensors.get("group_scale"), weight.shape[1])
+        return tensors | {"weight_sum": integers.sum(1, keepdim=True, dtype=torch.int32)}
+
+    def integer_weight(self) -> torch.Tensor:
+        """The int8 weight (out, in) that takes part in the product."""
+        return integer_weight(self.weight, getattr(self, "group_scale", None), self.in_features)
+
+    def multiply(self, values: torch.Tensor) -> torch.Tensor:
+        group_scale, smooth = getattr(self, "group_scale", None), getattr(self, "smooth", None)
+        if self.scheme.activation_bits == 8 and values.shape[0] >= FEW_ROWS:
+            weights = self.weight, group_scale, self.weight_scale, self.weight_sum
+            output = integer_linear(values, *weights, self.bias, smooth)
+        else:
+            output = weight_only_linear(values, self.weight, group_scale, self.weight_scale, self.bias, smooth)
+        if self.scheme.low_rank:
+            scaled = values if smooth is None else values * smooth
+            output = output + F.linear(F.linear(scaled.to(self.down.dtype), self.down), self.up).to(output.dtype)
+        return output
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)

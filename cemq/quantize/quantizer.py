@@ -1,4 +1,4 @@
-"""cemq's own quantization as a diffusers quantizer: ``quant_method: "cemq"`` in a model's config.json.
+"""Quantization as a diffusers quantizer: ``quant_method: "cemq"`` in a model's config.json, whatever the backend.
 
 Saving and loading are diffusers' own. After ``import cemq``, ``SomeModel.from_pretrained(folder)`` reloads a quantized
 folder bit for bit, and ``from_pretrained(..., quantization_config=CemqConfig(scheme="w8a8"))`` quantizes while loading.
@@ -6,9 +6,11 @@ folder bit for bit, and ``from_pretrained(..., quantization_config=CemqConfig(sc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from fnmatch import fnmatchcase
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,11 +22,10 @@ from torch import nn
 
 from cemq.errors import BundleError, SchemeError
 from cemq.families import EIGHT_BIT, FULL_PRECISION
-from cemq.quantize.linear import QuantizedLinear
-from cemq.quantize.schemes import SCHEMES, Scheme, check_scheme
+from cemq.quantize.linear import InputStatistics, QuantizedLinear
+from cemq.quantize.schemes import BACKENDS, SCHEMES, Scheme, check_scheme
 
 METHOD = "cemq"
-TENSORS = ("weight", "weight_scale", "weight_sum", "group_scale")  # of a QuantizedLinear, beside its bias
 
 
 class Method(str, Enum):
@@ -37,45 +38,69 @@ class CemqConfig(QuantizationConfigMixin):
     """Which layers are quantized, and how.
 
     Args:
-        scheme: ``w8a8`` or ``w4a8``.
+        scheme: One of `SCHEMES`.
+        backend: What computes the quantized layers, one of `BACKENDS`.
         full_precision: Shell-style patterns of module names that stay as they are.
-        eight_bit: Patterns of those that take 8-bit weights in a 4-bit scheme.
+        eight_bit: Patterns of those that take 8-bit weights in a 4-bit scheme, where the backend has such a scheme.
+        low_rank: Rank of a bfloat16 correction beside every 4-bit weight; native backend only.
+        smoothed: Whether inputs are scaled per channel before they are quantized; native backend only.
 
     Raises:
-        SchemeError: Unknown scheme.
+        SchemeError: Unknown scheme or backend, or a pair that does not go together here.
     """
 
     def __init__(
         self,
         scheme: str = "w8a8",
+        backend: str = "native",
         full_precision: Sequence[str] = FULL_PRECISION,
         eight_bit: Sequence[str] = EIGHT_BIT,
+        low_rank: int = 0,
+        smoothed: bool = False,
         **unknown: Any,
     ):
         unknown.pop("quant_method", None)
         if unknown:
             raise SchemeError(f"quantization config has unknown keys: {', '.join(sorted(unknown))}")
-        check_scheme(scheme)
+        check_scheme(scheme, backend)
         if scheme not in SCHEMES:
             raise SchemeError(f"scheme {scheme!r} quantizes nothing: leave the quantization config out instead")
         self.quant_method = Method.CEMQ
-        self.scheme, self.full_precision, self.eight_bit = scheme, list(full_precision), list(eight_bit)
+        self.scheme, self.backend = scheme, backend
+        self.full_precision, self.eight_bit = list(full_precision), list(eight_bit)
+        if (low_rank or smoothed) and backend != "native":
+            raise SchemeError(f"backend '{backend}' has no low-rank correction and no smoothing: take --backend native")
+        self.low_rank, self.smoothed = low_rank, smoothed
 
     def scheme_for(self, name: str) -> Scheme | None:
         """The scheme of one module, None where it stays in full precision."""
         if _matches(name, self.full_precision):
             return None
         scheme = SCHEMES[self.scheme]
-        if scheme.weight_bits < 8 and _matches(name, self.eight_bit):
-            return SCHEMES["w8a8"]
-        return scheme
+        wider = f"w8a{scheme.activation_bits}"
+        if scheme.weight_bits < 8 and wider in BACKENDS[self.backend].layers and _matches(name, self.eight_bit):
+            scheme = SCHEMES[wider]
+        rank = self.low_rank if scheme.weight_bits == 4 else 0
+        return replace(scheme, low_rank=rank, smoothed=self.smoothed and scheme.activation_bits == 8)
+
+    def with_eight_bit(self, eight_bit: Sequence[str]) -> CemqConfig:
+        """The same, with other layers at 8 bits."""
+        return CemqConfig(**{**self.to_dict(), "eight_bit": eight_bit})
+
+    def layer_class(self, scheme: Scheme) -> type[QuantizedLinear]:
+        """The class of the layers that this backend makes for a scheme."""
+        module, _, name = BACKENDS[self.backend].layers[scheme.name].partition(":")
+        return getattr(import_module(module), name)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "quant_method": METHOD,
             "scheme": self.scheme,
+            "backend": self.backend,
             "full_precision": self.full_precision,
             "eight_bit": self.eight_bit,
+            "low_rank": self.low_rank,
+            "smoothed": self.smoothed,
         }
 
     to_diff_dict = to_dict
@@ -85,34 +110,50 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _linears(model: nn.Module, config: CemqConfig) -> Iterator[tuple[str, nn.Linear, Scheme]]:
-    for name, module in list(model.named_modules()):
-        scheme = config.scheme_for(name) if type(module) is nn.Linear else None
-        if scheme is not None:
-            yield name, module, scheme
+def quantizable(model: nn.Module, config: CemqConfig) -> Iterator[tuple[str, nn.Linear, Scheme]]:
+    """Name, layer and scheme of every linear layer that the config quantizes, in the order of definition."""
+    # names first, and each layer looked up in its turn: a list of modules would keep replaced ones alive
+    for name in [name for name, module in model.named_modules() if type(module) is nn.Linear]:
+        if (scheme := config.scheme_for(name)) is not None:
+            yield name, model.get_submodule(name), scheme
 
 
 @torch.no_grad()
-def quantize_in_place(model: nn.Module, config: CemqConfig) -> int:
+def quantize_in_place(
+    model: nn.Module, config: CemqConfig, statistics: Mapping[str, InputStatistics] | None = None
+) -> int:
     """Replace the linear layers of a diffusers model one by one, so that each float weight is freed in turn.
 
     Returns the number of layers replaced; the model then saves and reloads as a quantized diffusers model.
+
+    Args:
+        statistics: What calibration knows of each layer's inputs, by name; layers without are rounded to nearest.
 
     Raises:
         SchemeError: The patterns leave nothing to quantize.
     """
     replaced = 0
-    for name, module, scheme in _linears(model, config):
-        model.set_submodule(name, QuantizedLinear.from_linear(module, scheme))
+    for name, module, scheme in quantizable(model, config):
+        known = statistics.get(name) if statistics else None
+        model.set_submodule(name, config.layer_class(scheme).from_linear(module, scheme, known))
         replaced += 1
     if not replaced:
-        raise SchemeError(
-            f"{type(model).__name__} has no linear layer outside the full-precision patterns: nothing to quantize"
-        )
+        raise nothing_to_quantize(model)
+    mark_quantized(model, config)
+    return replaced
+
+
+def nothing_to_quantize(model: nn.Module) -> SchemeError:
+    return SchemeError(
+        f"{type(model).__name__} has no linear layer outside the full-precision patterns: nothing to quantize"
+    )
+
+
+def mark_quantized(model: nn.Module, config: CemqConfig) -> None:
+    """Tell diffusers that the model is quantized, and how, so that it saves it as such."""
     quantizer = CemqQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method, model.hf_quantizer = True, config.quant_method, quantizer
     model.register_to_config(quantization_config=config)
-    return replaced
 
 
 class CemqQuantizer(DiffusersQuantizer):
@@ -124,8 +165,9 @@ class CemqQuantizer(DiffusersQuantizer):
     is_compileable = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for name, module, scheme in _linears(model, self.quantization_config):
-            empty = QuantizedLinear(
+        config = self.quantization_config
+        for name, module, scheme in quantizable(model, config):
+            empty = config.layer_class(scheme)(
                 module.in_features,
                 module.out_features,
                 scheme=scheme,
@@ -136,13 +178,13 @@ class CemqQuantizer(DiffusersQuantizer):
             if not self.pre_quantized:  # the float weight is about to be loaded under this name
                 empty.weight = nn.Parameter(module.weight, requires_grad=False)
             model.set_submodule(name, empty)
-        model.config.quantization_config = self.quantization_config
+        model.config.quantization_config = config
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         module, leaf = get_module_from_name(model, param_name)
-        return isinstance(module, QuantizedLinear) and leaf in TENSORS
+        return isinstance(module, QuantizedLinear) and leaf != "bias"
 
     def create_quantized_param(
         self,
@@ -173,7 +215,14 @@ class CemqQuantizer(DiffusersQuantizer):
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if self.pre_quantized:
             return missing_keys
-        return [key for key in missing_keys if key.rpartition(".")[2] not in TENSORS[1:]]
+        made_here = {
+            f"{name}.{tensor}"
+            for name, module in model.named_modules()
+            if isinstance(module, QuantizedLinear)
+            for tensor in module._parameters
+            if tensor not in ("weight", "bias")
+        }
+        return [key for key in missing_keys if key not in made_here]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]

@@ -1,0 +1,132 @@
+"""A bundle against its full-precision original: one forward of the denoiser, and the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+
+from cemq.bench.forward import FULL_PRECISION
+from cemq.bench.machine import describe_machine
+from cemq.bench.measure import busy_note, make_rows, measure
+from cemq.bench.random_models import tensor_bytes
+from cemq.bundle import read_bundle
+from cemq.errors import ModelError, choose
+from cemq.evaluation.metrics import relative_l2
+from cemq.models import DTYPES, check_device, default_device, denoisers, locate, open_pipeline
+from cemq.quantize import record_calls
+from cemq.quantize.calibrate import Call, replay
+from cemq.runtime import attached, detach, from_pretrained, schedule_hook
+from cemq.sampling import EVALUATION_SEED_OFFSET, Progress, make_batches, run
+
+_RECORDED_STEPS = 2  # of the short run that one call of the denoiser is taken from
+
+
+def bench_bundle(
+    bundle: str | Path,
+    *,
+    dtype: str | None = None,
+    batch: int = 1,
+    rounds: int = 5,
+    device: str | None = None,
+    full_precision: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time a bundle, and the model it was made from where that can be found.
+
+    Args:
+        dtype: Of everything that is not quantized; None takes the bundle's.
+        batch: Samples of a run.
+        full_precision: Look for the original and time it as well.
+
+    Returns:
+        Plain data, as `forward.bench_architecture` returns it, with two tables.
+
+    Raises:
+        CemqError: The bundle cannot be used, or a setting is unknown.
+    """
+    folder = Path(bundle)
+    manifest = read_bundle(folder)
+    dtype = choose("dtype", dtype or manifest.dtype, DTYPES)
+    device = device or default_device()
+    place = check_device(device)
+    original, notes = None, []
+    if full_precision:
+        try:
+            original = open_pipeline(locate(manifest.model).folder, dtype=dtype, device=device)
+        except ModelError as error:
+            notes.append(f"the bundle alone is timed, its original is not at hand: {error}")
+    quantized = from_pretrained(folder, device=device, torch_dtype=dtype)
+    schedule = schedule_hook(quantized).schedule
+    detach(quantized)
+    pipes = {FULL_PRECISION: original} if original is not None else {}
+    pipes[manifest.scheme] = quantized
+    for pipe in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+    (samples,) = make_batches(
+        manifest.held_out_conditions, samples=batch, first_seed=EVALUATION_SEED_OFFSET, batch_size=batch
+    )
+
+    component, denoiser = denoisers(quantized)[0]
+    with record_calls(denoiser, every=1) as recorded:
+        run(quantized, samples, steps=min(_RECORDED_STEPS, manifest.num_inference_steps), call=manifest.call)
+    call = Call(*send_to_device((recorded[0].arguments, recorded[0].keywords), place))
+
+    def share(stage: str) -> Callable[[float], None] | None:
+        return (lambda done: progress(stage, done)) if progress else None
+
+    models = {name: getattr(pipe, component) for name, pipe in pipes.items()}
+    outputs = {name: _first_tensor(replay(model, call)) for name, model in models.items()}
+    exact = outputs.get(FULL_PRECISION)
+    errors = {name: float(relative_l2(exact, output).mean()) for name, output in outputs.items() if exact is not None}
+    forwards = measure(
+        {name: partial(replay, model, call) for name, model in models.items()},
+        rounds=3 * rounds, device=place, progress=share("one forward"),
+    )  # fmt: skip
+    weights = {name: tensor_bytes(model) for name, model in models.items()}
+
+    whole = partial(run, batch=samples, steps=manifest.num_inference_steps, call=manifest.call)
+
+    def scheduled() -> None:
+        with attached(quantized, schedule, manifest.sampler):
+            whole(quantized)
+
+    cached = f"{manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full"
+    runs = measure(
+        {name: partial(whole, pipe) for name, pipe in pipes.items()} | {cached: scheduled},
+        rounds=rounds, warm_up=1, device=place, progress=share("whole run"),
+    )  # fmt: skip
+    where = f"batch {batch}, {dtype} on {device}"
+    return {
+        "machine": describe_machine(),
+        "settings": {
+            "bundle": str(bundle),
+            "model": manifest.model,
+            "backend": manifest.backend,
+            "dtype": dtype,
+            "batch": batch,
+            "rounds": rounds,
+            "device": device,
+            "steps": manifest.num_inference_steps,
+            "full_steps": schedule.budget,
+        },
+        "notes": notes + (busy_note(forwards) or busy_note(runs)),
+        "tables": [
+            {
+                "title": f"{bundle}: one forward of the {component}, {where}, median of {3 * rounds}",
+                "rows": make_rows(forwards, weights, errors),
+            },
+            {
+                "title": f"{bundle}: whole run of {manifest.num_inference_steps} steps, {where}, median of {rounds}",
+                "rows": make_rows(runs, weights | {cached: weights[manifest.scheme]}, {}),
+            },
+        ],
+    }
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    return output if torch.is_tensor(output) else next(iter(output.values() if hasattr(output, "values") else output))

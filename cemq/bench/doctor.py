@@ -1,0 +1,232 @@
+"""What works on the machine at hand: every backend and scheme, tried on a tiny model rather than looked up."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import accelerate
+import torch
+from diffusers.hooks import apply_group_offloading
+
+from cemq.bench.architectures import Architecture, Inputs
+from cemq.bench.machine import compile_obstacle, describe_machine
+from cemq.bench.random_models import quantization_config, random_model
+from cemq.evaluation.metrics import relative_l2
+from cemq.models import default_dtype
+from cemq.quantize import BACKENDS, CemqConfig, installed
+from cemq.sampling import Progress
+
+OK, NOT_TRIED = "ok", "-"
+LARGEST_ERROR = 0.3  # fp4 weights of random models come to half of it
+_COMPILED_ERROR = 0.02  # compiled code rounds in other places
+_ROWS = 128  # integer products begin below it
+
+# widths that every backend takes, and tokens enough for the integer products
+TINY = Architecture(
+    name="tiny",
+    model_class="DiTTransformer2DModel",
+    config={
+        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "num_layers": 1,
+        "sample_size": 16, "patch_size": 2, "num_embeds_ada_norm": 10,
+    },
+    batch=2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A quantized model to try, its inputs and what it answered when it was new."""
+
+    model: Any
+    inputs: Inputs
+    output: torch.Tensor
+    device: torch.device
+
+    def same(self, model: Any, tolerance: float = 0.0) -> str:
+        """`OK` if ``model`` answers as this one did, bit for bit unless there is a tolerance."""
+        output = predict(model, self.inputs)
+        if torch.equal(output, self.output):
+            return OK
+        error = _error(self.output, output)
+        return OK if error <= tolerance else f"another output: relative difference {error:.2g}"
+
+
+@torch.no_grad()
+def predict(model: Any, inputs: Inputs) -> torch.Tensor:
+    return model(**inputs, return_dict=False)[0]
+
+
+def _error(reference: torch.Tensor, output: torch.Tensor) -> float:
+    return float(relative_l2(reference, output).mean())
+
+
+def _save_reload(subject: Subject) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        subject.model.save_pretrained(folder)
+        again = type(subject.model).from_pretrained(folder, torch_dtype=subject.output.dtype).to(subject.device)
+        return subject.same(again.eval())
+
+
+def _deepcopy(subject: Subject) -> str:
+    return subject.same(copy.deepcopy(subject.model))
+
+
+def _model_offload(subject: Subject) -> str:
+    model, hook = accelerate.cpu_offload_with_hook(copy.deepcopy(subject.model), subject.device)
+    found = subject.same(model)
+    hook.offload()
+    return found if found != OK else subject.same(model)  # and once more, from the CPU
+
+
+def _group_offload(subject: Subject) -> str:
+    model = copy.deepcopy(subject.model)
+    # not model.enable_group_offload: DiT's class forbids it, for a reason that is not its layers'
+    apply_group_offloading(model, onload_device=subject.device, offload_type="leaf_level")
+    return subject.same(model)
+
+
+def _sequential_offload(subject: Subject) -> str:
+    return subject.same(accelerate.cpu_offload(copy.deepcopy(subject.model), execution_device=subject.device))
+
+
+def _compile(subject: Subject) -> str:
+    """The whole model as one graph; code only for its feed-forward, because code for all of it takes ten seconds."""
+    if obstacle := compile_obstacle(subject.device.type):
+        return f"not tried: {obstacle}"
+    torch.compiler.reset()
+    model = copy.deepcopy(subject.model)
+    found = subject.same(torch.compile(model, fullgraph=True, backend="aot_eager"), _COMPILED_ERROR)
+    if found != OK:
+        return found
+    layers = model.transformer_blocks[0].ff
+    values = torch.randn(1, _ROWS, model.inner_dim).to(subject.output)
+    with torch.no_grad():
+        error = _error(layers(values), torch.compile(layers, fullgraph=True)(values))
+    return OK if error <= _COMPILED_ERROR else f"another output: relative difference {error:.2g}"
+
+
+PROBES: dict[str, Callable[[Subject], str]] = {
+    "reload": _save_reload,
+    "copy": _deepcopy,
+    "offload": _model_offload,
+    "group": _group_offload,
+    "sequential": _sequential_offload,
+    "compile": _compile,
+}
+
+
+def examine(*, quick: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Try everything on every device.
+
+    Args:
+        quick: Leave torch.compile out, which takes most of the time.
+
+    Returns:
+        Plain data: machine, notes, and a row for each backend, scheme and device. A row's ``probes`` say ``ok``, why
+        not, or ``-`` for what was not tried; a backend that is not installed has one row, with a ``reason``.
+    """
+    probes = {name: probe for name, probe in PROBES.items() if not (quick and name == "compile")}
+    devices = _devices()
+    pairs = [(backend, scheme) for backend in BACKENDS if installed(backend) for scheme in BACKENDS[backend].layers]
+    rows = [
+        {
+            "backend": backend,
+            "scheme": "",
+            "device": "",
+            "error": None,
+            "probes": {},
+            "reason": f"not installed: pip install 'cemq[{BACKENDS[backend].extra}]'",
+        }
+        for backend in BACKENDS
+        if not installed(backend)
+    ]
+    tried, total = 0, len(devices) * len(pairs)
+    with _silence():
+        for device in devices:
+            dtype = getattr(torch, default_dtype(device.type))
+            inputs = TINY.inputs(TINY.batch, dtype=dtype, device=device)
+            original = random_model(TINY, dtype=dtype, device=device)
+            exact = predict(original, inputs)
+            for backend, scheme in pairs:
+                row = {"backend": backend, "scheme": scheme, "device": str(device), "reason": ""}
+                rows.append(row | _try(probes, original, exact, inputs, backend, scheme))
+                tried += 1
+                if progress:
+                    progress("trying", tried / total)
+        torch.compiler.reset()
+    notes = [
+        "reload, copy and the offloads must give the same output to the bit; offload: of the whole model, group: layer "
+        "by layer by diffusers, sequential: by accelerate; compile: without a break in the graph"
+    ]
+    if not any(device.type == "cuda" for device in devices):
+        notes.append("without a CUDA device, offloading only shows that the calls work here, not that memory is saved")
+    if quick:
+        notes.append("torch.compile was left out")
+    return {"machine": describe_machine(), "notes": notes, "rows": rows}
+
+
+def _try(
+    probes: dict[str, Callable[[Subject], str]],
+    original: Any,
+    exact: torch.Tensor,
+    inputs: Inputs,
+    backend: str,
+    scheme: str,
+) -> dict[str, Any]:
+    """Error and probes of one pair on one device."""
+    cells, device, error = {"runs": OK} | dict.fromkeys(probes, NOT_TRIED), exact.device, None
+
+    def make() -> str:
+        nonlocal error, subject
+        config: CemqConfig = quantization_config(original, backend, scheme)
+        model = random_model(TINY, dtype=exact.dtype, device=device, config=config, batch=TINY.batch)
+        output = predict(model, inputs)
+        error = _error(exact, output)
+        if not error <= LARGEST_ERROR:
+            return f"relative error {error:.2g} to full precision"
+        subject = Subject(model=model, inputs=inputs, output=output, device=device)
+        return OK
+
+    subject = None
+    cells["runs"] = _caught(make)
+    if subject is not None:
+        for name, probe in probes.items():
+            cells[name] = _caught(lambda probe=probe: probe(subject))
+    return {"error": error if error == error else None, "probes": cells}
+
+
+def _caught(probe: Callable[[], str]) -> str:
+    try:
+        return probe()
+    except Exception as error:  # a report on whatever libraries raise
+        return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _devices() -> list[torch.device]:
+    """The CPU, and of CUDA devices that are alike the first."""
+    alike = {torch.cuda.get_device_name(index): index for index in reversed(range(torch.cuda.device_count()))}
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in sorted(alike.values()))]
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Warnings and log lines of the libraries would drown the report."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,223 @@
+"""The CPU kernels of cpu.c, compiled by the machine's own C compiler the first time they are needed.
+
+That takes a second, once per machine: the library is kept in the user's cache folder under a name that says what it was
+built from. Without a compiler, or where the result is not what the torch ops give, everything runs on the torch ops.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from cemq.quantize import integers
+
+SOURCE = Path(__file__).with_name("cpu.c")
+SWITCH = "CEMQ_CPU_KERNELS"  # 0 in the environment keeps them off
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_SIGNATURES = {
+    "quantize_tokens_float32": (5, 2),
+    "quantize_tokens_bfloat16": (5, 2),
+    "rescale_float32": (7, 2),
+    "rescale_bfloat16": (7, 2),
+    "expand_int4": (3, 3),
+    "few_rows": (6, 4),
+}
+
+
+class Kernels:
+    """The compiled library. Tensors are contiguous, on the CPU, and of the dtypes of `integers`."""
+
+    def __init__(self, library: ctypes.CDLL):
+        for name, (pointers, sizes) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = [_POINTER] * pointers + [_SIZE] * sizes, None
+        self._library = library
+
+    def quantize_tokens(
+        self, values: torch.Tensor, smooth: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `integers.quantize_tokens`, bit for bit."""
+        rows, columns = values.shape
+        quantized = torch.empty(rows, columns, dtype=torch.int8)
+        scale, zero_point = torch.empty(rows, 1), torch.empty(rows, 1, dtype=torch.int32)
+        function = getattr(self._library, f"quantize_tokens_{DTYPES[values.dtype]}")
+        function(
+            values.data_ptr(),
+            None if smooth is None else smooth.data_ptr(),
+            quantized.data_ptr(),
+            scale.data_ptr(),
+            zero_point.data_ptr(),
+            rows,
+            columns,
+        )
+        return quantized, scale, zero_point
+
+    def rescale(
+        self,
+        product: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        weight_scale: torch.Tensor,
+        weight_sum: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """As `integers.rescale`, bit for bit."""
+        rows, columns = product.shape
+        output = torch.empty(rows, columns, dtype=dtype)
+        function = getattr(self._library, f"rescale_{DTYPES[dtype]}")
+        function(
+            product.data_ptr(),
+            scale.data_ptr(),
+            zero_point.data_ptr(),
+            weight_scale.data_ptr(),
+            weight_sum.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            output.data_ptr(),
+            rows,
+            columns,
+        )
+        return output
+
+    def expand_int4(self, packed: torch.Tensor, group_scale: torch.Tensor, columns: int) -> torch.Tensor:
+        """As `integers.expand_int4`."""
+        (rows, groups), half = group_scale.shape, packed.shape[1] // group_scale.shape[1]
+        weight = torch.empty(rows, groups * 2 * half, dtype=torch.int8)
+        self._library.expand_int4(packed.data_ptr(), group_scale.data_ptr(), weight.data_ptr(), rows, groups, half)
+        return weight[:, :columns]
+
+    def few_rows(
+        self,
+        values: torch.Tensor,
+        weight: torch.Tensor,
+        group_scale: torch.Tensor | None,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``values @ (integer weight * scale)^T + bias`` in float32, reading the integer weight once."""
+        rows, columns = values.shape
+        outputs = weight.shape[0]
+        exact = values.float()
+        offset = None if bias is None else bias.float()
+        output = torch.empty(rows, outputs)
+        self._library.few_rows(
+            exact.data_ptr(),
+            weight.data_ptr(),
+            None if group_scale is None else group_scale.data_ptr(),
+            weight_scale.data_ptr(),
+            None if offset is None else offset.data_ptr(),
+            output.data_ptr(),
+            rows,
+            columns,
+            outputs,
+            0 if group_scale is None else 2 * weight.shape[1] // group_scale.shape[1],
+        )
+        return output.to(values.dtype)
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The kernels, built if need be; None where they cannot be had (`why_not` says why)."""
+    return _load()[0]
+
+
+def why_not() -> str:
+    """Why there are no kernels; empty where there are."""
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[Kernels | None, str]:
+    if os.environ.get(SWITCH) == "0":
+        return None, f"switched off by {SWITCH}=0"
+    try:
+        loaded = _build_and_load()
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        reason = reason.decode(errors="replace") if isinstance(reason, bytes) else reason
+        reason = (reason.strip().splitlines() or [type(error).__name__])[0]
+        logging.getLogger("cemq").info("no CPU kernels (%s): torch ops are used instead", reason)
+        return None, reason
+    if not _agrees(loaded):
+        return None, "the compiled kernels do not give what the torch ops give"
+    return loaded, ""
+
+
+def _build_and_load() -> Kernels:
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        raise OSError("no C compiler: neither cc, gcc nor clang is on the PATH")
+    built_from = hashlib.sha256(SOURCE.read_bytes())
+    built_from.update(repr((compiler, _FLAGS, platform.machine(), _cpu_features())).encode())
+    name = f"cpu-{built_from.hexdigest()[:16]}.so"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cemq"
+        if (cache / name).is_file():
+            with suppress(OSError):  # a damaged library is built anew
+                return Kernels(ctypes.CDLL(str(cache / name)))
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=cache)
+    except (OSError, RuntimeError):  # no home, or none to write to: build for this process alone
+        cache, scratch = None, tempfile.TemporaryDirectory()
+    with scratch as folder:
+        built = Path(folder) / name
+        _compile(compiler, built)
+        loaded = Kernels(ctypes.CDLL(str(built)))
+        if cache is not None:
+            os.replace(built, cache / name)  # whole or not there, whoever else builds it now
+    return loaded
+
+
+def _compile(compiler: str, library: Path) -> None:
+    """With OpenMP where the compiler has it; without, one thread."""
+    command = [*compiler.split(), *_FLAGS, str(SOURCE), "-o", str(library)]
+    try:
+        subprocess.run([*command, "-fopenmp"], check=True, capture_output=True, text=True, timeout=120)
+    except subprocess.CalledProcessError:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+
+
+def _cpu_features() -> str:
+    """What ``-march=native`` depends on: a home folder may be shared between unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _agrees(loaded: Kernels) -> bool:
+    """Try the library once: a miscompiled kernel must not go unnoticed."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 2 * integers.GROUP_SIZE, generator=generator)
+    weight = torch.randn(5, 2 * integers.GROUP_SIZE, generator=generator)
+    packed, group_scale, scale = integers.quantize_int4(weight, integers.GROUP_SIZE)
+    expanded = integers.expand_int4(packed, group_scale, weight.shape[1])
+    sums = expanded.sum(1, keepdim=True, dtype=torch.int32)
+    tokens = integers.quantize_tokens(values, None)
+    product = tokens[0].int() @ expanded.int().T
+    arguments = (product, *tokens[1:], scale, sums, None, torch.float32)
+    return (
+        all(torch.equal(a, b) for a, b in zip(loaded.quantize_tokens(values, None), tokens, strict=True))
+        and torch.equal(loaded.expand_int4(packed, group_scale, weight.shape[1]), expanded)
+        and torch.equal(loaded.rescale(*arguments), integers.rescale(*arguments))
+        and torch.allclose(
+            loaded.few_rows(values, packed, group_scale, scale, None),
+            values @ (expanded * scale).T,
+            rtol=1e-4,
+            atol=1e-4,
+        )
+    )

@@ -1,0 +1,296 @@
+"""The C kernels against the torch ops they stand for, and life without them."""
+
+import shutil
+import stat
+import tempfile
+
+import pytest
+import torch
+from conftest import run_python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from cemq.quantize import SCHEMES, NativeLinear, integers
+from cemq.quantize.kernels import cpu, integer_linear, integer_weight, weight_only_linear
+
+compiled = pytest.mark.skipif(cpu.kernels() is None, reason=f"no CPU kernels: {cpu.why_not()}")
+compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+dtypes = pytest.mark.parametrize("dtype", cpu.DTYPES)
+SIZES, SEEDS = st.integers(1, 70), st.integers(0, 10**6)
+WIDTHS = st.one_of(st.integers(2, 70), st.integers(900, 1100), st.sampled_from([1024, 1025, 2048, 2049]))
+
+
+def random_values(generator, rows, columns, dtype):
+    """Rows of very different sizes; one of zeros, one that is constant."""
+    values = torch.randn(rows, columns, generator=generator)
+    values *= 10.0 ** torch.empty(rows, 1).uniform_(-9, 9, generator=generator)
+    values[rows // 2] = 0
+    values[rows // 3] = -2.5
+    return values.to(dtype)
+
+
+def random_weight(generator, outputs, inner, bits):
+    weight = torch.randn(outputs, inner, generator=generator)
+    if bits == 8:
+        return integers.quantize_channels(weight)[0], None, torch.rand(outputs, 1, generator=generator)
+    packed, group_scale, _ = integers.quantize_int4(weight, integers.GROUP_SIZE)
+    return packed, group_scale, torch.rand(outputs, 1, generator=generator)
+
+
+def without_kernels(function, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "kernels", lambda: None)
+        return function(*arguments)
+
+
+# --- the same numbers
+
+
+@compiled
+@dtypes
+@given(rows=SIZES, columns=WIDTHS, smoothed=st.booleans(), seed=SEEDS)
+@settings(max_examples=40, deadline=None)
+def test_tokens_are_equal_bit_for_bit(dtype, rows, columns, smoothed, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = random_values(generator, rows, columns, dtype)
+    smooth = torch.empty(columns).uniform_(0.01, 100, generator=generator) if smoothed else None
+    found, expected = cpu.kernels().quantize_tokens(values, smooth), integers.quantize_tokens(values, smooth)
+    for left, right in zip(found, expected, strict=True):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
+
+
+@compiled
+@dtypes
+@given(rows=SIZES, columns=WIDTHS, with_bias=st.booleans(), seed=SEEDS)
+@settings(max_examples=40, deadline=None)
+def test_rescaled_products_are_equal_bit_for_bit(dtype, rows, columns, with_bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    product = torch.randint(-(2**30), 2**30, (rows, columns), dtype=torch.int32, generator=generator)
+    zero_point = torch.randint(-128, 128, (rows, 1), dtype=torch.int32, generator=generator)
+    sums = torch.randint(-(2**22), 2**22, (columns, 1), dtype=torch.int32, generator=generator)
+    scale, weight_scale = torch.rand(rows, 1, generator=generator), torch.rand(columns, 1, generator=generator)
+    bias = (1e6 * torch.randn(columns, generator=generator)).to(dtype) if with_bias else None
+    arguments = product, scale * 1e-3, zero_point, weight_scale, sums, bias, dtype
+    found, expected = cpu.kernels().rescale(*arguments), integers.rescale(*arguments)
+    assert found.dtype == expected.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+@compiled
+@given(rows=SIZES, columns=WIDTHS, group_size=st.sampled_from([2, 16, 64]), seed=SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_expanded_int4_is_exact(rows, columns, group_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-columns // group_size)
+    packed = torch.randint(0, 256, (rows, groups * group_size // 2), dtype=torch.uint8, generator=generator)
+    group_scale = torch.randint(1, 16, (rows, groups), dtype=torch.int8, generator=generator)
+    expected = integers.expand_int4(packed, group_scale, columns)
+    assert torch.equal(cpu.kernels().expand_int4(packed, group_scale, columns), expected)
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize("bits", [4, 8])
+@given(rows=st.integers(1, 31), inner=WIDTHS, outputs=SIZES, with_bias=st.booleans(), seed=SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_few_rows_are_close_to_float64(dtype, bits, rows, inner, outputs, with_bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, inner, generator=generator).to(dtype)
+    weight, group_scale, scale = random_weight(generator, outputs, inner, bits)
+    bias = torch.randn(outputs, generator=generator).to(dtype) if with_bias else None
+    found = cpu.kernels().few_rows(values, weight, group_scale, scale, bias)
+    exact = weight if group_scale is None else integers.expand_int4(weight, group_scale, inner)
+    expected = values.double() @ exact.double().T * scale.T
+    largest = values.double().abs() @ exact.double().abs().T * scale.T
+    if bias is not None:
+        expected = expected + bias
+    assert found.dtype == dtype
+    rounding = 2**-8 if dtype == torch.bfloat16 else 0
+    assert ((found - expected).abs() <= rounding * expected.abs() + 1e-5 * largest + 1e-6).all()
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize("bits", [4, 8])
+@given(rows=SIZES, inner=WIDTHS, outputs=SIZES, with_bias=st.booleans(), smoothed=st.booleans(), seed=SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_whole_layers_are_equal_with_and_without_kernels(dtype, bits, rows, inner, outputs, with_bias, smoothed, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, inner, generator=generator).to(dtype)
+    weight, group_scale, scale = random_weight(generator, outputs, inner, bits)
+    bias = torch.randn(outputs, generator=generator).to(dtype) if with_bias else None
+    smooth = torch.rand(inner, generator=generator) + 0.5 if smoothed else None
+    sums = integer_weight(weight, group_scale, inner).sum(1, keepdim=True, dtype=torch.int32)
+    arguments = values, weight, group_scale, scale, sums, bias, smooth
+    assert torch.equal(integer_linear(*arguments), without_kernels(integer_linear, *arguments))
+    arguments = values, weight, group_scale, scale, bias, smooth
+    found, expected = weight_only_linear(*arguments), without_kernels(weight_only_linear, *arguments)
+    assert found.dtype == expected.dtype == dtype
+    scaled = values if smooth is None else values * smooth
+    largest = scaled.float().abs() @ (integer_weight(weight, group_scale, inner).abs() * scale).T
+    if bias is not None:
+        largest += bias.abs()
+    # without kernels the weight itself is rounded to the model's dtype
+    assert ((found - expected).abs() <= (1e-5 if dtype == torch.float32 else 2**-7) * largest).all()
+
+
+@compiled
+def test_rows_need_not_be_contiguous():
+    generator = torch.Generator().manual_seed(0)
+    weight, group_scale, scale = random_weight(generator, 30, 70, 4)
+    sums = integer_weight(weight, group_scale, 70).sum(1, keepdim=True, dtype=torch.int32)
+    for rows in (5, 40):
+        values = torch.randn(rows, 140, generator=generator)[:, ::2]
+        dense = values.contiguous()
+        arguments = weight, group_scale, scale
+        assert torch.equal(
+            integer_linear(values, *arguments, sums, None), integer_linear(dense, *arguments, sums, None)
+        )
+        assert torch.equal(weight_only_linear(values, *arguments, None), weight_only_linear(dense, *arguments, None))
+
+
+@pytest.mark.parametrize(("dtype", "bias_dtype"), [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+def test_what_the_kernels_do_not_know_runs_on_torch_ops(dtype, bias_dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight, group_scale, scale = random_weight(generator, 30, 70, 4)
+    sums = integer_weight(weight, group_scale, 70).sum(1, keepdim=True, dtype=torch.int32)
+    values, bias = torch.randn(40, 70, generator=generator).to(dtype), torch.ones(30, dtype=bias_dtype)
+    arguments = values, weight, group_scale, 1e-3 * scale, sums, bias
+    found = integer_linear(*arguments)
+    assert found.dtype == dtype
+    assert torch.equal(found, without_kernels(integer_linear, *arguments))
+
+
+@dtypes
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_compiler_is_told_the_right_shapes(dtype, bits, rows):
+    generator = torch.Generator().manual_seed(0)
+    weight, group_scale, scale = random_weight(generator, 30, 70, bits)
+    sums = integer_weight(weight, group_scale, 70).sum(1, keepdim=True, dtype=torch.int32)
+    values, bias = torch.randn(rows, 70, generator=generator).to(dtype), torch.ones(30, dtype=dtype)
+    tests = ("test_schema", "test_faketensor")
+    operators = torch.ops.cemq
+    for smooth in (None, torch.ones(70)):
+        arguments = values, weight, group_scale, scale
+        torch.library.opcheck(operators.integer_linear, (*arguments, sums, bias, smooth), test_utils=tests)
+        torch.library.opcheck(operators.weight_only_linear, (*arguments, bias, smooth), test_utils=tests)
+
+
+# --- building them
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """The folder of a cache that is empty; kernels are loaded afresh before and after."""
+
+    def forget():
+        cpu._load.cache_clear()
+        cpu.kernels.cache_clear()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(cpu.SWITCH, raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    forget()
+    yield tmp_path / "cache" / "cemq"
+    forget()
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@compiler
+def test_a_library_is_built_once_and_kept(cache, monkeypatch):
+    assert cpu.why_not() == ""
+    (library,) = cache.iterdir()
+    assert library.suffix == ".so"
+    cpu._load.cache_clear()
+    monkeypatch.setattr(cpu, "_compile", None)
+    assert cpu.why_not() == ""
+    assert [path.name for path in cache.iterdir()] == [library.name]
+
+
+@compiler
+def test_a_home_that_cannot_be_written_to_still_works(cache, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    assert cpu.why_not() == ""
+    assert torch.equal(cpu.kernels().quantize_tokens(torch.ones(1, 3), None)[1], torch.tensor([[1 / 255]]))
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@compiler
+def test_a_compiler_without_openmp_is_enough(cache, monkeypatch, tmp_path):
+    refuses = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {shutil.which("cc") or shutil.which("gcc")} "$@"'
+    monkeypatch.setenv("CC", script(tmp_path / "cc", refuses))
+    assert cpu.why_not() == ""
+    values = torch.randn(5, 70)
+    assert torch.equal(cpu.kernels().quantize_tokens(values, None)[0], integers.quantize_tokens(values)[0])
+
+
+@compiler
+def test_kernels_that_compute_something_else_are_not_used(cache, monkeypatch, tmp_path):
+    source = cpu.SOURCE.read_text()
+    assert "rintf(VALUE * inverse) + zero" in source
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "cpu.c")
+    cpu.SOURCE.write_text(source.replace("rintf(VALUE * inverse) + zero", "floorf(VALUE * inverse) + zero"))
+    assert cpu.kernels() is None
+    assert cpu.why_not() == "the compiled kernels do not give what the torch ops give"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("echo 'no such flag' >&2; echo more >&2; exit 1", "no such flag"),
+        ("exit 1", "returned non-zero exit status 1"),
+        ('while [ "$1" != -o ]; do shift; done; echo nonsense > "$2"', ""),  # what the loader says of it differs
+        ("exit 0", ""),
+    ],
+)
+def test_a_broken_compiler_is_done_without(cache, monkeypatch, tmp_path, caplog, text, reason):
+    monkeypatch.setenv("CC", script(tmp_path / "cc", text))
+    with caplog.at_level("INFO", "cemq"):
+        assert cpu.kernels() is None
+    assert cpu.why_not()
+    assert reason in cpu.why_not()
+    assert "\n" not in cpu.why_not()
+    assert "torch ops are used instead" in caplog.text
+    assert not list(cache.iterdir())
+
+
+def test_a_compiler_that_is_not_there_is_done_without(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(tmp_path / "nowhere"))
+    assert "No such file" in cpu.why_not()
+
+
+def test_a_process_without_kernels_gives_the_same(tmp_path):
+    torch.manual_seed(0)
+    layers = [NativeLinear.from_linear(nn.Linear(70, 30), SCHEMES[scheme]) for scheme in ("w8a8", "w4a8", "w4a16")]
+    layers += [NativeLinear.from_linear(nn.Linear(70, 30).bfloat16(), SCHEMES["w4a8"])]
+    inputs = [torch.randn(rows, 70) for rows in (3, 40)]
+    outputs = [[layer(values.to(layer.bias.dtype)) for values in inputs] for layer in layers]
+    torch.save((layers, inputs, outputs), tmp_path / "layers")
+    code = """
+import os, sys, torch
+from cemq.quantize.kernels import cpu
+layers, inputs, outputs = torch.load(sys.argv[1], weights_only=False)
+for switch in ("1", "0"):
+    os.environ["CEMQ_CPU_KERNELS"] = switch
+    cpu._load.cache_clear()
+    for layer, wanted in zip(layers, outputs):
+        for values, expected in zip(inputs, wanted):
+            found = layer(values.to(layer.bias.dtype))
+            exact = len(values) >= 32 and layer.scheme.activation_bits == 8
+            assert torch.equal(found, expected) if exact else torch.allclose(found, expected, rtol=0.01, atol=0.01)
+    print(cpu.kernels(), cpu.why_not())
+"""
+    without, switched_off = run_python(code, tmp_path / "layers", PATH="", CC="").splitlines()
+    assert without == "None no C compiler: neither cc, gcc nor clang is on the PATH"
+    assert switched_off == "None switched off by CEMQ_CPU_KERNELS=0"
