@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cemq.errors import BundleError, SchemeError
+from cemq.families import FULL_PRECISION
 from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, InputStatistics, QuantizedLinear, quantize_in_place
 from cemq.quantize.schemes import installed
 
@@ -87,9 +88,14 @@ def statistics_of(*rows):
     return InputStatistics(largest=tuple(float(row.max()) for row in rows), channel_largest=torch.stack(rows).amax(0))
 
 
+def model_config(backend, scheme):
+    """Without the modulation of the output, ``proj_out_1``, whose error would drown the others'."""
+    return CemqConfig(scheme, backend=backend, full_precision=[*FULL_PRECISION, "proj_out_1"])
+
+
 def quantized_model(backend, scheme):
     model = make_model()
-    quantize_in_place(model, CemqConfig(scheme, backend=backend), recorded(model, predict))
+    quantize_in_place(model, model_config(backend, scheme), recorded(model, predict))
     return model
 
 
@@ -243,7 +249,7 @@ def test_a_model_stays_near_its_float_model(backend, scheme):
             assert type(module).__module__ == f"cemq.quantize.backends.{backend}"
         else:  # quanto replaces norms too, and then cannot save those without a weight
             assert type(module) is type(before), name
-    assert replaced == 19
+    assert replaced == 18
     assert 0 < relative(predict(model), expected) < MODEL_ERROR[backend, scheme]
     for dtype in (torch.float16, torch.bfloat16):
         cast = predict(nn.Module.to(quantized_model(backend, scheme), dtype))
@@ -322,7 +328,7 @@ def test_offloading_hooks_work(backend, scheme):
 @pairs(*[pair for pair in PAIRS if pair not in [("quanto", "w8a8"), ("quanto", "w4a8")]])
 def test_quantizing_while_loading_equals_quantizing_in_place(tmp_path, backend, scheme):
     make_model().save_pretrained(tmp_path)
-    config = CemqConfig(scheme, backend=backend)
+    config = model_config(backend, scheme)
     loaded = DiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=config)
     assert identical(loaded, quantized_model(backend, scheme))
 

@@ -55,6 +55,7 @@ def recorded(pipe):
         (InputError, "bits budget: only 4-bit schemes of the native", {"scheme": "w8a16", "bits_budget": 8.5}),
         (InputError, "bits budget: ", {"scheme": "w4a16", "bits_budget": 5, "backend": "bitsandbytes"}),
         (InputError, "components to quantize are named, but", {"scheme": "none", "components": ["transformer"]}),
+        (InputError, "one is named twice", {"scheme": "w8a8", "components": ["transformer", "transformer"]}),
         (SchemeError, "unknown scheme 'w2a8'", {"scheme": "w2a8"}),
         (SchemeError, "'native' does not offer w4a16-fp4.*bitsandbytes", {"scheme": "w4a16-fp4"}),
     ],
@@ -123,9 +124,15 @@ def test_calls_are_recorded_only_where_something_is_fitted_to_them(dit, needed, 
     ],
 )
 def test_only_denoisers_and_text_encoders_are_quantized(flux, message, name):
-    QuantizationPlan(scheme="w8a8", components=["transformer", "text_encoder", "text_encoder_2"]).check_components(flux)
+    QuantizationPlan(scheme="w8a8", components=["transformer", "text_encoder", "text_encoder_2"]).check_pipeline(flux)
     with pytest.raises(InputError, match=message):
-        QuantizationPlan(scheme="w8a8", components=["transformer", name]).check_components(flux)
+        QuantizationPlan(scheme="w8a8", components=["transformer", name]).check_pipeline(flux)
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_runs(wide_dit):
+    QuantizationPlan(scheme="w4a8", bits_budget=5).check_pipeline(wide_dit)
+    with pytest.raises(InputError, match=r"bits budget 4.2: w4a8 needs 4\.\d\d at least"):
+        QuantizationPlan(scheme="w4a8", bits_budget=4.2).check_pipeline(wide_dit)
 
 
 # --- quantizing a pipeline

@@ -96,6 +96,13 @@ def test_recording_ends_even_after_an_error():
     assert not model._forward_pre_hooks
 
 
+def test_calls_in_inference_mode_are_recorded():
+    model = nn.Linear(3, 3)
+    with record_calls(model, every=1) as calls, torch.inference_mode():
+        model(torch.ones(2, 3))
+    assert len(calls) == 1
+
+
 def test_tensors_that_come_again_are_copied_once_and_changed_ones_again():
     model, text, values = Toy(), torch.ones(100), torch.zeros(2, 100)
     with record_calls(model, every=1) as calls:
@@ -309,6 +316,20 @@ def test_a_budget_below_four_bits_is_refused():
     model = Toy(256)
     with pytest.raises(InputError, match=r"bits budget 4.0: w4a8 needs 4\.\d\d bits a weight at least"):
         choose_eight_bit(model, FOUR_BITS, toy_calls(1, width=256), 4.0)
+
+
+def test_a_bits_budget_with_nothing_to_quantize():
+    with pytest.raises(SchemeError, match="nothing to quantize"):
+        choose_eight_bit(nn.Sequential(nn.Linear(64, 64)), CemqConfig("w4a8", full_precision=("*",)), [], 6)
+
+
+@pytest.mark.parametrize("width", [33, 66])
+def test_layers_as_large_at_four_bits_as_at_eight_are_raised_for_free(width):
+    model = nn.Sequential(nn.Linear(width, width))
+    calls = [Call((torch.randn(3, width),), {})]
+    least = stored_bits(model, FOUR_BITS)
+    for budget in (least, 20):
+        assert choose_eight_bit(model, FOUR_BITS, calls, budget) == ["0"]
 
 
 def test_the_layer_that_suffers_most_is_raised_first():

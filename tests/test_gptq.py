@@ -8,6 +8,7 @@ from conftest import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cemq.errors import SchemeError
 from cemq.quantize import SCHEMES, InputStatistics, NativeLinear
 from cemq.quantize.gptq import DAMPING, SMOOTHING, gptq_int4, gptq_int8, low_rank, smoothing
 from cemq.quantize.integers import expand_int4, quantize_channels, quantize_int4
@@ -116,6 +117,14 @@ def test_fewer_tokens_than_channels_are_enough(tokens):
     assert output_error(fitted, weight, values) < 0.2 * output_error(rounded, weight, values)
 
 
+def test_weights_of_silent_channels_are_rounded_like_others():
+    values, weight = correlated(0, 600, 130), random_weight(1, 40, 130)
+    values[:, ::3] = 0
+    found, scale = gptq_int8(weight, values.T @ values)
+    assert torch.equal(found[:, ::3], quantize_channels(weight)[0][:, ::3])
+    assert torch.equal(scale, quantize_channels(weight)[1])
+
+
 def test_channels_that_repeat_each_other_are_no_obstacle():
     values, weight = correlated(0, 600, 50).repeat(1, 3), random_weight(1, 40, 150)
     fitted, rounded = gptq_int4(weight, values.T @ values, GROUP), quantize_int4(weight, GROUP)
@@ -132,7 +141,7 @@ def test_inputs_that_are_all_zero_leave_something_finite():
 def test_inputs_that_are_not_finite_are_refused(bad):
     values = correlated(0, 100, 70)
     values[3, 5] = bad
-    with pytest.raises(ValueError, match="recorded inputs hold NaN or infinity"):
+    with pytest.raises(SchemeError, match="recorded inputs hold NaN or infinity"):
         gptq_int4(random_weight(1, 10, 70), values.T @ values, GROUP)
 
 
@@ -179,6 +188,11 @@ def test_the_correction_is_the_best_of_its_rank_for_the_output(rank, tokens):
     found = torch.trace(error @ damped @ error.T)
     rounding = (2**-7) ** 2 * torch.trace(weight @ damped @ weight.T)
     assert least <= found <= 1.001 * least + rounding
+
+
+def test_a_correction_for_inputs_that_are_all_zero():
+    up, down = low_rank(random_weight(0, 4, 8), torch.zeros(8, 8), 2)
+    assert (up.float() @ down.float()).isfinite().all()
 
 
 def test_without_inputs_the_correction_is_the_best_for_the_weight():

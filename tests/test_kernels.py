@@ -2,7 +2,9 @@
 
 import shutil
 import stat
+import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ compiled = pytest.mark.skipif(cpu.kernels() is None, reason=f"no CPU kernels: {c
 compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 dtypes = pytest.mark.parametrize("dtype", cpu.DTYPES)
 SIZES, SEEDS = st.integers(1, 70), st.integers(0, 10**6)
-WIDTHS = st.one_of(st.integers(2, 70), st.integers(900, 1100), st.sampled_from([1024, 1025, 2048, 2049]))
+WIDTHS = st.one_of(st.integers(1, 70), st.integers(900, 1100), st.sampled_from([1024, 1025, 2048, 2049]))
 
 
 def random_values(generator, rows, columns, dtype):
@@ -151,6 +153,17 @@ def test_rows_need_not_be_contiguous():
         assert torch.equal(weight_only_linear(values, *arguments, None), weight_only_linear(dense, *arguments, None))
 
 
+@dtypes
+def test_a_row_that_is_not_finite_stays_so(dtype):
+    layer = NativeLinear.from_linear(nn.Linear(40, 30), SCHEMES["w8a8"]).to(dtype)
+    values = torch.randn(40, 40, dtype=dtype)
+    values[3, 4] = float("nan")
+    output = layer(values)
+    assert output[3].isnan().all()
+    assert output[:3].isfinite().all()
+    assert output[4:].isfinite().all()
+
+
 @pytest.mark.parametrize(("dtype", "bias_dtype"), [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
 def test_what_the_kernels_do_not_know_runs_on_torch_ops(dtype, bias_dtype):
     generator = torch.Generator().manual_seed(0)
@@ -227,6 +240,28 @@ def test_a_home_that_cannot_be_written_to_still_works(cache, monkeypatch, tmp_pa
 
 
 @compiler
+@pytest.mark.usefixtures("cache")
+def test_without_a_home_folder(monkeypatch):
+    def nowhere():
+        raise RuntimeError("no home directory")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert cpu.why_not() == ""
+
+
+@compiler
+def test_a_library_that_was_cut_short_is_built_again(cache):
+    assert cpu.why_not() == ""
+    (library,) = cache.iterdir()
+    library.unlink()
+    library.write_bytes(b"x")
+    cpu._load.cache_clear()
+    assert cpu.why_not() == ""
+    assert library.stat().st_size > 1
+
+
+@compiler
 def test_a_compiler_without_openmp_is_enough(cache, monkeypatch, tmp_path):
     refuses = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {shutil.which("cc") or shutil.which("gcc")} "$@"'
     monkeypatch.setenv("CC", script(tmp_path / "cc", refuses))
@@ -262,6 +297,20 @@ def test_a_broken_compiler_is_done_without(cache, monkeypatch, tmp_path, caplog,
     assert reason in cpu.why_not()
     assert "\n" not in cpu.why_not()
     assert "torch ops are used instead" in caplog.text
+    assert not list(cache.iterdir())
+
+
+@compiler
+def test_a_compiler_that_hangs_is_done_without(cache, monkeypatch):
+    run = subprocess.run
+
+    def hang(command, **options):
+        return run(["sh", "-c", "echo thinking >&2; exec sleep 5"], **options | {"timeout": 0.2})
+
+    monkeypatch.setattr(cpu.subprocess, "run", hang)
+    assert cpu.kernels() is None
+    assert isinstance(cpu.why_not(), str)
+    assert cpu.why_not()
     assert not list(cache.iterdir())
 
 

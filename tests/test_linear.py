@@ -17,7 +17,7 @@ from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, InputStatistics, Native
 from cemq.quantize.integers import quantize_tokens
 
 SIZES, SEEDS = st.integers(1, 150), st.integers(0, 10**6)
-FEATURES = st.integers(2, 150)
+FEATURES = st.integers(1, 150)
 every_scheme = pytest.mark.parametrize("scheme", BACKENDS["native"].layers)
 variants = pytest.mark.parametrize(("smoothed", "rank"), [(False, 0), (True, 0), (False, 5), (True, 5)])
 
@@ -98,7 +98,7 @@ def test_it_is_so_for_any_shape(scheme, smoothed, rank, rows, inner, outputs, bi
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
-@given(rows=st.integers(32, 70), inner=FEATURES, outputs=SIZES, lowest=st.integers(-255, 0), seed=SEEDS)
+@given(rows=st.integers(32, 70), inner=st.integers(2, 150), outputs=SIZES, lowest=st.integers(-255, 0), seed=SEEDS)
 @settings(max_examples=30, deadline=None)
 def test_whole_numbers_are_multiplied_exactly(scheme, rows, inner, outputs, lowest, seed):
     # each token reaches from lowest to lowest + 255: its scale is 1 and it is a whole number of steps from zero
@@ -161,6 +161,19 @@ def test_a_half_precision_layer_answers_in_half_precision(scheme, smoothed, rank
     assert layer.bias.dtype == dtype
 
 
+def test_one_input_and_odd_outputs():
+    linear, layer = make_layer("w8a8", 1, 3)
+    values = torch.randn(40, 1)
+    assert relative(layer(values), linear(values)) < 0.02
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_a_weight_that_is_not_contiguous(scheme):
+    linear, values = nn.Linear(40, 30), torch.randn(3, 40)
+    linear.weight = nn.Parameter(torch.randn(40, 30).t())
+    assert relative(NativeLinear.from_linear(linear, SCHEMES[scheme])(values), linear(values)) < 0.02
+
+
 @every_scheme
 def test_no_rows_at_all_are_no_error(scheme):
     _, layer = make_layer(scheme, 70, 30, smoothed=True, rank=4)
@@ -213,7 +226,15 @@ def test_a_layer_goes_to_the_meta_device_and_back(scheme, smoothed, rank):
     assert torch.equal(layer(values), expected)
 
 
-# --- torch.compile
+# --- torch.jit.trace and torch.compile
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("rows", [3, 40])
+def test_a_traced_layer(rows):
+    _, layer = make_layer("w8a8", 40, 30)
+    traced, values = torch.jit.trace(layer, torch.randn(rows, 40), check_trace=False), torch.randn(rows, 40)
+    assert torch.allclose(traced(values), layer(values), atol=1e-5)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ GROUP_SIZE = 64  # int4 weights that share a group scale
 # int4 times its group scale must fit in int8, so that the product with int8 activations stays integer
 GROUP_SCALE_MAX = INT8_MAX // INT4_MAX
 _TINY = 1e-12
+_VALUES_AT_ONCE = 1 << 20
 _CLIP_TRIALS = 4  # how far below the smallest unclipped group scale to look for a smaller squared error
 
 
@@ -84,11 +85,17 @@ def group_scales(
 
 
 def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round to nearest under the scales of `group_scales`.
+    """Round to nearest under the scales of `group_scales`, some rows at a time to need little memory.
 
     Returns:
         packed (out, padded_in / 2) uint8, group scales (out, groups) int8, scales (out, 1) float32.
     """
+    parts = [_round_int4(rows, group_size) for rows in weight.split(max(1, _VALUES_AT_ONCE // weight.shape[1]))]
+    packed, group_scale, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return packed, group_scale, scale
+
+
+def _round_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     weight = F.pad(weight.float(), (0, -weight.shape[1] % group_size))
     group_scale, scale = group_scales(weight, group_size)
     step = (group_scale * scale).repeat_interleave(group_size, 1)
