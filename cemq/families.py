@@ -25,7 +25,7 @@ FAMILY_FULL_PRECISION = {
 }
 
 # Modulation and time embedding see a handful of rows, so 4 bits would cost quality and buy no time: 8 bits in W4A8.
-EIGHT_BIT = ("*norm*.linear*", "*adaln*", "*modulation*", "*mod.*", "*time*embed*", "*time_proj*")
+EIGHT_BIT = ("*norm*.linear*", "*adaln*", "*modulation*", "*mod.*", "*time*embed*", "*time_proj*", "proj_out_1")
 
 # Denoisers in the order they are looked for.
 DENOISERS = ("transformer", "unet")

@@ -49,11 +49,13 @@ class _Keeper:
     """Copies tensors to the CPU, those that come again with every call (text embeddings) only once."""
 
     def __init__(self) -> None:
-        self._copies: dict[tuple[int, int | None], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._copies: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            key = (id(value), None if value.is_inference() else value._version)
+            if value.is_inference():  # it counts no changes, so that an old copy might be taken for it
+                return value.detach().to("cpu", copy=True)
+            key = (id(value), value._version)
             if key not in self._copies:  # the original is kept too, or its id could be given to another
                 self._copies[key] = (value, value.detach().to("cpu", copy=True))
             return self._copies[key][1]
