@@ -90,7 +90,9 @@ class QuantizationPlan:
             if self.bits_budget is not None and self.needs_calls(denoiser):
                 least, _ = least_bits(denoiser, self.config(denoiser))
                 if self.bits_budget < least:
-                    raise InputError(f"bits budget {self.bits_budget}: {self.scheme} needs {least:.2f} bits a weight at least")
+                    raise InputError(
+                        f"bits budget {self.bits_budget}: {self.scheme} needs {least:.2f} bits a weight at least"
+                    )
 
 
 def quantize_pipeline(
