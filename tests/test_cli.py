@@ -109,7 +109,7 @@ BUILD = ("quantize-and-schedule", "builtin:dit-digits")
         ("unknown scheme 'w8a9': choose from w8a8, w4a8, w8a16, ", [*BUILD, "--scheme", "w8a9"]),
         ("unknown backend 'bnb'", [*BUILD, "--backend", "bnb"]),
         ("rounding='floor' is wrong: input should be 'gptq' or 'nearest'", [*BUILD, "--rounding", "floor"]),
-        ("low rank: only 4-bit schemes of the native backend take it, not w8a8", [*BUILD, "--low-rank", "8"]),
+        ("low rank: only 4-bit schemes of the native backend take it, not native w8a8", [*BUILD, "--low-rank", "8"]),
         ("bits budget: only 4-bit schemes of the native backend", [*BUILD, "--bits-budget", "5"]),
         ("component 'vae' stays in full precision", [*BUILD, "--components", "vae"]),
         ("unknown component of DiTPipeline 'text_encoder'", [*BUILD, "--components", "transformer, text_encoder"]),

@@ -248,7 +248,7 @@ def test_eight_bit_patterns_take_eight_bits_in_a_four_bit_scheme():
         f"transformer_blocks.{block}.{name}"
         for block in (0, 1)
         for name in ("norm1.linear", "norm1.emb.timestep_embedder.linear_1", "norm1.emb.timestep_embedder.linear_2")
-    }
+    } | {"proj_out_1"}
     model = quantized_model("w4a8", eight_bit=["*.ff.*"])
     assert eight_bits(model) == {name for name in schemes_of(model) if ".ff." in name}
 
