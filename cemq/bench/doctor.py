@@ -18,6 +18,7 @@ from diffusers.hooks import apply_group_offloading
 from cemq.bench.architectures import Architecture, Inputs
 from cemq.bench.machine import compile_obstacle, describe_machine
 from cemq.bench.random_models import quantization_config, random_model
+from cemq.errors import first_line
 from cemq.evaluation.metrics import relative_l2
 from cemq.models import default_dtype
 from cemq.quantize import BACKENDS, CemqConfig, installed
@@ -206,11 +207,7 @@ def _caught(probe: Callable[[], str]) -> str:
     try:
         return probe()
     except Exception as error:  # a report on whatever libraries raise
-        return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _devices() -> list[torch.device]:

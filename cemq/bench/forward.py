@@ -21,7 +21,7 @@ from cemq.bench.random_models import (
     random_model,
     tensor_bytes,
 )
-from cemq.errors import CemqError, InputError, choose
+from cemq.errors import CemqError, InputError, choose, first_line
 from cemq.evaluation.metrics import relative_l2
 from cemq.models import DTYPES, check_device, default_device
 from cemq.sampling import Progress
@@ -147,8 +147,7 @@ def _output(name: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:
     try:
         return call()
     except Exception as error:  # libraries raise many unrelated types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CemqError(f"{name} does not run here: {reason}; cemq doctor shows what does") from error
+        raise CemqError(f"{name} does not run here: {first_line(error)}; cemq doctor shows what does") from error
 
 
 def _error(reference: torch.Tensor, output: torch.Tensor) -> float | None:
