@@ -46,9 +46,7 @@ def choose_eight_bit(
     Raises:
         InputError: Not even 4 bits everywhere fit the budget.
     """
-    least, free = least_bits(denoiser, config)
-    if bits_budget < least:
-        raise InputError(f"bits budget {bits_budget}: {config.scheme} needs {least:.2f} bits a weight at least")
+    least, free = least_bits(denoiser, config, within=bits_budget)
     lowest = config.with_eight_bit(free)
     layers = [entry for entry in quantizable(denoiser, lowest) if entry[2].weight_bits == 4]
     harms = _harms(denoiser, lowest, calls[:: max(1, len(calls) // MEASURED_CALLS)][:MEASURED_CALLS], progress)
@@ -62,11 +60,18 @@ def choose_eight_bit(
     return raised
 
 
-def least_bits(denoiser: nn.Module, config: CemqConfig) -> tuple[float, list[str]]:
-    """The smallest average there is, and the names of layers so narrow that 8 bits take no more room than 4."""
+def least_bits(denoiser: nn.Module, config: CemqConfig, *, within: float) -> tuple[float, list[str]]:
+    """The smallest average there is, and the names of layers so narrow that 8 bits take no more room than 4.
+
+    Raises:
+        InputError: Not even 4 bits everywhere stay ``within`` the budget.
+    """
     lowest = config.with_eight_bit(())
     free = [name for name, linear, scheme in quantizable(denoiser, lowest) if _extra_bytes(lowest, linear, scheme) <= 0]
-    return stored_bits(denoiser, config.with_eight_bit(free)), free
+    least = stored_bits(denoiser, config.with_eight_bit(free))
+    if within < least:
+        raise InputError(f"bits budget {within}: {config.scheme} needs {least:.2f} bits a weight at least")
+    return least, free
 
 
 def _extra_bytes(config: CemqConfig, linear: nn.Linear, scheme: Scheme) -> int:
