@@ -18,6 +18,7 @@ _PUBLIC = {
     "ErrorPrior": "cemq.prior",
     "Evaluation": "cemq.evaluation",
     "TextEncoderConfig": "cemq.quantize.text_encoders",
+    "Plan": "cemq.runtime",
     "attached": "cemq.runtime",
     "evaluate": "cemq.evaluation",
     "from_pretrained": "cemq.runtime",
@@ -26,6 +27,7 @@ _PUBLIC = {
     "profile": "cemq.profiling",
     "quantize_and_schedule": "cemq.workflow",
     "quantize_in_place": "cemq.quantize",
+    "set_budget": "cemq.runtime",
     "quantize_text_encoder": "cemq.quantize.text_encoders",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -20,9 +20,10 @@ from cemq.errors import BundleError, CemqError
 from cemq.prior import SamplerFingerprint
 from cemq.schedule import CacheSchedule
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "cemq.json"
 PRIOR = "prior.safetensors"
+EVIDENCE = "evidence.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -41,6 +42,7 @@ class Manifest:
     view: str
     num_inference_steps: int
     schedule: CacheSchedule
+    correction: str | None
     sampler: SamplerFingerprint
     call: dict[str, Any]
     profiled_seeds: tuple[int, ...]
@@ -218,5 +220,7 @@ pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
 | PSNR to full precision, same seeds | {fidelity["psnr_db"]:.1f} dB over {fidelity["samples"]} samples |
 | SSIM | {fidelity["ssim"]:.4f} |
 | relative L2 of the final latent | {fidelity["relative_l2"]:.4f} |
+| predictor | {schedule.predictor_text()} |
+| correction | {manifest.correction or "none"} |
 | sampler | {manifest.sampler.scheduler}, {schedule.num_steps} steps |
 """

@@ -132,8 +132,18 @@ def quantize_and_schedule(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; default: the pipeline's.")] = None,
     budget: Budget = None,
-    solver: Annotated[str | None, typer.Option(help="segment, cem or uniform [segment].")] = None,
-    predictor: Annotated[str | None, typer.Option(help="reuse or taylor1 [taylor1].")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Of --budget auto: share by which the error may grow [0.15].")
+    ] = None,
+    target_psnr: Annotated[float | None, typer.Option(help="Of --budget auto: decibels to reach instead.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="search, segment, cem, cem-relaxed, threshold or uniform [search].")
+    ] = None,
+    predictor: Annotated[
+        str | None, typer.Option(help="auto, reuse, damped, taylor1, taylor2, goc or mean-velocity [auto].")
+    ] = None,
+    correction: Annotated[str | None, typer.Option(help="auto, none, drift, affine or eoc [auto].")] = None,
+    effort: Annotated[str | None, typer.Option(help="Of the search: quick, normal or thorough [normal].")] = None,
     prior: Annotated[str | None, typer.Option(help="combined, cache or self [combined].")] = None,
     calib: Annotated[str | None, typer.Option(help="Text file, one prompt or class label a line.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples to profile on [16].")] = None,
@@ -152,6 +162,7 @@ def quantize_and_schedule(
         "scheme": scheme, "backend": backend, "rounding": rounding, "low_rank": low_rank, "bits_budget": bits_budget,
         "components": [name.strip() for name in components.split(",") if name.strip()] if components else None,
         "steps": steps, "budget": budget, "solver": solver, "dtype": dtype,
+        "tolerance": tolerance, "target_psnr": target_psnr, "correction": correction, "effort": effort,
         "predictor": predictor, "prior": prior, "calib": calib, "samples": samples, "seed": seed,
         "call": _call_arguments(call),
     }  # fmt: skip
@@ -260,6 +271,47 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         _print_json(description)
     else:
         print_description(description)
+
+
+@app.command()
+@_one_line_errors
+def analyze(
+    bundle: Bundle,
+    schedules: Annotated[int, typer.Option(min=5, help="Schedules to run for each predictor.")] = 60,
+    predictors: Annotated[str, typer.Option(help="Predictors, separated by commas.")] = "taylor1,reuse",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each run.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Shifts the evaluation seeds.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG: predicted against measured error.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Run many schedules of a bundle and show how well each predicted cost ranks them.
+
+    Example: cemq analyze digits --schedules 60
+    """
+    from cemq.analysis import analyze as run_analysis
+    from cemq.analysis import draw
+    from cemq.evaluation.compare import check_picture_path
+
+    if plot:
+        check_picture_path(plot)
+    _quiet()
+    names = [name.strip() for name in predictors.split(",") if name.strip()]
+    with _progress() as progress:
+        found = run_analysis(
+            bundle, schedules=schedules, predictors=names, samples=samples, seed=seed, device=device, progress=progress
+        )
+    if plot:
+        draw(found, plot)
+    if as_json:
+        _print_json(found)
+        return
+    for name, costs in found["spearman"].items():
+        print(f"{name}: Spearman of predicted cost and measured error over {schedules} schedules")
+        for cost, value in sorted(costs.items(), key=lambda item: -item[1]):
+            print(f"  {cost:<22}{value:6.3f}")
+    if plot:
+        print(plot)
 
 
 @app.command()

@@ -1,46 +1,92 @@
-"""How a skipped step is served: as a linear combination of earlier full-compute steps."""
+"""How a skipped step is served: as a linear combination of the outputs of earlier full-compute steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import numpy as np
 
 from cemq.errors import choose
 
+# A predictor gets the step index, the full-compute steps so far (newest first) and what every earlier step was served
+# as, one row of weights a step; it returns this step's row.
+Rule = Callable[[int, Sequence[int], np.ndarray], np.ndarray]
 
-@dataclass(frozen=True, kw_only=True)
-class Predictor:
-    """Coefficients of the latest full-compute steps, newest first.
+DAMPING = 0.5  # of the slope, in `damped`
+GOC_GAIN = 0.8  # the gain GOC publishes for its milder host
+MEAN_WINDOW = 3  # steps that `mean-velocity` averages over
 
-    ``depth`` is how many of them are used once there are that many; with fewer, the highest order they allow.
+
+def _taylor(order: int, gain: float = 1.0) -> Rule:
+    """Newton's interpolation through the latest ``order + 1`` full-compute steps, continued to this step.
+
+    Divided differences are right for unequal gaps, where TaylorSeer's (arXiv:2503.06923) finite differences are not
+    from order 2 on. With fewer full-compute steps behind, the highest order they allow. ``gain`` scales every term but
+    the first.
     """
 
-    name: str
-    depth: int
-    weights: Callable[[int, Sequence[int]], tuple[float, ...]]
+    def rule(step: int, full: Sequence[int], served: np.ndarray) -> np.ndarray:
+        nodes = full[: order + 1]
+        row = np.zeros(served.shape[1])
+        row[nodes[0]] = 1.0
+        term = gain
+        for degree in range(1, len(nodes)):
+            term *= step - nodes[degree - 1]
+            known = nodes[: degree + 1]
+            for node in known:
+                row[node] += term / math.prod(node - other for other in known if other != node)
+        return row
 
-    def coefficients(self, step_index: int, full_steps: Sequence[int]) -> tuple[float, ...]:
-        """Weights of ``full_steps`` (newest first, at least one, all before ``step_index``) at ``step_index``."""
-        return self.weights(step_index, full_steps[: self.depth])
-
-
-def _reuse(step_index: int, full_steps: Sequence[int]) -> tuple[float, ...]:
-    return (1.0,)
-
-
-def _taylor1(step_index: int, full_steps: Sequence[int]) -> tuple[float, ...]:
-    """Linear extrapolation over the step index, exact for unequal gaps (TaylorSeer, arXiv:2503.06923, order 1)."""
-    if len(full_steps) < 2:
-        return (1.0,)
-    newest, older = full_steps
-    ratio = (step_index - newest) / (newest - older)
-    return (1.0 + ratio, -ratio)
+    return rule
 
 
-PREDICTORS = {p.name: p for p in (Predictor(name="reuse", depth=1, weights=_reuse),
-                                  Predictor(name="taylor1", depth=2, weights=_taylor1))}  # fmt: skip
+def _goc(step: int, full: Sequence[int], served: np.ndarray) -> np.ndarray:
+    """Continue the latest two outputs, served ones too, with a gain (GOC, arXiv:2503.05156)."""
+    return served[step - 1] if step < 2 else served[step - 1] + GOC_GAIN * (served[step - 1] - served[step - 2])
 
 
-def get_predictor(name: str) -> Predictor:
-    """Look a predictor up by name; raises InputError."""
-    return PREDICTORS[choose("predictor", name, PREDICTORS)]
+def _mean_velocity(step: int, full: Sequence[int], served: np.ndarray) -> np.ndarray:
+    """The latest output plus a slope that is averaged over the latest steps, served ones too (MeanCache,
+    arXiv:2601.19961: v - J * dt with J = (v_start - mean) / dt), over the step index."""
+    start = max(0, step - MEAN_WINDOW)
+    span = step - 1 - start
+    if span < 1:
+        return served[step - 1]
+    mean = served[start : step - 1].mean(0)
+    return served[step - 1] - (served[start] - mean) / span
+
+
+PREDICTORS: dict[str, Rule] = {
+    "reuse": _taylor(0),
+    "damped": _taylor(1, DAMPING),
+    "taylor1": _taylor(1),
+    "taylor2": _taylor(2),
+    "goc": _goc,
+    "mean-velocity": _mean_velocity,
+}
+
+
+def check_predictor(name: str) -> str:
+    """The name itself if there is such a predictor; raises InputError."""
+    return choose("predictor", name, PREDICTORS)
+
+
+def serving_matrix(num_steps: int, full_steps: Sequence[int], predictors: Sequence[str]) -> np.ndarray:
+    """What every step is served as, shape (num_steps, num_steps): row ``s`` holds the weights of the full-compute
+    outputs. Full-compute steps are served as themselves.
+
+    Args:
+        full_steps: Rising, beginning with 0.
+        predictors: One for each of them: how the steps that follow it are served.
+    """
+    served = np.zeros((num_steps, num_steps))
+    done: list[int] = []
+    for index, start in enumerate(full_steps):
+        end = full_steps[index + 1] if index + 1 < len(full_steps) else num_steps
+        served[start, start] = 1.0
+        done.insert(0, start)
+        rule = PREDICTORS[predictors[index]]
+        for step in range(start + 1, end):
+            served[step] = rule(step, done, served)
+    return served

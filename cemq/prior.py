@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cemq.errors import BundleError, InputError, choose
+from cemq.errors import BundleError, InputError, PriorMismatchError, choose
 
 VIEWS = ("combined", "cache", "self")
-_ARRAYS = ("qq", "qv", "vv", "step_sizes", "sensitivity")
+_ARRAYS = ("qq", "qv", "vv", "step_sizes", "sensitivity", "coherence")
+_OPTIONAL = ("token_cosines", "channel_means", "channel_grams")
+# Settings of a noise scheduler that only choose where on its curve the steps lie; a prior carries over to others.
+_SPACING = {
+    *("shift", "base_shift", "max_shift", "shift_terminal", "use_dynamic_shifting", "time_shift_type"),
+    *("base_image_seq_len", "max_image_seq_len", "timestep_spacing", "steps_offset"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +44,35 @@ class SamplerFingerprint:
             and self.config == other.config
         )
 
+    def carries_over(self, other: SamplerFingerprint) -> bool:
+        """Whether what was measured at these timesteps says something about those of ``other``: the same noise
+        scheduler on the same curve, strictly falling, within the range measured (a tenth of it beyond is let pass)."""
+        if self.scheduler != other.scheduler or len(self.timesteps) < 4 or len(other.timesteps) < 2:
+            return False
+        if any(np.any(np.diff(each.timesteps) >= 0) for each in (self, other)):
+            return False
+        names = (set(self.config) | set(other.config)) - _SPACING
+        if any(self.config.get(name) != other.config.get(name) for name in names):
+            return False
+        margin = 0.1 * (self.timesteps[0] - self.timesteps[-1])
+        return other.timesteps[0] <= self.timesteps[0] + margin and other.timesteps[-1] >= self.timesteps[-1] - margin
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SamplerFingerprint:
         return cls(scheduler=fields["scheduler"], config=fields["config"], timesteps=tuple(fields["timesteps"]))
+
+
+def _cubic_weights(old: np.ndarray, new: np.ndarray, points: int = 4) -> np.ndarray:
+    """Weights (new, old) of Lagrange interpolation through the nearest ``points`` of falling nodes; beyond the ends the
+    value of the end, since polynomials run away there."""
+    weights = np.zeros((len(new), len(old)))
+    for row, place in enumerate(np.clip(new, old[-1], old[0])):
+        above = int(np.searchsorted(-old, -place, side="right")) - 1
+        first = min(max(above - points // 2 + 1, 0), len(old) - points)
+        for node in range(first, first + points):
+            others = [other for other in range(first, first + points) if other != node]
+            weights[row, node] = np.prod([(place - old[o]) / (old[node] - old[o]) for o in others])
+    return weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +113,13 @@ class ErrorPrior:
     ``qq``, ``qv`` and ``vv`` are (num_steps, num_steps), float64, divided by the number of latent elements.
     ``step_sizes`` (num_steps,) is how much one unit of model output moves the sample at each step, ``sensitivity``
     (num_steps,) how much one unit of displacement after that step moves the final sample; None counts as ones.
+    ``coherence`` is over how many steps errors keep their direction on the way to the final sample: those of two steps
+    add up with sign if it is large, in squares if it is small. `cemq.propagation` fits both.
+
+    ``token_cosines`` (3, num_steps, num_steps) is CEM's prior: the mean cosine of token means, of v with v, q with q
+    and q with v. ``channel_means`` (2, num_steps, channels), the means of q and of v, and ``channel_grams``
+    (2, channels, num_steps, num_steps), those of ``q_i q_j`` and ``q_i v_j``, are what corrections are made of. All
+    three may be empty.
     """
 
     qq: np.ndarray
@@ -88,6 +127,10 @@ class ErrorPrior:
     vv: np.ndarray
     step_sizes: np.ndarray
     sensitivity: np.ndarray | None = None
+    coherence: float = np.inf
+    token_cosines: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((3, 0, 0)))
+    channel_means: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0, 0)))
+    channel_grams: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0, 0, 0)))
     metadata: PriorMetadata | None = None
 
     def __post_init__(self) -> None:
@@ -100,8 +143,11 @@ class ErrorPrior:
             matrix = getattr(self, name)
             if matrix.shape != (steps, steps):
                 raise InputError(f"error prior: {name} has shape {matrix.shape}, expected {(steps, steps)}")
-        for name in _ARRAYS:
-            if not np.isfinite(getattr(self, name)).all():
+        object.__setattr__(self, "coherence", float(np.asarray(self.coherence).item()))  # a file holds an array
+        if not self.coherence > 0:
+            raise InputError(f"error prior: coherence is {self.coherence}, expected more than 0 steps")
+        for name in (*_ARRAYS, *_OPTIONAL):
+            if name != "coherence" and not np.isfinite(getattr(self, name)).all():
                 raise InputError(
                     f"error prior: {name} is not finite; the model produced NaN or infinity while profiled"
                 )
@@ -115,6 +161,12 @@ class ErrorPrior:
         """How far one unit of error in the prediction of a step moves the final sample, shape (num_steps,)."""
         return self.step_sizes * self.sensitivity
 
+    @property
+    def propagation(self) -> np.ndarray:
+        """How errors in the predictions of two steps add up in the final sample, shape (num_steps, num_steps)."""
+        steps, weights = np.arange(self.num_steps), self.step_weights
+        return np.outer(weights, weights) * np.exp(-np.abs(steps[:, None] - steps) / self.coherence)
+
     def view(self, name: str = "combined") -> View:
         """``combined``: p[q] against v. ``cache``: p[v] against v. ``self``: p[q] against q."""
         choose("prior", name, VIEWS)
@@ -123,18 +175,24 @@ class ErrorPrior:
         gram = self.vv if name == "cache" else self.qq
         return View(xx=gram, xy=gram, yy=gram)
 
-    def error(
-        self, step_index: int, sources: Sequence[int], coefficients: Sequence[float], view: str = "combined"
-    ) -> float:
-        """Relative L2 error of serving ``step_index`` as ``sum(coefficients * x[sources])``."""
-        gram, weights = self.view(view), np.asarray(coefficients)
-        index = np.asarray(sources)
-        squared = (
-            weights @ gram.xx[np.ix_(index, index)] @ weights
-            - 2 * weights @ gram.xy[index, step_index]
-            + gram.yy[step_index, step_index]
-        )
-        return float(np.sqrt(max(squared, 0.0) / gram.yy[step_index, step_index]))
+    def error_gram(self, served: np.ndarray, view: str = "combined") -> np.ndarray:
+        """``<p(s) - y(s), p(t) - y(t)>`` of served steps, shape (num_steps, num_steps).
+
+        Args:
+            served: What each step is served as (`cemq.predict.serving_matrix`).
+        """
+        gram = self.view(view)
+        overlap = served @ gram.xy
+        return served @ gram.xx @ served.T - overlap - overlap.T + gram.yy
+
+    def step_errors(self, served: np.ndarray, view: str = "combined") -> np.ndarray:
+        """Relative L2 error of the prediction at every step, shape (num_steps,)."""
+        squared = np.diag(self.error_gram(served, view)).clip(0)
+        return np.sqrt(squared / np.diag(self.view(view).yy))
+
+    def final_error(self, served: np.ndarray, view: str = "combined") -> float:
+        """Predicted distance of the final sample from the full-precision one, root mean square per element."""
+        return float(np.sqrt(max((self.propagation * self.error_gram(served, view)).sum(), 0.0)))
 
     def reuse_errors(self, view: str = "combined") -> np.ndarray:
         """Relative L2 error of reuse, shape (num_steps, num_steps): [cache_interval, step_index], NaN before step 0.
@@ -151,14 +209,18 @@ class ErrorPrior:
         return table
 
     def cosine_distances(self, view: str = "combined") -> np.ndarray:
-        """``1 - cos(x(s - C), y(s))``, shape (num_steps, num_steps): [C, s], 0 where s < C (CEM's storage)."""
+        """``1 - cos(x(s - C), y(s))``, shape (num_steps, num_steps): [C, s], 0 where s < C (CEM's storage).
+
+        Of token means, as CEM's released code has it; of whole predictions where those were not measured.
+        """
         gram, steps = self.view(view), self.num_steps
+        if self.token_cosines.size:
+            cosines = self.token_cosines[("cache", "self", "combined").index(view)]
+        else:
+            cosines = gram.xy / np.sqrt(np.outer(np.diag(gram.xx), np.diag(gram.yy)))
         table = np.zeros((steps, steps))
         for age in range(steps):
-            later = np.arange(age, steps)
-            earlier = later - age
-            norms = np.sqrt(gram.xx[earlier, earlier] * gram.yy[later, later])
-            table[age, age:] = np.maximum(1.0 - gram.xy[earlier, later] / norms, 0.0)
+            table[age, age:] = np.maximum(1.0 - np.diag(cosines, age), 0.0)
         return table
 
     @property
@@ -166,12 +228,48 @@ class ErrorPrior:
         """Relative L2 error of the quantized model at full compute, per step, shape (num_steps,)."""
         return self.reuse_errors("combined")[0]
 
+    def resampled(self, sampler: SamplerFingerprint) -> ErrorPrior:
+        """The prior at other timesteps of the same noise scheduler: predictions are smooth in the noise level.
+
+        Gram matrices, means and sensitivity are interpolated over the timestep by cubics, step sizes as the share of
+        the sample that a step moves per timestep.
+
+        Raises:
+            PriorMismatchError: The sampler is not one that this prior carries over to.
+        """
+        if self.metadata is None or not self.metadata.sampler.carries_over(sampler):
+            raise PriorMismatchError(
+                f"error prior: measured under another noise scheduler than {sampler.scheduler} with "
+                f"{len(sampler.timesteps)} steps: profile anew for it"
+            )
+        old, new = (np.array(each.timesteps) for each in (self.metadata.sampler, sampler))
+        if len(old) != self.num_steps:
+            raise PriorMismatchError("error prior: its sampler steps more often than it has timesteps: profile anew")
+        between = _cubic_weights(old, new)
+        linear = _cubic_weights(old, new, points=2)
+        spans = [-np.diff(times, append=0.0) for times in (old, new)]
+        spans = [np.maximum(span, 0.01 * span.mean()) for span in spans]  # some samplers end at timestep 0
+        cosines, means, grams = self.token_cosines, self.channel_means, self.channel_grams
+        return dataclasses.replace(
+            self,
+            qq=between @ self.qq @ between.T,
+            qv=between @ self.qv @ between.T,
+            vv=between @ self.vv @ between.T,
+            step_sizes=linear @ (self.step_sizes / spans[0]) * spans[1],
+            sensitivity=np.exp(linear @ np.log(self.sensitivity)),
+            coherence=self.coherence * len(new) / len(old),
+            token_cosines=linear @ cosines @ linear.T if cosines.size else cosines,
+            channel_means=between @ means if means.size else means,
+            channel_grams=between @ grams @ between.T if grams.size else grams,
+            metadata=dataclasses.replace(self.metadata, sampler=sampler),
+        )
+
     def save(self, path: Path) -> None:
         """Write safetensors with the metadata in the header."""
         from safetensors.numpy import save_file
 
         header = {"cemq": json.dumps(dataclasses.asdict(self.metadata))} if self.metadata else None
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float64) for name in (*_ARRAYS, *_OPTIONAL)}
         save_file(arrays, str(path), metadata=header)
 
     @classmethod
@@ -181,7 +279,7 @@ class ErrorPrior:
 
         try:
             with safe_open(str(path), framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+                arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, *_OPTIONAL)}
                 header = (file.metadata() or {}).get("cemq")
             metadata = PriorMetadata.from_dict(json.loads(header)) if header else None
         except Exception as error:  # safetensors raises several unrelated types for a damaged file

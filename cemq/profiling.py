@@ -1,7 +1,4 @@
-"""Two runs per batch measure every cache interval at once: a reference run, and a forced run of the quantized model.
-
-A few more runs of one batch measure how much each step matters for the final sample.
-"""
+"""Two runs per batch measure every cache interval at once: a reference run, and a forced run of the quantized model."""
 
 from __future__ import annotations
 
@@ -11,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from cemq.correction import channel_axis
 from cemq.errors import PriorMismatchError
 from cemq.prior import ErrorPrior, PriorMetadata
 from cemq.sampling import Batch, Progress, iterate, run
-from cemq.trajectory import Trajectory, final_sample, force, inject, record
+from cemq.trajectory import Trajectory, force, record
 
 _CHUNK = 1 << 20  # latent elements turned to float64 at a time
+_LARGEST_CHANNEL_GRAMS = 1 << 18  # numbers; 16 channels at 128 steps
 
 
 def record_references(
@@ -40,7 +39,6 @@ def profile(
     call: Mapping[str, Any],
     scheme: str,
     dtype: str,
-    sensitivity: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> ErrorPrior:
     """Run the quantized pipeline along the references and return the combined error prior.
@@ -49,12 +47,11 @@ def profile(
         pipe: The pipeline with its quantized denoiser (or the full-precision one: then all views are equal).
         batches: The batches that the references were recorded from.
         references: Trajectories of the full-precision pipeline, with step sizes.
-        sensitivity: From `measure_sensitivity`; None counts every step's displacement alike.
 
     Raises:
         PriorMismatchError: The two runs made different numbers of steps.
     """
-    grams = []
+    found = []
     for (batch, on_step), reference in zip(iterate(batches, "forced runs", progress, steps), references, strict=True):
         with force(pipe, reference) as forced:
             run(pipe, batch, steps=steps, call=call, on_step=on_step)
@@ -63,10 +60,9 @@ def profile(
                 f"the quantized run made {forced.num_steps} steps, its reference {reference.num_steps}: "
                 "profile both with the same sampler and step count"
             )
-        grams.append((len(batch.seeds), *_grams(forced.predictions, reference.predictions)))
-    shares = np.array([gram[0] for gram in grams], dtype=float)
-    shares /= shares.sum()
-    qq, qv, vv = (sum(share * gram[i] for share, gram in zip(shares, grams, strict=True)) for i in (1, 2, 3))
+        found.append((len(batch.seeds), _statistics(forced.predictions, reference.predictions)))
+    total = sum(count for count, _ in found)
+    averages = {name: sum(count / total * each[name] for count, each in found) for name in found[0][1]}
     metadata = PriorMetadata(
         sampler=references[0].sampler,
         scheme=scheme,
@@ -77,7 +73,30 @@ def profile(
         conditions=tuple(condition for batch in batches for condition in batch.conditions),
     )
     step_sizes = np.mean([reference.step_sizes for reference in references], axis=0)
-    return ErrorPrior(qq=qq, qv=qv, vv=vv, step_sizes=step_sizes, sensitivity=sensitivity, metadata=metadata)
+    return ErrorPrior(**averages, step_sizes=step_sizes, metadata=metadata)
+
+
+def _statistics(q: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
+    """What `ErrorPrior` holds of one batch of quantized and full-precision predictions."""
+    qq, qv, vv = _grams(q, v)
+    axis = channel_axis(q[0].ndim)
+    # (2 * num_steps, samples, channels, places)
+    tokens = torch.stack([tensor.movedim(axis, 1).flatten(2) for tensor in (*q, *v)])
+    steps, channels = len(q), tokens.shape[2]
+    pooled = torch.nn.functional.normalize(tokens.double().mean(3), dim=-1).transpose(0, 1)
+    cosines = (pooled @ pooled.transpose(1, 2)).mean(0).numpy()
+    statistics = {
+        "qq": qq,
+        "qv": qv,
+        "vv": vv,
+        "token_cosines": np.stack([cosines[steps:, steps:], cosines[:steps, :steps], cosines[:steps, steps:]]),
+        "channel_means": tokens.double().mean((1, 3)).numpy().reshape(2, steps, channels),
+    }
+    if channels * steps**2 <= _LARGEST_CHANNEL_GRAMS:
+        by_channel = tokens.permute(2, 0, 1, 3).flatten(2)
+        grams = torch.stack([(each[:steps].double() @ each.double().T) / each.shape[1] for each in by_channel]).numpy()
+        statistics["channel_grams"] = np.stack([grams[:, :, :steps], grams[:, :, steps:]])
+    return statistics
 
 
 def _grams(q: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -90,42 +109,3 @@ def _grams(q: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> tuple[np.nda
         gram += part @ part.T
     gram /= elements
     return gram[:steps, :steps].numpy(), gram[:steps, steps:].numpy(), gram[steps:, steps:].numpy()
-
-
-def measure_sensitivity(
-    pipe: Any,
-    batch: Batch,
-    reference: Trajectory,
-    *,
-    points: int,
-    steps: int,
-    call: Mapping[str, Any],
-    relative: float = 0.05,
-    progress: Progress | None = None,
-) -> np.ndarray:
-    """Deviation of the final sample per unit of displacement after each step, shape (num_steps,).
-
-    Measured by one run at each of ``points`` steps spread evenly, the last one included, and interpolated in the
-    logarithm between them. The displacement is white noise of ``relative`` times the sample's norm, large enough to
-    stand above rounding and small enough to stay near the reference.
-
-    Args:
-        reference: The trajectory that ``pipe`` ran for ``batch``.
-        points: 0 measures nothing and returns ones.
-    """
-    last = reference.num_steps - 1
-    if points == 0:
-        return np.ones(last + 1)
-    measured = np.unique(np.linspace(0 if points > 1 else last, last, points).round().astype(int))
-    noise, gains = torch.Generator().manual_seed(0), []
-    for step_index, (_, on_step) in zip(
-        measured, iterate([batch] * len(measured), "sensitivity runs", progress, steps), strict=True
-    ):
-        sample = reference.samples[step_index].float()
-        displacement = torch.randn(sample.shape, generator=noise)
-        displacement *= relative * sample.norm() / displacement.norm()
-        with inject(pipe, int(step_index), displacement), final_sample(pipe) as moved:
-            run(pipe, batch, steps=steps, call=call, on_step=on_step)
-        deviation = moved[0].cpu().float() - reference.samples[-1].float()
-        gains.append(max((deviation.norm() / displacement.norm()).item(), 1e-6))
-    return np.exp(np.interp(np.arange(last + 1), measured, np.log(gains)))

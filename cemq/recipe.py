@@ -23,14 +23,18 @@ class Recipe(BaseModel):
     scheme: str = "w8a8"
     backend: str = "native"
     steps: int | None = None  # None: the pipeline's own default
-    budget: int | str = "3x"
-    solver: str = "segment"
-    predictor: str = "taylor1"
+    budget: int | str = "3x"  # full-compute steps, a compute ratio, or auto
+    tolerance: float = Field(default=0.15, ge=0)  # of budget: auto; share by which the error may grow
+    target_psnr: float | None = None  # of budget: auto; decibels to reach instead
+    solver: str = "search"
+    predictor: str = "auto"
+    correction: str = "auto"
+    effort: str = "normal"
     prior: str = "combined"
     calib: str | None = None  # a file beside the recipe, in calib_data/, or anywhere
     samples: int = Field(default=16, ge=1)
     batch_size: int = Field(default=4, ge=1)
-    sensitivity_points: int = Field(default=8, ge=0)  # runs of one batch that find out which steps matter; 0: none
+    planning_samples: int = Field(default=12, ge=1)  # that candidates are run on; others than those profiled
     seed: int = 0
     dtype: str | None = None
     call: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Three instruments on ``scheduler.step``: record a run, force it along another, inject a displacement.
+"""Instruments on ``scheduler.step``: record a run, or force it along another.
 
 Every diffusers pipeline ends a denoising step in one ``scheduler.step(model_output, t, sample)``, after guidance and
 after learned-sigma splitting, so none of this knows a model family.
@@ -96,24 +96,6 @@ def force(pipe: Any, reference: Trajectory) -> Iterator[Trajectory]:
 
     with intercepted(pipe.scheduler, "step", step):
         yield trajectory
-
-
-@contextmanager
-def inject(pipe: Any, step_index: int, displacement: torch.Tensor) -> Iterator[None]:
-    """Add ``displacement`` (broadcast to the sample) to the sample after one step of the next run."""
-    done = 0
-
-    def step(original: Any, **arguments: Any) -> Any:
-        nonlocal done
-        result = original(**arguments)
-        if done == step_index:
-            sample = next_sample(result)
-            result = with_next_sample(result, sample + displacement.to(sample.device, sample.dtype))
-        done += 1
-        return result
-
-    with intercepted(pipe.scheduler, "step", step):
-        yield
 
 
 def _step_size(scheduler: Any, arguments: dict[str, Any]) -> float:

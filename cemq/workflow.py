@@ -1,25 +1,26 @@
-"""The whole build, every stage in order: record, quantize, profile, plan, verify, write."""
+"""The whole build, every stage in order: record, quantize, profile, plan in closed loop, check, write."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from cemq import __version__
-from cemq.bundle import MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
+from cemq.bundle import EVIDENCE, MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
 from cemq.errors import InputError, ModelError, choose
 from cemq.evaluation import measure_fidelity, run_batch
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
-from cemq.predict import get_predictor
+from cemq.planning import EFFORTS, ClosedLoop, check_planning, plan
 from cemq.prior import VIEWS
-from cemq.profiling import measure_sensitivity, profile, record_references
+from cemq.profiling import profile, record_references
 from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
-from cemq.runtime import attached, from_pretrained
+from cemq.runtime import Plan, attached, from_pretrained
 from cemq.sampling import (
     Batch,
     Progress,
@@ -32,7 +33,6 @@ from cemq.sampling import (
     run,
     split_conditions,
 )
-from cemq.schedule import SOLVERS, check_budget, plan_schedule
 
 CHECK_SAMPLES = 4  # held-out samples for the fidelity that is written into the bundle
 CALIBRATION_CALLS = 48  # calls of the denoiser that quantization is fitted to, spread over all trajectories
@@ -82,43 +82,48 @@ def quantize_and_schedule(
     Raises:
         CemqError: Anything asked for cannot be done; nothing is written.
     """
-    plan = resolve_recipe(model, recipe, settings)
+    settled = resolve_recipe(model, recipe, settings)
     quantization = QuantizationPlan(
-        scheme=plan.scheme,
-        backend=plan.backend,
-        full_precision=plan.full_precision,
-        gptq=plan.rounding == "gptq",
-        smoothed=plan.smoothed,
-        low_rank=plan.low_rank,
-        bits_budget=plan.bits_budget,
-        components=tuple(plan.components or ()),
+        scheme=settled.scheme,
+        backend=settled.backend,
+        full_precision=settled.full_precision,
+        gptq=settled.rounding == "gptq",
+        smoothed=settled.smoothed,
+        low_rank=settled.low_rank,
+        bits_budget=settled.bits_budget,
+        components=tuple(settled.components or ()),
     )
     quantization.check()
-    choose("solver", plan.solver, SOLVERS)
-    choose("prior", plan.prior, VIEWS)
-    get_predictor(plan.predictor)
-    if plan.steps:
-        check_budget(plan.budget, plan.steps, plan.solver)
-    if plan.calib:
-        read_conditions(find_calibration(plan.calib))
+    choose("prior", settled.prior, VIEWS)
+    check_planning(**_planning(settled, settled.steps))
+    if settled.calib:
+        read_conditions(find_calibration(settled.calib))
     place = device or default_device()
     check_device(place)
-    dtype = plan.dtype or default_dtype(place)
-    source = locate(plan.model)
+    dtype = settled.dtype or default_dtype(place)
+    source = locate(settled.model)
     if (source.folder / MANIFEST).is_file():
-        raise ModelError(f"'{plan.model}' is a cemq bundle already: give the full-precision model it was made from")
+        raise ModelError(f"'{settled.model}' is a cemq bundle already: give the full-precision model it was made from")
 
     with staging(Path(output), overwrite=overwrite) as folder:
         pipe = open_pipeline(source.folder, dtype=dtype, device=place)
         pipe.set_progress_bar_config(disable=True)
-        steps = plan.steps or _default_steps(pipe)
-        check_budget(plan.budget, steps, plan.solver)
-        check_call(pipe, plan.call)
+        steps = settled.steps or _default_steps(pipe)
+        check_planning(**_planning(settled, steps))
+        check_call(pipe, settled.call)
         quantization.check_pipeline(pipe)
-        profiled, held_out = _conditions(pipe, plan)
-        batches = make_batches(profiled, samples=plan.samples, first_seed=plan.seed, batch_size=plan.batch_size)
-        check = make_batches(
-            held_out, samples=CHECK_SAMPLES, first_seed=plan.seed + plan.samples, batch_size=plan.batch_size
+        profiled, held_out = _conditions(pipe, settled)
+        # three sets of samples, with seeds of their own: to profile, to plan on, to check the plan
+        counts = settled.samples, settled.planning_samples, CHECK_SAMPLES
+        turned = settled.planning_samples % len(held_out)
+        batches, planning, check = (
+            make_batches(
+                conditions,
+                samples=counts[index],
+                first_seed=settled.seed + sum(counts[:index]),
+                batch_size=settled.batch_size,
+            )
+            for index, conditions in enumerate((profiled, held_out, held_out[turned:] + held_out[:turned]))
         )
 
         calls: dict[str, Any] = {}
@@ -127,17 +132,9 @@ def quantize_and_schedule(
                 if quantization.needs_calls(denoiser):
                     every = _stride(len(batches) * steps)
                     calls[name] = recording.enter_context(record_calls(denoiser, every=every))
-            references = record_references(pipe, batches, steps=steps, call=plan.call, progress=progress)
-        sensitivity = measure_sensitivity(
-            pipe,
-            batches[0],
-            references[0],
-            points=plan.sensitivity_points,
-            steps=steps,
-            call=plan.call,
-            progress=progress,
-        )
-        wanted = _outcomes(pipe, check, "full-precision check", steps, plan, progress)
+            references = record_references(pipe, batches, steps=steps, call=settled.call, progress=progress)
+        aims = _outcomes(pipe, planning, "full-precision planning samples", steps, settled, progress)
+        wanted = _outcomes(pipe, check, "full-precision check", steps, settled, progress)
         reference_bytes = weight_bytes(pipe)
 
         quantize_pipeline(pipe, quantization, calls, progress)
@@ -147,46 +144,55 @@ def quantize_and_schedule(
             batches,
             references,
             steps=steps,
-            call=plan.call,
-            scheme=plan.scheme,
+            call=settled.call,
+            scheme=settled.scheme,
             dtype=dtype,
-            sensitivity=sensitivity,
             progress=progress,
         )
-        schedule = plan_schedule(
-            prior,
-            plan.budget,
-            solver=plan.solver,
-            predictor=plan.predictor,
-            view=plan.prior,
+        loop = ClosedLoop(
+            pipe=pipe, prior=prior, batches=planning, references=aims, steps=steps, call=settled.call,
+            progress=_planning_progress(progress, EFFORTS[settled.effort].full_runs),
+        )  # fmt: skip
+        planned = plan(
+            loop,
+            settled.budget,
+            solver=settled.solver,
+            predictor=settled.predictor,
+            correction=settled.correction,
+            effort=settled.effort,
+            view=settled.prior,
+            tolerance=settled.tolerance,
+            target_psnr=settled.target_psnr,
         )
-        sampler = prior.metadata.sampler
-        with attached(pipe, schedule, sampler):
-            found = _outcomes(pipe, check, "scheduled check", steps, plan, progress)
+        schedule, correction, sampler = planned.schedule, planned.correction, prior.metadata.sampler
+        with attached(pipe, Plan(schedule=schedule, sampler=sampler, correction=correction)):
+            found = _outcomes(pipe, check, "scheduled check", steps, settled, progress)
 
         write_pipeline(pipe, folder, source.folder)
-        prior.save(folder / PRIOR)
+        planned.prior.save(folder / PRIOR)
+        (folder / EVIDENCE).write_text(json.dumps(planned.evidence, indent=1) + "\n", encoding="utf-8")
         manifest = Manifest(
             cemq_version=__version__,
             model=source.name,
             revision=source.revision,
             pipeline_class=type(pipe).__name__,
             denoisers=tuple(name for name, _ in denoisers(pipe)),
-            scheme=plan.scheme,
-            backend=plan.backend,
+            scheme=settled.scheme,
+            backend=settled.backend,
             dtype=dtype,
-            view=plan.prior,
+            view=settled.prior,
             num_inference_steps=steps,
             schedule=schedule,
+            correction=correction and correction.method,
             sampler=sampler,
-            call=plan.call,
-            profiled_seeds=tuple(seed for batch in (*batches, *check) for seed in batch.seeds),
+            call=settled.call,
+            profiled_seeds=tuple(seed for batch in (*batches, *planning, *check) for seed in batch.seeds),
             held_out_conditions=held_out[:MAX_HELD_OUT],
             fidelity=dataclasses.asdict(measure_fidelity(wanted, found)),
             model_bytes=weight_bytes(pipe),
             reference_bytes=reference_bytes,
             libraries=_library_versions(),
-            recipe=plan.model_dump(exclude_unset=True),
+            recipe=settled.model_dump(exclude_unset=True),
         )
         seal(folder, manifest)
     return manifest
@@ -222,6 +228,25 @@ def _conditions(pipe: Any, plan: Recipe) -> tuple[tuple[str | int, ...], tuple[s
     default = "imagenet_labels.txt" if labelled else "prompts.txt"
     lines = read_conditions(find_calibration(plan.calib or default))
     return split_conditions(check_conditions(pipe, lines), profiled=plan.samples, seed=plan.seed)
+
+
+def _planning(plan: Recipe, steps: int | None) -> dict[str, Any]:
+    return {
+        "solver": plan.solver,
+        "predictor": plan.predictor,
+        "correction": plan.correction,
+        "effort": plan.effort,
+        "budget": plan.budget,
+        "steps": steps,
+    }
+
+
+def _planning_progress(progress: Progress | None, full_runs: float) -> Any:
+    """Planning counts runs at full compute of its samples; people see how many of them it may take."""
+    if progress is None:
+        return None
+    stage = f"planning, {full_runs:g} runs' worth"
+    return lambda spent: progress(stage, min(spent / full_runs, 1.0))
 
 
 def _stride(steps: int) -> int:

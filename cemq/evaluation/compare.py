@@ -65,7 +65,9 @@ class Outcome:
     seconds: float
 
 
-def run_batch(pipe: Any, batch: Batch, *, steps: int, call: Mapping[str, Any], on_step: Callable[[], None]) -> Outcome:
+def run_batch(
+    pipe: Any, batch: Batch, *, steps: int, call: Mapping[str, Any], on_step: Callable[[], None] | None = None
+) -> Outcome:
     """Run one batch to images and keep its final latents."""
     with final_sample(pipe) as held:
         started = time.perf_counter()

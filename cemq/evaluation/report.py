@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
-from cemq.bundle import PRIOR, read_bundle
+from cemq.bundle import EVIDENCE, PRIOR, read_bundle
 from cemq.prior import ErrorPrior
 
 
@@ -19,7 +20,6 @@ def describe(bundle: Path) -> dict[str, Any]:
     manifest = read_bundle(bundle, verify=True)
     prior = ErrorPrior.load(bundle / PRIOR)
     schedule = manifest.schedule
-    served = [prior.error(step, *schedule.serving(step), view="combined") for step in range(schedule.num_steps)]
     return {
         "model": manifest.model,
         "revision": manifest.revision,
@@ -35,9 +35,13 @@ def describe(bundle: Path) -> dict[str, Any]:
             "view": manifest.view,
             "samples": prior.metadata.samples,
             "quantization_floor": prior.quantization_floor.tolist(),
-            "predicted_error": served,
+            "predicted_error": prior.step_errors(schedule.served, "combined").tolist(),
             "step_sizes": prior.step_sizes.tolist(),
+            "sensitivity": prior.sensitivity.tolist(),
+            "coherence": prior.coherence,
         },
+        "correction": manifest.correction,
+        "planning": json.loads((bundle / EVIDENCE).read_text(encoding="utf-8")),
         "fidelity": manifest.fidelity,
         "call": manifest.call,
         "libraries": manifest.libraries,
@@ -60,7 +64,8 @@ def print_description(description: dict[str, Any]) -> None:
         "sampler": f"{description['sampler']['scheduler']}, {schedule['num_steps']} steps",
         "schedule": f"{len(schedule['full_steps'])} full-compute steps, compute ratio "
         f"{schedule['compute_ratio']:.2f}, {schedule['solver']} on the {description['prior']['view']} prior, "
-        f"{schedule['predictor']}",
+        f"{', '.join([names] if isinstance(names := schedule['predictor'], str) else dict.fromkeys(names))}",
+        "correction": description["correction"] or "none",
         "fidelity": f"PSNR {fidelity['psnr_db']:.1f} dB, SSIM {fidelity['ssim']:.4f}, relative L2 "
         f"{fidelity['relative_l2']:.4f} on {fidelity['samples']} held-out samples at build time",
     }.items():

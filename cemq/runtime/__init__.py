@@ -1,6 +1,7 @@
 """Running a pipeline under a schedule."""
 
-from cemq.runtime.hook import ScheduleHook, attach, attached, detach, schedule_hook
+from cemq.runtime.hook import ScheduleHook, attach, attached, detach, schedule_hook, set_budget
 from cemq.runtime.load import from_pretrained
+from cemq.runtime.plan import Plan
 
-__all__ = ["ScheduleHook", "attach", "attached", "detach", "from_pretrained", "schedule_hook"]
+__all__ = ["Plan", "ScheduleHook", "attach", "attached", "detach", "from_pretrained", "schedule_hook", "set_budget"]

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from cemq.bundle import PRIOR, read_bundle
+from cemq.correction import make_correction
 from cemq.errors import BundleError, CemqError
 from cemq.models import default_device, open_pipeline
 from cemq.prior import ErrorPrior
 from cemq.runtime.hook import attach
-from cemq.schedule import plan_schedule
+from cemq.runtime.plan import Plan
 
 
 def from_pretrained(
@@ -28,7 +29,8 @@ def from_pretrained(
         device: Where it runs; None takes CUDA where there is one.
         torch_dtype: Of everything that is not quantized, as a torch dtype or its name; None takes the bundle's.
         budget: Full-compute steps, or a ratio such as ``"3x"``: solve the schedule anew from the bundle's prior.
-            None takes the schedule the bundle was built with.
+            None takes the schedule the bundle was built with. A run with another ``num_inference_steps`` gets a
+            schedule of its own, of the same compute ratio.
         verify: Compare the checksums of all files first.
 
     Raises:
@@ -37,12 +39,11 @@ def from_pretrained(
     """
     folder = Path(path)
     manifest = read_bundle(folder, verify=verify)
-    schedule = manifest.schedule
+    prior, schedule = ErrorPrior.load(folder / PRIOR), manifest.schedule
+    correction = manifest.correction and make_correction(manifest.correction, prior, schedule)
+    plan = Plan(schedule=schedule, sampler=manifest.sampler, prior=prior, correction=correction, view=manifest.view)
     if budget is not None:
-        prior = ErrorPrior.load(folder / PRIOR)
-        schedule = plan_schedule(
-            prior, budget, solver=schedule.solver, predictor=schedule.predictor, view=manifest.view
-        )
+        plan = plan.with_budget(budget)
     dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype
     try:
         pipe = open_pipeline(folder, dtype=dtype, device=device or default_device())
@@ -50,5 +51,5 @@ def from_pretrained(
         raise BundleError(f"bundle '{folder}': {error}") from error
     if type(pipe).__name__ != manifest.pipeline_class:
         raise CemqError(f"bundle '{folder}' loaded as {type(pipe).__name__}, expected {manifest.pipeline_class}")
-    attach(pipe, schedule, manifest.sampler)
+    attach(pipe, plan)
     return pipe

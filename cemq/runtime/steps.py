@@ -8,8 +8,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from cemq.prior import SamplerFingerprint
+from cemq.runtime.plan import Plan
 from cemq.sampler import fingerprint, intercepted
+from cemq.schedule import CacheSchedule
 
 Stream = tuple[str | None, int]
 
@@ -17,12 +18,14 @@ Stream = tuple[str | None, int]
 class StepTracker:
     """Follows one scheduler: ``step_index`` counts ``scheduler.step`` calls since ``set_timesteps``.
 
-    It is None whenever the run is not the one the schedule was planned for: another sampler, step count, start
-    (image-to-image strength) or order of timesteps. Then the caller computes in full.
+    Other timesteps than planned for get a plan of their own, where the plan carries over. ``step_index`` is None
+    whenever the run is none that there is a plan for: another sampler, start (image-to-image strength) or order of
+    timesteps. Then the caller computes in full. On planned steps the plan's correction is applied to the prediction.
     """
 
-    def __init__(self, expected: SamplerFingerprint, on_start: Callable[[], None]):
-        self.expected, self.on_start = expected, on_start
+    def __init__(self, plan: Plan, on_start: Callable[[CacheSchedule], None]):
+        self.plan, self.on_start = plan, on_start
+        self._current = plan  # of the latest run
         self.scheduler: Any = None
         self.step_index: int | None = None
         self._calls: Counter[str | None] = Counter()
@@ -52,11 +55,16 @@ class StepTracker:
     def _set_timesteps(self, original: Any, **arguments: Any) -> Any:
         result = original(**arguments)
         self._calls.clear()
-        self.on_start()
         self.step_index = 0
-        found, expected = fingerprint(self.scheduler), self.expected
-        if not found.matches(expected):
-            self.step_index = None
+        found, expected = fingerprint(self.scheduler), self.plan.sampler
+        if found.matches(expected):
+            self._current = self.plan
+        elif not found.matches(self._current.sampler):  # else it was carried over already
+            carried = self.plan.carried_over(found)
+            self._current = carried or self.plan
+            self.step_index = None if carried is None else 0
+        self.on_start(self._current.schedule)
+        if self.step_index is None:
             if len(found.timesteps) != len(expected.timesteps):
                 difference = (
                     f"this run has {len(found.timesteps)} steps, the schedule was planned for {len(expected.timesteps)}"
@@ -72,12 +80,16 @@ class StepTracker:
                 self.step_index = None
                 self.warn_once("the run takes its timesteps from another place than the schedule was planned for")
             else:
+                if self._current.correction is not None:
+                    output = arguments["model_output"]
+                    arguments["model_output"] = self._current.correction.apply(output, self.step_index)
                 self.step_index += 1
         self._calls.clear()
         return original(**arguments)
 
     def _is_expected(self, timestep: Any) -> bool:
-        if timestep is None or self.step_index >= len(self.expected.timesteps):
+        timesteps = self._current.sampler.timesteps
+        if timestep is None or self.step_index >= len(timesteps):
             return False
-        planned = self.expected.timesteps[self.step_index]
+        planned = timesteps[self.step_index]
         return abs(float(timestep) - planned) <= 1e-3 * max(1.0, abs(planned))

@@ -1,19 +1,35 @@
 """Schedules: which denoising steps run in full. NumPy only; importing this loads no torch."""
 
 from cemq.schedule.cache_schedule import CacheSchedule
-from cemq.schedule.cem import cem_costs, solve_cem
-from cemq.schedule.plan import SOLVERS, check_budget, parse_budget, plan_schedule, uniform_steps
+from cemq.schedule.cem import cem_costs, solve_cem, solve_relaxed_cem
+from cemq.schedule.plan import (
+    AUTO,
+    SOLVERS,
+    check_budget,
+    check_predictors,
+    parse_budget,
+    plan_all,
+    plan_schedule,
+    uniform_steps,
+)
+from cemq.schedule.search import improve, neighbours
 from cemq.schedule.segment import segment_costs, solve_segments
 
 __all__ = [
+    "AUTO",
     "SOLVERS",
     "CacheSchedule",
     "cem_costs",
     "check_budget",
+    "check_predictors",
+    "improve",
+    "neighbours",
     "parse_budget",
+    "plan_all",
     "plan_schedule",
     "segment_costs",
     "solve_cem",
+    "solve_relaxed_cem",
     "solve_segments",
     "uniform_steps",
 ]

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
+import numpy as np
+
 from cemq.errors import InputError
-from cemq.predict import get_predictor
+from cemq.predict import check_predictor, serving_matrix
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSchedule:
-    """The full-compute steps of a run, in execution order; step 0, the noisiest, is always one of them."""
+    """The full-compute steps of a run, in execution order; step 0, the noisiest, is always one of them.
+
+    ``predictor`` serves the skipped steps: one name, or one for each full-compute step and the steps that follow it.
+    """
 
     num_steps: int
     full_steps: tuple[int, ...]
-    predictor: str = "taylor1"
+    predictor: str | tuple[str, ...] = "taylor1"
     solver: str = "manual"
 
     def __post_init__(self) -> None:
@@ -28,7 +35,13 @@ class CacheSchedule:
             raise InputError(
                 f"cache schedule: full-compute steps must rise strictly and stay below {self.num_steps}, found {steps}"
             )
-        get_predictor(self.predictor)
+        if not isinstance(self.predictor, str):
+            names = tuple(self.predictor)
+            if len(names) != len(steps):
+                raise InputError(f"cache schedule: {len(names)} predictors for {len(steps)} full-compute steps")
+            object.__setattr__(self, "predictor", names[0] if len(set(names)) == 1 else names)
+        for name in self.predictors:
+            check_predictor(name)
 
     @property
     def budget(self) -> int:
@@ -38,21 +51,41 @@ class CacheSchedule:
     def compute_ratio(self) -> float:
         return self.num_steps / self.budget
 
+    @property
+    def predictors(self) -> tuple[str, ...]:
+        """The predictor of each full-compute step's segment."""
+        return (self.predictor,) * self.budget if isinstance(self.predictor, str) else self.predictor
+
+    @cached_property
+    def served(self) -> np.ndarray:
+        """`serving_matrix` of this schedule, (num_steps, num_steps)."""
+        return serving_matrix(self.num_steps, self.full_steps, self.predictors)
+
     def serving(self, step_index: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The full-compute steps a step is served from, newest first, and their weights; itself if it is full."""
-        done = [step for step in self.full_steps if step <= step_index][::-1]
-        if done[0] == step_index:
-            return (step_index,), (1.0,)
-        weights = get_predictor(self.predictor).coefficients(step_index, done)
-        return tuple(done[: len(weights)]), weights
+        sources = np.flatnonzero(self.served[step_index])[::-1]
+        return tuple(sources.tolist()), tuple(self.served[step_index, sources].tolist())
 
     def strip(self) -> str:
         """One character a step: ``█`` full compute, ``·`` skipped."""
         full = set(self.full_steps)
         return "".join("█" if step in full else "·" for step in range(self.num_steps))
 
+    def predictor_text(self) -> str:
+        """The predictor, or the run lengths of several: ``taylor1 x3, reuse x2``."""
+        if isinstance(self.predictor, str):
+            return self.predictor
+        runs = [(name, len(list(group))) for name, group in groupby(self.predictor)]
+        return ", ".join(f"{name} x{count}" if count > 1 else name for name, count in runs)
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"full_steps": list(self.full_steps)}
+        predictor = self.predictor if isinstance(self.predictor, str) else list(self.predictor)
+        return {
+            "num_steps": self.num_steps,
+            "full_steps": list(self.full_steps),
+            "predictor": predictor,
+            "solver": self.solver,
+        }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CacheSchedule:

@@ -68,3 +68,39 @@ def solve_cem(
         step -= came[step, used]
         path.append(int(step))
     return tuple(reversed(path)), float(best[-1, budget])
+
+
+def solve_relaxed_cem(costs: np.ndarray, budget: int, spread: int = 1) -> tuple[tuple[int, ...], float]:
+    """The variant released for few full steps: the last full step may lie anywhere, and what follows it is charged as
+    one more gap. Ties go to the later end.
+
+    Raises:
+        InfeasibleBudgetError: No path of ``budget`` steps has gaps in the window.
+    """
+    steps = costs.shape[1]
+    if budget == 1:
+        return (0,), float(costs[min(steps, len(costs)) - 1, steps - 1])
+    centre = round(steps / budget)
+    low, high = max(1, centre - spread), max(1, centre + spread)
+    best = np.full((steps, budget + 1), np.inf)
+    came = np.zeros((steps, budget + 1), dtype=np.int64)
+    best[0, 1] = 0.0
+    for step in range(1, steps):
+        for gap in range(low, min(high, step, len(costs)) + 1):
+            totals = best[step - gap, 1:-1] + costs[gap - 1, step]
+            better = totals < best[step, 2:]
+            best[step, 2:][better] = totals[better]
+            came[step, 2:][better] = gap
+    tails = np.array([costs[min(steps - 1 - end, len(costs) - 1), steps - 1] for end in range(steps)])
+    totals = best[:, budget] + tails
+    if not np.isfinite(totals).any():
+        raise InfeasibleBudgetError(
+            f"the relaxed CEM rule cannot spend budget={budget} on {steps} steps with gaps of {low} to {high}: "
+            "choose another budget or --solver segment"
+        )
+    end = int(steps - 1 - totals[::-1].argmin())
+    path, step = [end], end
+    for used in range(budget, 1, -1):
+        step -= came[step, used]
+        path.append(int(step))
+    return tuple(reversed(path)), float(totals[end])

@@ -7,14 +7,17 @@ import re
 import numpy as np
 
 from cemq.errors import InfeasibleBudgetError, InputError, choose
-from cemq.predict import get_predictor
+from cemq.predict import check_predictor
 from cemq.prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
-from cemq.schedule.cem import cem_costs, solve_cem
-from cemq.schedule.segment import segment_costs, solve_segments
+from cemq.schedule.cem import cem_costs, solve_cem, solve_relaxed_cem
+from cemq.schedule.segment import SLOPES, SegmentCosts, segment_costs, solve_segments
+from cemq.schedule.threshold import threshold_steps
 
-SOLVERS = ("segment", "cem", "uniform")
+SOLVERS = ("segment", "cem", "cem-relaxed", "threshold", "uniform")
+AUTO = "auto"  # as a predictor: the best of `SLOPES` for each segment
 GAMMA = 2.0
+_UNLIMITED = 64  # runs of so many steps or fewer are solved with gaps of any length
 
 
 def parse_budget(budget: int | str, num_steps: int) -> int:
@@ -44,11 +47,17 @@ def check_budget(budget: int | str, num_steps: int, solver: str) -> int:
 
     Raises:
         InfeasibleBudgetError: Out of range, or the CEM rule has no path of so many steps.
+        InputError: No such solver.
     """
     steps = parse_budget(budget, num_steps)
     if choose("solver", solver, SOLVERS) == "cem":
         solve_cem(cem_costs(np.ones((num_steps, num_steps))), steps)
     return steps
+
+
+def check_predictors(name: str) -> str:
+    """The name itself if it is ``auto`` or a predictor; raises InputError."""
+    return name if name == AUTO else check_predictor(name)
 
 
 def uniform_steps(num_steps: int, budget: int) -> tuple[int, ...]:
@@ -68,14 +77,17 @@ def plan_schedule(
 ) -> CacheSchedule:
     """Choose the full-compute steps with the least predicted error.
 
-    ``segment`` minimises the summed signed error of each segment
-    (`segment_costs`), ``cem`` is the published rule on cosine distances, ``uniform`` spaces evenly.
+    ``segment`` minimises the summed error of each segment (`segment_costs`) and spends less than the budget where that
+    predicts less error; ``cem`` is the published rule on cosine distances, ``cem-relaxed`` its variant whose last step
+    need not be full, ``threshold`` ERTACache's policy, ``uniform`` spaces evenly.
 
     Args:
-        budget: Full-compute steps to spend, counting step 0, or a compute ratio such as ``"3x"``.
+        budget: Full-compute steps to spend, counting step 0, or a compute ratio such as ``"3x"``. The number of steps
+            itself means full compute.
+        predictor: One of `PREDICTORS`, or ``auto``: the one of `SLOPES` that suits each segment best.
         view: Which errors of the prior to minimise: ``combined``, ``cache`` or ``self``.
         gamma: Exponent on each segment's error.
-        max_gap: Longest gap between full-compute steps; None allows any.
+        max_gap: Longest gap between full-compute steps; None allows any, thrice the mean gap beyond 64 steps.
 
     Raises:
         InfeasibleBudgetError: The budget is out of range, or no path fits the gaps allowed.
@@ -87,20 +99,64 @@ def plan_schedule(
     >>> plan_schedule(prior, budget=3, predictor="reuse").full_steps
     (0, 3, 6)
     """
-    steps = check_budget(budget, prior.num_steps, solver)
-    if solver == "uniform":
-        full_steps = uniform_steps(prior.num_steps, steps)
-    elif solver == "cem":
-        full_steps, _ = solve_cem(cem_costs(prior.cosine_distances(view)), steps)
+    count = check_budget(budget, prior.num_steps, solver)
+    check_predictors(predictor)
+    single = "taylor1" if predictor == AUTO else predictor
+    if solver == "segment" and count < prior.num_steps:
+        return plan_all(prior, count, predictor=predictor, view=view, gamma=gamma, max_gap=max_gap)[-1]
+    if solver == "cem":
+        full_steps, _ = solve_cem(cem_costs(prior.cosine_distances(view)), count)
+    elif solver == "cem-relaxed":
+        full_steps, _ = solve_relaxed_cem(cem_costs(prior.cosine_distances(view)), count)
+    elif solver == "threshold":
+        full_steps = threshold_steps(prior.reuse_errors(view), count)
     else:
-        if max_gap is not None and max_gap < 1:
-            raise InputError(f"max_gap={max_gap}: a gap between full-compute steps is at least 1")
-        longest = min(max_gap or prior.num_steps, prior.num_steps)
-        costs = segment_costs(prior.view(view), prior.step_weights, get_predictor(predictor), gamma, longest)
-        full_steps, total = solve_segments(costs, steps)
-        if not np.isfinite(total):
-            raise InfeasibleBudgetError(
-                f"budget={steps} cannot cover {prior.num_steps} steps with gaps of at most {longest}: "
-                f"choose {-(-prior.num_steps // longest)}..{prior.num_steps}, or a larger max_gap"
-            )
-    return CacheSchedule(num_steps=prior.num_steps, full_steps=full_steps, predictor=predictor, solver=solver)
+        full_steps = uniform_steps(prior.num_steps, count)
+    return CacheSchedule(num_steps=prior.num_steps, full_steps=full_steps, predictor=single, solver=solver)
+
+
+def plan_all(
+    prior: ErrorPrior,
+    largest: int,
+    *,
+    predictor: str = AUTO,
+    view: str = "combined",
+    gamma: float = GAMMA,
+    max_gap: int | None = None,
+) -> list[CacheSchedule]:
+    """The ``segment`` schedule for every budget 2..largest, in one solution; none costs more than the one before it.
+
+    Raises:
+        InfeasibleBudgetError: No path of at most ``largest`` steps fits the gaps allowed.
+    """
+    if max_gap is not None and max_gap < 1:
+        raise InputError(f"max_gap={max_gap}: a gap between full-compute steps is at least 1")
+    num_steps = prior.num_steps
+    usual = num_steps if num_steps <= _UNLIMITED else max(_UNLIMITED // 4, 3 * -(-num_steps // largest))
+    longest = min(max_gap or usual, num_steps)
+    # what looks further back than one full-compute step is planned as if it were taylor1
+    names = tuple(SLOPES) if predictor == AUTO else (predictor if predictor in SLOPES else "taylor1",)
+    table = segment_costs(prior.view(view), prior.propagation, names, gamma=gamma, max_gap=longest)
+    found = solve_segments(table.costs, largest)
+    schedules: list[CacheSchedule] = []
+    cheapest = np.inf
+    for full_steps, total in found:
+        if total < cheapest:
+            cheapest = total
+            chosen = _chosen(table, full_steps) if predictor == AUTO else predictor
+            latest = CacheSchedule(num_steps=num_steps, full_steps=full_steps, predictor=chosen, solver="segment")
+        schedules.append(latest if np.isfinite(cheapest) else None)
+    if schedules[-1] is None:
+        raise InfeasibleBudgetError(
+            f"budget={largest} cannot cover {num_steps} steps with gaps of at most {longest}: "
+            f"choose {-(-num_steps // longest)}..{num_steps}, or a larger max_gap"
+        )
+    return schedules[1:]
+
+
+def _chosen(table: SegmentCosts, full_steps: tuple[int, ...]) -> tuple[str, ...]:
+    """The predictors that the costs of these segments were taken with."""
+    num_steps = len(table.costs)
+    gaps = np.diff(full_steps, prepend=0)
+    ends = np.diff(full_steps, append=num_steps)
+    return tuple(table.predictors[table.choices[p, g, n]] for p, g, n in zip(full_steps, gaps, ends, strict=True))

@@ -1,79 +1,127 @@
 """The exact dynamic program over (previous full step, this full step), and the segment cost.
 
-A segment runs from one full-compute step to the next. What its steps do to the sample adds up with sign, so the cost is
-the norm of the summed error rather than a sum of norms, raised to ``gamma`` to punish one bad segment more than
-several mild ones (MeanCache's peak suppression, arXiv:2601.19961).
+A segment runs from one full-compute step to the next. What its steps do to the final sample adds up as far as errors
+keep their direction on the way (`ErrorPrior.propagation`); the cost of a segment is that sum, raised to ``gamma / 2``
+to punish one bad segment more than several mild ones (MeanCache's peak suppression, arXiv:2601.19961).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
-from cemq.predict import Predictor
+from cemq.predict import DAMPING
 from cemq.prior import View
 
+# Predictors that a segment can be costed with from its own and the previous full step: their share of the slope.
+SLOPES = {"reuse": 0.0, "damped": DAMPING, "taylor1": 1.0}
 
-def segment_costs(view: View, step_weights: np.ndarray, predictor: Predictor, gamma: float, max_gap: int) -> np.ndarray:
-    """``|| sum_{s=p}^{n-1} w(s) (p(s) - y(s)) || ** gamma`` for every segment.
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SegmentCosts:
+    """``costs[p, g, n]`` of the segment that begins with full-compute step ``p``, ``g`` steps after the full-compute
+    step before it (0: there is none), and ends ``n`` steps later; infinite where there is no such segment.
+    ``choices[p, g, n]`` is the index of the predictor that serves it best."""
+
+    costs: np.ndarray
+    choices: np.ndarray
+    predictors: tuple[str, ...]
+
+
+def segment_costs(
+    view: View, propagation: np.ndarray, predictors: Sequence[str], *, gamma: float, max_gap: int
+) -> SegmentCosts:
+    """``(sum_{s,t in segment} P[s, t] <p(s) - y(s), p(t) - y(t)>) ** (gamma / 2)`` for every segment.
 
     Args:
         view: Gram matrices of what is cached (x) and what it should be (y), (num_steps, num_steps) each.
-        step_weights: ``w``, (num_steps,).
-
-    Returns:
-        Shape (num_steps, max_gap + 1, max_gap + 1): [this full step p, gap to the previous one, gap to the next one].
-        Gap 0 to the previous step means there is none (p is step 0). Impossible entries are infinite.
+        propagation: ``P``, `ErrorPrior.propagation`.
+        predictors: Of `SLOPES`; each segment is costed with the best of them.
+        max_gap: The longest segment.
     """
-    steps = len(step_weights)
+    steps = len(propagation)
     costs = np.full((steps, max_gap + 1, max_gap + 1), np.inf)
-    weighted_xy = np.cumsum(np.pad(view.xy * step_weights, ((0, 0), (1, 0))), axis=1)
-    block = np.pad(view.yy * np.outer(step_weights, step_weights), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    choices = np.zeros(costs.shape, dtype=np.int8)
     for start in range(steps):
-        ends = np.arange(start + 1, min(start + max_gap, steps) + 1)
-        inside = np.arange(start, ends[-1])
-        target_energy = (block[ends, ends] - block[start, ends] - block[ends, start] + block[start, start]).clip(0)
-        for gap in [0] if start == 0 else range(1, min(max_gap, start) + 1):
-            sources = (start,) if gap == 0 else (start, start - gap)[: predictor.depth]
-            serving = np.zeros((len(inside), len(sources)))
-            for row, step in enumerate(inside):
-                weights = (1.0,) if step == start else predictor.coefficients(int(step), sources)
-                serving[row, : len(weights)] = weights
-            summed = np.cumsum(serving * step_weights[inside, None], axis=0)
-            index = np.array(sources)
-            energy = np.einsum("ei,ij,ej->e", summed, view.xx[np.ix_(index, index)], summed)
-            overlap = np.einsum("ei,ie->e", summed, weighted_xy[index][:, ends] - weighted_xy[index][:, [start]])
-            squared = np.maximum(energy - 2 * overlap + target_energy, 0.0)
-            costs[start, gap, ends - start] = squared ** (gamma / 2)
-    return costs
+        inside = np.arange(start, min(start + max_gap, steps))
+        ages, weights = inside - start, propagation[np.ix_(inside, inside)]
+        unmoved = (
+            view.xx[start, start]
+            - view.xy[start, inside][:, None]
+            - view.xy[start, inside]
+            + view.yy[np.ix_(inside, inside)]
+        )
+        base = _sums_of_corners(weights * unmoved)
+        if start == 0:
+            costs[0, 0, 1 : len(inside) + 1] = base
+            continue
+        # p(s) = x(start) + age * slope: what the slopes to each earlier full step add to that
+        earlier = np.arange(start - 1, max(start - max_gap, 0) - 1, -1)
+        gaps = start - earlier
+        slope_energy = (view.xx[start, start] - 2 * view.xx[start, earlier] + view.xx[earlier, earlier]) / gaps**2
+        slope_overlap = (view.xx[start, start] - view.xx[start, earlier])[:, None] - view.xy[start, inside]
+        slope_overlap = (slope_overlap + view.xy[np.ix_(earlier, inside)]) / gaps[:, None]
+        aged = weights * ages
+        added = slope_overlap @ np.tril(aged.T, -1).T + slope_overlap * np.tril(aged).sum(1)
+        linear, square = 2 * np.cumsum(added, 1), slope_energy[:, None] * _sums_of_corners(aged * ages[:, None])
+        shares = np.array([SLOPES[name] for name in predictors])[:, None, None]
+        totals = base + shares * linear + shares**2 * square
+        costs[start, gaps, 1 : len(inside) + 1] = totals.min(0)
+        choices[start, gaps, 1 : len(inside) + 1] = totals.argmin(0)
+    with np.errstate(invalid="ignore"):
+        costs = np.maximum(costs, 0.0) ** (gamma / 2)
+    return SegmentCosts(costs=costs, choices=choices, predictors=tuple(predictors))
 
 
-def solve_segments(costs: np.ndarray, budget: int) -> tuple[tuple[int, ...], float]:
-    """The ``budget`` full-compute steps with the least total cost, and that cost; step 0 is full, the last need not be.
+def _sums_of_corners(matrix: np.ndarray) -> np.ndarray:
+    """The sums of the leading 1x1, 2x2, ... blocks."""
+    lower = np.tril(matrix, -1).sum(1) + np.triu(matrix, 1).sum(0) + np.diag(matrix)
+    return np.cumsum(lower)
 
-    Exact: the state is the pair (previous full step, this full step), so a predictor that looks two full steps back is
-    costed right on unequal gaps. Ties go to the smaller gap. The cost is infinite where no schedule fits.
+
+def solve_segments(costs: np.ndarray, largest: int) -> list[tuple[tuple[int, ...], float]]:
+    """For every budget 1..largest: the full-compute steps with the least total cost, and that cost.
+
+    Step 0 is full, the last step need not be. Exact: the state is the pair (previous full step, this full step), so a
+    predictor that looks two full steps back is costed right on unequal gaps. Ties go to the smaller gap. The cost is
+    infinite, and the steps are empty, where no schedule fits.
     """
     steps, gaps = costs.shape[0], costs.shape[1]
     best = np.full((steps, gaps), np.inf)  # [this full step, gap to the previous one]
     best[0, 0] = 0.0
-    history = []
-    for _ in range(budget - 1):
-        reached = np.full((steps, gaps), np.inf)
-        came = np.zeros((steps, gaps), dtype=np.int64)
-        for gap in range(1, min(gaps, steps)):
-            totals = best[:-gap] + costs[:-gap, :, gap]
-            came[gap:, gap] = totals.argmin(1)
-            reached[gap:, gap] = totals.min(1)
-        history.append(came)
-        best = reached
-    last_gaps = np.arange(steps, 0, -1)  # from each step to the virtual end
-    closing = np.full((steps, gaps), np.inf)
-    fits = last_gaps < gaps
-    closing[fits] = best[fits] + costs[np.flatnonzero(fits), :, last_gaps[fits]]
-    step, gap = np.unravel_index(closing.argmin(), closing.shape)
-    total = float(closing[step, gap])
-    path = [int(step)]
-    for came in reversed(history):
-        step, gap = step - gap, came[step, gap]
-        path.append(int(step))
+    left = np.arange(steps, 0, -1)  # from each step to the virtual end
+    ending = np.flatnonzero(left < gaps)
+    landing, gap_to = np.nonzero(np.arange(steps)[:, None] - np.arange(gaps) >= 0)
+    keep = gap_to > 0
+    landing, gap_to = landing[keep], gap_to[keep]
+    by_next = np.ascontiguousarray(costs.transpose(0, 2, 1))  # [this full step, gap to the next, gap to the previous]
+    history: list[np.ndarray] = []
+    found = []
+    came = np.zeros((steps, gaps), dtype=np.int64)
+    least = np.full((steps, gaps), np.inf)
+    for used in range(largest):  # full steps before this one, so it is not below their number
+        closing = best[ending] + costs[ending, :, left[ending]]
+        row, gap = np.unravel_index(closing.argmin(), closing.shape)
+        found.append(_trace(int(ending[row]), int(gap), float(closing[row, gap]), history))
+        totals = by_next[used:] + best[used:, None, :]
+        came[used:] = totals.argmin(2)
+        least[used:] = np.take_along_axis(totals, came[used:, :, None], 2)[:, :, 0]
+        least[:used] = np.inf
+        best = np.full((steps, gaps), np.inf)
+        best[landing, gap_to] = least[landing - gap_to, gap_to]
+        previous = np.zeros((steps, gaps), dtype=np.int64)
+        previous[landing, gap_to] = came[landing - gap_to, gap_to]
+        history.append(previous)
+    return found
+
+
+def _trace(step: int, gap: int, total: float, history: list[np.ndarray]) -> tuple[tuple[int, ...], float]:
+    if not np.isfinite(total):
+        return (), total
+    path = [step]
+    for previous in reversed(history):
+        step, gap = step - gap, int(previous[step, gap])
+        path.append(step)
     return tuple(reversed(path)), total

@@ -1,0 +1,184 @@
+"""Which predicted cost tells good schedules from bad ones? Measured by running them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cemq.bundle import PRIOR, read_bundle
+from cemq.errors import InputError
+from cemq.evaluation import run_batch
+from cemq.models import default_device, locate, open_pipeline
+from cemq.planning import ClosedLoop, Trial
+from cemq.predict import check_predictor
+from cemq.prior import VIEWS, ErrorPrior
+from cemq.runtime import detach, from_pretrained
+from cemq.sampling import EVALUATION_SEED_OFFSET, Progress, iterate, make_batches
+from cemq.schedule import CacheSchedule, cem_costs, uniform_steps
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's: the correlation of ranks; ties share their mean rank."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        return (ends - (counts - 1) / 2 - 0.5)[place]
+
+    left, right = ranks(one), ranks(other)
+    if left.std() == 0 or right.std() == 0:
+        return 0.0
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+def cem_cost(prior: ErrorPrior, schedule: CacheSchedule, view: str) -> float:
+    """What CEM's rule charges a schedule: the cost of each gap where it lands, the tail as one more gap."""
+    costs = cem_costs(prior.cosine_distances(view))
+    ends = (*schedule.full_steps[1:], schedule.num_steps - 1)
+    total = 0.0
+    for start, end in zip(schedule.full_steps, ends, strict=True):
+        if end > start:
+            cost = costs[end - start - 1, end]
+            total += cost if np.isfinite(cost) else 0.0
+    return total
+
+
+def unweighted(prior: ErrorPrior) -> ErrorPrior:
+    """The same prior before it learned how errors reach the final sample."""
+    return replace(prior, sensitivity=np.ones(prior.num_steps), coherence=np.inf)
+
+
+def costs_of(prior: ErrorPrior) -> dict[str, Callable[[CacheSchedule], float]]:
+    """Every cost by name: CEM's, the error with step sizes as the only weights, and the fitted one, for each view."""
+    found: dict[str, Callable[[CacheSchedule], float]] = {}
+    plain = unweighted(prior)
+    for view in VIEWS:
+        found[f"cem, {view}"] = lambda s, view=view: cem_cost(prior, s, view)
+        found[f"unweighted, {view}"] = lambda s, view=view: plain.final_error(s.served, view)
+        found[f"fitted, {view}"] = lambda s, view=view: prior.final_error(s.served, view)
+    return found
+
+
+def analyze(
+    bundle: str | Path,
+    *,
+    schedules: int = 60,
+    predictors: Sequence[str] = ("taylor1", "reuse"),
+    samples: int = 16,
+    seed: int = 0,
+    budget: int | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run random and near-uniform schedules of a bundle on evaluation seeds and compare with what is predicted.
+
+    Args:
+        schedules: How many for each predictor, none of which the bundle was fitted to; half of them near uniform.
+        budget: Full-compute steps of all of them; None takes 3 in 10 of the steps.
+
+    Returns:
+        ``spearman``: predictor to cost to Spearman's correlation with the error found; ``points``: predictor to one
+        record for each schedule, with its error and every cost.
+
+    Raises:
+        CemqError: The bundle or the model it was made from cannot be used.
+    """
+    for name in predictors:
+        check_predictor(name)
+    manifest, prior = read_bundle(Path(bundle)), ErrorPrior.load(Path(bundle) / PRIOR)
+    if schedules < 5:
+        raise InputError(f"schedules={schedules}: a rank correlation needs at least 5")
+    steps = manifest.num_inference_steps
+    batches = make_batches(
+        manifest.held_out_conditions, samples=samples, first_seed=EVALUATION_SEED_OFFSET + seed, batch_size=8
+    )
+    place = device or default_device()
+    original = open_pipeline(locate(manifest.model).folder, dtype=manifest.dtype, device=place)
+    pipe = from_pretrained(bundle, device=place)
+    detach(pipe)
+    for each in (original, pipe):
+        each.set_progress_bar_config(disable=True)
+    references = [
+        run_batch(original, batch, steps=steps, call=manifest.call, on_step=on_step)
+        for batch, on_step in iterate(batches, "reference", progress, steps)
+    ]
+    del original
+    loop = ClosedLoop(pipe=pipe, prior=prior, batches=batches, references=references, steps=steps, call=manifest.call)
+    costs = costs_of(prior)
+    result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
+    result |= {"samples": samples, "spearman": {}, "points": {}}
+    for name in predictors:
+        tested = test_schedules(steps, schedules, name, budget or round(0.3 * steps))
+        trials: list[Trial] = []
+        for schedule in tested:
+            trials.append(loop.run(schedule))
+            if progress:
+                progress(f"schedules, {name}", len(trials) / len(tested))
+        table = {cost: [predict(schedule) for schedule in tested] for cost, predict in costs.items()}
+        errors = [trial.error for trial in trials]
+        result["spearman"][name] = {cost: rank_correlation(values, errors) for cost, values in table.items()}
+        result["points"][name] = [
+            {"full_steps": list(schedule.full_steps), "error": error, "psnr_db": trial.psnr_db}
+            | {cost: values[index] for cost, values in table.items()}
+            for index, (schedule, error, trial) in enumerate(zip(tested, errors, trials, strict=True))
+        ]
+    return result
+
+
+def test_schedules(num_steps: int, count: int, predictor: str, budget: int) -> list[CacheSchedule]:
+    """Schedules of one budget, random and near uniform in turn; their seeds are not those of `sample_schedules`."""
+    generator = np.random.default_rng(12345)
+    found: list[CacheSchedule] = []
+    seen: set[tuple[int, ...]] = set()
+    while len(found) < count:
+        if len(found) % 2:
+            chosen = set(generator.choice(np.arange(1, num_steps), budget - 1, replace=False).tolist())
+        else:
+            moved = np.array(uniform_steps(num_steps, budget)) + generator.normal(0, 0.02 * num_steps, budget)
+            chosen = set(np.clip(moved.round(), 1, num_steps - 1).astype(int).tolist())
+            while len(chosen) < budget - 1:
+                chosen.add(int(generator.integers(1, num_steps)))
+            chosen = set(sorted(chosen)[: budget - 1])
+        full_steps = (0, *sorted(chosen))
+        if full_steps not in seen:
+            seen.add(full_steps)
+            found.append(
+                CacheSchedule(num_steps=num_steps, full_steps=full_steps, predictor=predictor, solver="sample")
+            )
+    return found
+
+
+def draw(analysis: dict[str, Any], path: Path) -> None:
+    """A PNG: for each predictor and view, predicted against measured error of every schedule, both in logarithms."""
+    from PIL import Image, ImageDraw
+
+    size, margin = 260, 46
+    names = list(analysis["points"])
+    sheet = Image.new("RGB", (len(VIEWS) * size, len(names) * size), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        points = analysis["points"][name]
+        measured = np.log10([point["error"] for point in points])
+        for column, view in enumerate(VIEWS):
+            cost = f"fitted, {view}"
+            predicted = np.log10(np.maximum([point[cost] for point in points], 1e-12))
+            left, top = column * size + margin, row * size + margin
+            side = size - margin - 10
+            pen.rectangle((left, top, left + side, top + side), outline="black")
+            title = f"{name}, {view}: {analysis['spearman'][name][cost]:.3f}"
+            pen.text((left, top - 30), title, fill="black")
+            pen.text((left, top - 16), "across: predicted, up: measured (log)", fill="gray")
+            across, up = (_unit(values) * (side - 12) + 6 for values in (predicted, measured))
+            for x, y in zip(left + across, top + side - up, strict=True):
+                pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(30, 90, 160))
+    sheet.save(path)
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    """Stretched to 0..1."""
+    span = values.max() - values.min()
+    return (values - values.min()) / span if span else np.full(len(values), 0.5)

@@ -1,0 +1,105 @@
+"""Corrections of the prediction, per channel and step: free at run time, and made from means over calibration samples.
+
+A correction is applied to what ``scheduler.step`` consumes, on full-compute and skipped steps alike, so that it takes
+away what caching and quantization both add; its target is always the full-precision prediction. Each is judged in
+closed loop on samples it was not made from, and dropped where it does not help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cemq.errors import InputError, choose
+from cemq.prior import ErrorPrior
+from cemq.schedule import CacheSchedule
+
+EOC_STRENGTH = 0.01  # theta, as published
+
+Tables = tuple[np.ndarray, np.ndarray]  # gain and offset, (num_steps, channels) each
+
+
+def channel_axis(dimensions: int) -> int:
+    """Where the channels of a latent are: last in packed tokens (batch, tokens, channels), else second."""
+    return 2 if dimensions == 3 else 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Correction:
+    """``prediction * gain + offset`` at each step; ``gain`` and ``offset`` are (num_steps, channels)."""
+
+    method: str
+    gain: np.ndarray
+    offset: np.ndarray
+
+    def apply(self, prediction: torch.Tensor, step_index: int) -> torch.Tensor:
+        """The corrected prediction, in its dtype; of another number of channels, the prediction itself."""
+        axis = channel_axis(prediction.ndim)
+        if prediction.shape[axis] != self.gain.shape[1]:
+            return prediction
+        shape = [1] * prediction.ndim
+        shape[axis] = -1
+        gain, offset = (
+            torch.as_tensor(table[step_index], dtype=torch.float32, device=prediction.device).view(shape)
+            for table in (self.gain, self.offset)
+        )
+        return (prediction.float() * gain + offset).to(prediction.dtype)
+
+    def carried_over(self, prior: ErrorPrior, schedule: CacheSchedule) -> Correction:
+        """The same method for another schedule or, with a resampled prior, other timesteps."""
+        return make_correction(self.method, prior, schedule)
+
+
+def make_correction(method: str, prior: ErrorPrior, schedule: CacheSchedule) -> Correction:
+    """Make a correction for a schedule from the channel statistics of a prior.
+
+    Raises:
+        InputError: No such method, or the prior lacks what it needs.
+    """
+    make = METHODS[choose("correction", method, METHODS)]
+    if not prior.channel_means.size or (method == "affine" and not prior.channel_grams.size):
+        raise InputError(f"correction '{method}': the error prior holds no channel statistics; profile anew")
+    gain, offset = make(prior, schedule)
+    return Correction(method=method, gain=gain, offset=offset)
+
+
+def _drift(prior: ErrorPrior, schedule: CacheSchedule) -> Tables:
+    """Add ``mean v(s) - mean p(s)``: mean caching drift and mean quantization bias at once.
+
+    EOC's idea (arXiv:2501.19243) in its additive form, over the actual age, with full precision as the target.
+    """
+    q, v = prior.channel_means
+    return np.ones_like(v), v - schedule.served @ q
+
+
+def _affine(prior: ErrorPrior, schedule: CacheSchedule) -> Tables:
+    """Regress v(s) on p(s), channel by channel: ``a = cov(p, v) / var(p)``, ``b = mean v - a mean p``.
+
+    CacheQuant's decoupled error correction (arXiv:2503.01323) with both parts in one, and ERTACache's linear
+    rectification (arXiv:2508.21091, section 3.4), which is the same regression written for the error.
+    """
+    (q, v), (qq, qv) = prior.channel_means, prior.channel_grams
+    served, mean = schedule.served, schedule.served @ q
+    variance = np.einsum("sk,ckl,sl->sc", served, qq, served) - mean**2
+    covariance = np.einsum("sk,cks->sc", served, qv) - mean * v
+    gain = np.where(variance > 1e-12, covariance / np.maximum(variance, 1e-12), 1.0)
+    return gain, v - gain * mean
+
+
+def _eoc(prior: ErrorPrior, schedule: CacheSchedule) -> Tables:
+    """Multiply by ``1 + theta (mean v(s) - mean v(s - 1))`` on skipped steps, compounding since the last full step.
+
+    As published (EOC, arXiv:2501.19243), on the output instead of each module and per channel instead of a map.
+    """
+    _, v = prior.channel_means
+    gain, full = np.ones_like(v), set(schedule.full_steps)
+    for step in range(1, len(v)):
+        if step not in full:
+            gain[step] = gain[step - 1] * (1 + EOC_STRENGTH * (v[step] - v[step - 1]))
+    return gain, np.zeros_like(v)
+
+
+METHODS: dict[str, Callable[[ErrorPrior, CacheSchedule], Tables]] = {"drift": _drift, "affine": _affine, "eoc": _eoc}

@@ -1,0 +1,385 @@
+"""Plans that are run before they are believed.
+
+A plan is a prediction from recorded trajectories. Here schedules are run in closed loop on calibration samples that
+were not profiled: first a few to learn how errors reach the final sample (`cemq.propagation`), then the candidates of
+several solvers, then the neighbours of the best one, most promising first. Every run sharpens the predictions for the
+next. The best that was run is kept, so it is never worse on these samples than ``uniform`` or ``cem``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cemq.correction import METHODS, Correction, make_correction
+from cemq.errors import InfeasibleBudgetError, InputError, choose
+from cemq.evaluation import Outcome, run_batch
+from cemq.evaluation.metrics import PSNR_CEILING_DB, psnr_db, relative_l2
+from cemq.predict import PREDICTORS
+from cemq.prior import ErrorPrior
+from cemq.propagation import Fit, fit_propagation, sample_schedules
+from cemq.runtime import Plan, attached
+from cemq.sampling import Batch
+from cemq.schedule import AUTO, SOLVERS, CacheSchedule, check_budget, improve, neighbours, plan_all, plan_schedule
+
+SEARCH = "search"  # the solver that is all of this module
+AUTO_BUDGET = "auto"
+SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that the search gives to single segments
+WHOLE_PREDICTORS = ("taylor1", "taylor2", "mean-velocity")  # that candidates are made for
+_WORTH_DB = 0.02  # a correction must gain more than this on the planning samples
+_FIT_SHARE = 0.45  # of the effort goes into runs that only teach
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """What planning may cost, in runs at full compute of the planning samples."""
+
+    full_runs: float
+    fitted_to: int
+
+
+EFFORTS = {
+    "quick": Effort(full_runs=5, fitted_to=8),
+    "normal": Effort(full_runs=15, fitted_to=20),
+    "thorough": Effort(full_runs=60, fitted_to=32),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One schedule that was run: relative L2 error of the final latents, and PSNR of the images, to full precision."""
+
+    schedule: CacheSchedule
+    correction: str | None
+    relative_l2: float
+    psnr_db: float
+
+    @property
+    def error(self) -> float:
+        """Of the images, for a peak of 1: the mean over samples is one of logarithms, as PSNR's is."""
+        return 10 ** (-self.psnr_db / 20)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schedule": self.schedule.to_dict(),
+            "correction": self.correction,
+            "relative_l2": self.relative_l2,
+            "psnr_db": self.psnr_db,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """The plan that won, the prior it was made from, and the evidence: every trial and the predicted curve."""
+
+    schedule: CacheSchedule
+    correction: Correction | None
+    prior: ErrorPrior
+    evidence: dict[str, Any]
+
+
+@dataclass(kw_only=True, eq=False)
+class ClosedLoop:
+    """Runs schedules on the planning samples and remembers every outcome.
+
+    Args:
+        pipe: The quantized pipeline.
+        prior: Its error prior.
+        batches: The planning samples.
+        references: What the full-precision pipeline made of them.
+    """
+
+    pipe: Any
+    prior: ErrorPrior
+    batches: Sequence[Batch]
+    references: Sequence[Outcome]
+    steps: int
+    call: Mapping[str, Any]
+    progress: Callable[[float], None] | None = None
+    trials: list[Trial] = field(default_factory=list)
+    spent: float = 0.0  # runs at full compute
+
+    def run(self, schedule: CacheSchedule, correction: Correction | None = None) -> Trial:
+        """The trial of a schedule, run unless it was run before."""
+        method = None if correction is None else correction.method
+        for known in self.trials:
+            if _same(known.schedule, schedule) and known.correction == method:
+                return known
+        sampler = self.prior.metadata.sampler
+        with attached(self.pipe, Plan(schedule=schedule, sampler=sampler, correction=correction)):
+            outcomes = [run_batch(self.pipe, batch, steps=self.steps, call=self.call) for batch in self.batches]
+        pairs = list(zip(self.references, outcomes, strict=True))
+        trial = Trial(
+            schedule=schedule,
+            correction=method,
+            relative_l2=float(np.concatenate([relative_l2(a.latents, b.latents) for a, b in pairs]).mean()),
+            psnr_db=float(np.concatenate([psnr_db(a.images, b.images) for a, b in pairs]).mean()),
+        )
+        self.trials.append(trial)
+        self.spent += schedule.budget / schedule.num_steps
+        if self.progress:
+            self.progress(self.spent)
+        return trial
+
+    def fit(self, view: str) -> Fit:
+        """What all uncorrected trials so far say about how errors reach the final image."""
+        plain = [t for t in self.trials if t.correction is None and t.psnr_db < PSNR_CEILING_DB]
+        return fit_propagation(self.prior, [t.schedule for t in plain], [t.error for t in plain], view=view)
+
+
+def _same(one: CacheSchedule, other: CacheSchedule) -> bool:
+    return one.full_steps == other.full_steps and one.predictors == other.predictors
+
+
+def check_planning(
+    *, solver: str, predictor: str, correction: str, effort: str, budget: int | str, steps: int | None
+) -> None:
+    """What can be said before anything is run.
+
+    Raises:
+        InputError: An unknown name.
+        InfeasibleBudgetError: The budget is out of range.
+    """
+    choose("solver", solver, (SEARCH, *SOLVERS))
+    choose("predictor", predictor, (AUTO, *PREDICTORS))
+    choose("correction", correction, (AUTO, "none", *METHODS))
+    choose("effort", effort, EFFORTS)
+    if budget == AUTO_BUDGET:
+        if solver != SEARCH:
+            raise InputError(f"budget=auto is found by running schedules: leave --solver {solver} out")
+    elif steps:
+        check_budget(budget, steps, "segment" if solver == SEARCH else solver)
+
+
+def plan(
+    loop: ClosedLoop,
+    budget: int | str,
+    *,
+    solver: str = SEARCH,
+    predictor: str = AUTO,
+    correction: str = AUTO,
+    effort: str = "normal",
+    view: str = "combined",
+    tolerance: float = 0.15,
+    target_psnr: float | None = None,
+) -> Planned:
+    """Find the schedule and the correction for a budget.
+
+    Args:
+        budget: Full-compute steps, a compute ratio, or ``auto``: the fewest full-compute steps whose error stays
+            within ``(1 + tolerance)`` of the quantized model's own at full compute, or reach ``target_psnr``.
+        solver: ``search`` is everything this module does; another name takes that solver's schedule as it is.
+        predictor: One for all, or ``auto``: the search chooses one for each segment.
+        correction: ``auto`` keeps the one that helps most on the planning samples, if any does.
+        view: Of the prior; see `plan_schedule`.
+
+    Raises:
+        InfeasibleBudgetError: The budget is out of range, or no budget reaches the target.
+    """
+    effort_limits = EFFORTS[effort]
+    full = loop.run(CacheSchedule(num_steps=loop.steps, full_steps=range(loop.steps), solver="full"))
+    loop.spent = 0.0  # its error is what all others are measured by, not part of the search
+    if budget == AUTO_BUDGET and target_psnr is None and not full.relative_l2:
+        raise InputError("budget=auto: full compute has no error without quantization, so give a target PSNR")
+    taught = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
+    samples = sample_schedules(loop.steps, effort_limits.fitted_to, taught, seed=0)
+    taught_for = 0.0
+    for schedule in samples:
+        if taught_for < _FIT_SHARE * effort_limits.full_runs:
+            loop.run(schedule)
+            taught_for += schedule.budget / schedule.num_steps
+    loop.spent = taught_for  # also where an earlier plan has run them
+    search = _Search(loop=loop, predictor=predictor, view=view, limit=effort_limits.full_runs)
+    if budget == AUTO_BUDGET:
+        wanted = _Wanted(relative_l2=(1 + tolerance) * full.relative_l2, psnr_db=target_psnr)
+        best = search.fewest(wanted)
+        steps = best.schedule.budget
+    else:
+        wanted = None
+        steps = check_budget(budget, loop.steps, "segment" if solver == SEARCH else solver)
+        if steps == loop.steps:
+            best = full
+        elif solver == SEARCH:
+            best = search.best(steps)
+        else:
+            prior = loop.fit(view).prior
+            best = loop.run(plan_schedule(prior, steps, solver=solver, predictor=predictor, view=view))
+    chosen, fix = _corrected(loop, best, correction)
+    fit = loop.fit(view)
+    curve = search.curve(fit.prior)
+    evidence = {
+        "solver": solver,
+        "effort": effort,
+        "full_run_equivalents": round(loop.spent, 2),
+        "samples": sum(len(batch.seeds) for batch in loop.batches),
+        "seeds": [seed for batch in loop.batches for seed in batch.seeds],
+        "full_compute": full.to_dict(),
+        "tolerance": tolerance if budget == AUTO_BUDGET and target_psnr is None else None,
+        "target_psnr": target_psnr,
+        "fit": {
+            "runs": sum(trial.correction is None for trial in loop.trials),
+            "rms_log_error": fit.rms_log_error,
+            "coherence_steps": fit.prior.coherence,
+        },
+        "winner": chosen.to_dict(),
+        "trials": [trial.to_dict() for trial in loop.trials],
+        "curve": curve,
+    }
+    return Planned(schedule=best.schedule, correction=fix, prior=fit.prior, evidence=evidence)
+
+
+def _corrected(loop: ClosedLoop, best: Trial, correction: str) -> tuple[Trial, Correction | None]:
+    """The trial with the correction asked for, or with the best one if it is worth having."""
+    if correction == "none":
+        return best, None
+    if correction != AUTO:
+        fix = make_correction(correction, loop.prior, best.schedule)
+        return loop.run(best.schedule, fix), fix
+    chosen, kept = best, None
+    for method in METHODS:
+        try:
+            fix = make_correction(method, loop.prior, best.schedule)
+        except InputError:  # the prior has no statistics for it
+            continue
+        trial = loop.run(best.schedule, fix)
+        if trial.psnr_db > chosen.psnr_db + _WORTH_DB:
+            chosen, kept = trial, fix
+    return chosen, kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    relative_l2: float
+    psnr_db: float | None
+
+    def met_by(self, trial: Trial) -> bool:
+        if self.psnr_db is not None:
+            return trial.psnr_db >= self.psnr_db
+        return trial.relative_l2 <= self.relative_l2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Search:
+    loop: ClosedLoop
+    predictor: str
+    view: str
+    limit: float
+
+    def candidates(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
+        """What the solvers propose, what was published first."""
+        names = WHOLE_PREDICTORS if self.predictor == AUTO else (self.predictor,)
+        for solver in ("uniform", "cem"):
+            try:
+                yield plan_schedule(prior, budget, solver=solver, predictor=names[0], view=self.view)
+            except InfeasibleBudgetError:  # the CEM rule has holes
+                continue
+        own = SEGMENT_PREDICTORS if self.predictor == AUTO else ()
+        for name in dict.fromkeys((self.predictor, *names)):
+            planned = plan_schedule(prior, budget, predictor=name, view=self.view)
+            yield planned
+            yield improve(prior, planned, predictors=own if name == AUTO else (), view=self.view)
+
+    def best(self, budget: int, limit: float | None = None) -> Trial:
+        """The best trial of a budget once the effort is spent."""
+        limit, loop = limit or self.limit, self.loop
+        cost = budget / loop.steps
+        reserved = 0.0 if loop.spent + 2 * cost > limit else cost
+        prior = loop.fit(self.view).prior
+        for number, schedule in enumerate(self.candidates(prior, budget)):
+            if number < 3 or loop.spent + reserved < limit:
+                loop.run(schedule)
+        while loop.spent + cost <= limit:
+            incumbent = self._incumbent(budget)
+            prior = loop.fit(self.view).prior
+            own = SEGMENT_PREDICTORS if self.predictor == AUTO else ()
+            moves = {move.full_steps + move.predictors: move for move in neighbours(incumbent.schedule, own)}
+            further = improve(prior, incumbent.schedule, predictors=own, view=self.view, rounds=4)
+            moves[further.full_steps + further.predictors] = further
+            for trial in loop.trials:
+                moves.pop(trial.schedule.full_steps + trial.schedule.predictors, None)
+            if not moves:
+                break
+            ranked = sorted(moves.values(), key=lambda move: prior.final_error(move.served, self.view))
+            loop.run(ranked[0])
+        return self._incumbent(budget)
+
+    def _incumbent(self, budget: int) -> Trial:
+        tried = [trial for trial in self.loop.trials if trial.schedule.budget <= budget and trial.correction is None]
+        allowed = [trial for trial in tried if self._is_allowed(trial.schedule)]
+        return max(allowed, key=lambda trial: trial.psnr_db)
+
+    def _is_allowed(self, schedule: CacheSchedule) -> bool:
+        return self.predictor == AUTO or set(schedule.predictors) == {self.predictor}
+
+    def fewest(self, wanted: _Wanted) -> Trial:
+        """The trial with the fewest full-compute steps that meets what is wanted, by bisection over budgets.
+
+        Raises:
+            InfeasibleBudgetError: Not even full compute does.
+        """
+        loop = self.loop
+        full = loop.trials[0]
+        if not wanted.met_by(full):
+            raise InfeasibleBudgetError(
+                f"target_psnr={wanted.psnr_db}: full compute reaches {full.psnr_db:.1f} dB; choose less, or a scheme "
+                "with more bits"
+            )
+        low, high, found = 2, loop.steps, full
+        rounds = max(1, math.ceil(math.log2(loop.steps)))
+        while low < high:
+            middle = self._likely(low, high, wanted, full)
+            share = loop.spent + (self.limit - loop.spent) / rounds
+            trial = self.best(middle, limit=share)
+            rounds = max(1, rounds - 1)
+            if wanted.met_by(trial):
+                found, high = trial, trial.schedule.budget
+            else:
+                low = middle + 1
+        return found
+
+    def _likely(self, low: int, high: int, wanted: _Wanted, full: Trial) -> int:
+        """The budget to try next: where the fitted prior expects to meet the target, kept within the inner range."""
+        fit = self.loop.fit(self.view).prior
+        if wanted.psnr_db is None:
+            limit = full.error * wanted.relative_l2 / full.relative_l2
+        else:
+            limit = 10 ** (-wanted.psnr_db / 20)
+        planned = plan_all(fit, high - 1, predictor=self.predictor, view=self.view) if high > 2 else []
+        meets = [
+            budget
+            for budget, schedule in enumerate(planned, start=2)
+            if budget >= low and fit.final_error(schedule.served, self.view) <= limit
+        ]
+        likely = meets[0] if meets else high - 1
+        return min(max(likely, low + (high - low) // 4), high - 1)
+
+    def curve(self, prior: ErrorPrior) -> list[dict[str, Any]]:
+        """For every budget, the predicted error of the plan relative to that of full compute, and what was measured."""
+        planned = plan_all(prior, self.loop.steps - 1, predictor=self.predictor, view=self.view)
+        base = prior.final_error(np.eye(self.loop.steps), self.view)
+        full = self.loop.trials[0]
+        points = []
+        for budget, schedule in enumerate(planned, start=2):
+            tried = [t for t in self.loop.trials if t.schedule.budget == budget and t.schedule.solver != "sample"]
+            best = max(tried, key=lambda trial: trial.psnr_db, default=None)
+            points.append(
+                {
+                    "budget": budget,
+                    "predicted_error": prior.final_error(schedule.served, self.view),
+                    "measured_psnr_db": best and best.psnr_db,
+                    "measured_relative_l2": best and best.relative_l2,
+                }
+            )
+        points.append(
+            {
+                "budget": self.loop.steps,
+                "predicted_error": base,
+                "measured_psnr_db": full.psnr_db,
+                "measured_relative_l2": full.relative_l2,
+            }
+        )
+        return points

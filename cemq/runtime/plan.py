@@ -1,0 +1,47 @@
+"""What a pipeline follows: a schedule and a correction for the sampler they were made for, and how they carry over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cemq.correction import Correction
+from cemq.errors import ModelError
+from cemq.prior import ErrorPrior, SamplerFingerprint
+from cemq.schedule import AUTO, SOLVERS, CacheSchedule, plan_schedule
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """``prior`` was measured under ``sampler``; without one nothing can be planned anew."""
+
+    schedule: CacheSchedule
+    sampler: SamplerFingerprint
+    prior: ErrorPrior | None = None
+    correction: Correction | None = None
+    view: str = "combined"
+
+    def with_budget(self, budget: int | str) -> Plan:
+        """The same with another schedule.
+
+        Raises:
+            ModelError: There is no prior to plan from.
+            InfeasibleBudgetError: The budget is out of range.
+        """
+        if self.prior is None:
+            raise ModelError("this schedule came without an error prior: load a bundle to plan another budget")
+        return self._planned(self.prior, self.sampler, budget)
+
+    def carried_over(self, sampler: SamplerFingerprint) -> Plan | None:
+        """The plan for other timesteps of the same sampler, at the same compute ratio; None where it says nothing."""
+        if self.prior is None or not self.sampler.carries_over(sampler):
+            return None
+        prior = self.prior.resampled(sampler)
+        budget = min(max(2, round(prior.num_steps / self.schedule.compute_ratio)), prior.num_steps)
+        return self._planned(prior, sampler, budget)
+
+    def _planned(self, prior: ErrorPrior, sampler: SamplerFingerprint, budget: int | str) -> Plan:
+        solver = self.schedule.solver if self.schedule.solver in SOLVERS else "segment"
+        predictor = self.schedule.predictor if isinstance(self.schedule.predictor, str) else AUTO
+        schedule = plan_schedule(prior, budget, solver=solver, predictor=predictor, view=self.view)
+        correction = self.correction and self.correction.carried_over(prior, schedule)
+        return replace(self, schedule=schedule, sampler=sampler, prior=prior, correction=correction)

@@ -1,0 +1,450 @@
+"""What the plans are worth, on both built-in models: ``python docs/benchmarks/planning.py``.
+
+Every part is measured on evaluation seeds that no plan has seen, against full precision at 50 of 50 steps:
+
+* ranking: Spearman of every predicted cost with the error found in closed loop (`cemq analyze`)
+* cells: the default plan against `uniform` and `cem`, for each scheme and budget
+* ablation: the schedule planned on each view of the prior, run on the quantized model
+* auto: the budget that `--budget auto` finds, and its error on evaluation seeds
+* steps: a prior of 50 steps carried over to 20, 28 and 100, against one measured there
+* solver: milliseconds of the dynamic program
+
+Writes planning.md and planning.json beside itself; ``--parts``, ``--models`` and ``--schemes`` measure some of it anew
+and keep the rest.
+About 40 minutes on 2 CPU cores of one's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+
+import cemq
+from cemq.analysis import analyze
+from cemq.bench.machine import describe_machine, one_line
+from cemq.bundle import EVIDENCE, PRIOR, read_bundle
+from cemq.errors import InfeasibleBudgetError
+from cemq.evaluation import run_batch
+from cemq.evaluation.metrics import psnr_db
+from cemq.models import locate, open_pipeline
+from cemq.planning import ClosedLoop, plan
+from cemq.prior import VIEWS, ErrorPrior
+from cemq.profiling import profile, record_references
+from cemq.propagation import fit_propagation, sample_schedules
+from cemq.runtime import Plan, attached, detach
+from cemq.sampling import EVALUATION_SEED_OFFSET, make_batches
+from cemq.schedule import CacheSchedule, plan_all, plan_schedule, segment_costs, solve_segments
+
+MODELS = ("dit-digits", "sd3-digits")
+SCHEMES = ("w8a8", "w4a8")
+BUDGETS = (25, 15, 10, 7)
+STEPS = (20, 28, 100)
+PARTS = ("ranking", "cells", "ablation", "auto", "steps", "solver")
+SAMPLES = 16
+HERE = Path(__file__).with_suffix("")
+
+
+class Lab:
+    """One model under one scheme: full-precision references of the evaluation seeds, and the quantized pipeline."""
+
+    def __init__(self, model: str, scheme: str, bundle: Path):
+        self.model, self.scheme, self.bundle = model, scheme, bundle
+        self.manifest, self.prior = read_bundle(bundle), ErrorPrior.load(bundle / PRIOR)
+        self.original = open_pipeline(locate(self.manifest.model).folder, dtype="float32", device="cpu")
+        self.pipe = cemq.from_pretrained(bundle, device="cpu")
+        detach(self.pipe)
+        for pipe in (self.original, self.pipe):
+            pipe.set_progress_bar_config(disable=True)
+        self._references: dict[int, list] = {}
+
+    def batches(self, first: int, samples: int = SAMPLES) -> Any:
+        return make_batches(self.manifest.held_out_conditions, samples=samples, first_seed=first, batch_size=8)
+
+    def outcomes(self, pipe: Any, steps: int, batches: Any) -> list:
+        return [run_batch(pipe, batch, steps=steps, call=self.manifest.call) for batch in batches]
+
+    def references(self, steps: int) -> list:
+        if steps not in self._references:
+            evaluated = self.batches(EVALUATION_SEED_OFFSET)
+            self._references[steps] = self.outcomes(self.original, steps, evaluated)
+        return self._references[steps]
+
+    def psnr(self, planned: Plan, steps: int = 50) -> np.ndarray:
+        """PSNR of every evaluation sample, (SAMPLES,)."""
+        with attached(self.pipe, planned):
+            found = self.outcomes(self.pipe, steps, self.batches(EVALUATION_SEED_OFFSET))
+        pairs = zip(self.references(steps), found, strict=True)
+        return np.concatenate([psnr_db(a.images, b.images) for a, b in pairs])
+
+    def loop(self, steps: int = 50, prior: ErrorPrior | None = None) -> ClosedLoop:
+        """The planning samples, with seeds after those that the bundle used."""
+        batches = self.batches(max(self.manifest.profiled_seeds) + 1, samples=12)
+        return ClosedLoop(
+            pipe=self.pipe,
+            prior=prior or self.prior,
+            batches=batches,
+            references=self.outcomes(self.original, steps, batches),
+            steps=steps,
+            call=self.manifest.call,
+        )
+
+    def of(self, schedule: CacheSchedule, correction: Any = None, sampler: Any = None) -> Plan:
+        return Plan(schedule=schedule, sampler=sampler or self.manifest.sampler, correction=correction)
+
+
+def measure_ranking(lab: Lab) -> dict[str, Any]:
+    found = analyze(lab.bundle, schedules=60, samples=SAMPLES)
+    return {"schedules": 60, "spearman": found["spearman"]}
+
+
+def measure_cells(lab: Lab) -> list[dict[str, Any]]:
+    rows = []
+    full = CacheSchedule(num_steps=50, full_steps=range(50))
+    rows.append({"budget": 50, "plan": "full compute", "psnr_db": lab.psnr(lab.of(full)).tolist()})
+    loops = {"taylor1": lab.loop(), "auto": lab.loop()}  # runs that teach are shared between the budgets
+    for budget in BUDGETS:
+        for predictor, loop in loops.items():
+            planned = plan(loop, budget, predictor=predictor, correction="none" if predictor == "taylor1" else "auto")
+            corrected = planned.evidence["winner"]["correction"]
+            rows.append(
+                {
+                    "budget": budget,
+                    "plan": f"search, {predictor}",
+                    "psnr_db": lab.psnr(lab.of(planned.schedule, planned.correction)).tolist(),
+                    "full_steps": planned.schedule.budget,
+                    "correction": corrected,
+                    "full_run_equivalents": planned.evidence["full_run_equivalents"],
+                    "schedule": planned.schedule.to_dict(),
+                }
+            )
+        for solver in ("uniform", "cem"):
+            try:
+                schedule = plan_schedule(lab.prior, budget, solver=solver, predictor="taylor1")
+            except InfeasibleBudgetError:
+                schedule = plan_schedule(lab.prior, budget, solver="cem-relaxed", predictor="taylor1")
+            rows.append(
+                {"budget": budget, "plan": f"{solver}, taylor1", "psnr_db": lab.psnr(lab.of(schedule)).tolist()}
+            )
+    return rows
+
+
+def measure_ablation(lab: Lab) -> list[dict[str, Any]]:
+    """Propagation is fitted anew for each view, to the same runs."""
+    loop, rows = lab.loop(), []
+    loop.run(CacheSchedule(num_steps=50, full_steps=range(50), solver="full"))
+    for schedule in sample_schedules(50, 16, ("taylor1",), seed=1):
+        loop.run(schedule)
+    for view in VIEWS:
+        spread = [t for t in loop.trials if view == "combined" or t.schedule.budget < 50]
+        loop_view = loop.fit(view) if view == "combined" else _fit(loop.prior, spread, view)
+        for budget in BUDGETS[:3]:
+            schedule = plan_schedule(loop_view, budget, predictor="taylor1", view=view)
+            rows.append(
+                {
+                    "view": view,
+                    "budget": budget,
+                    "psnr_db": lab.psnr(lab.of(schedule)).tolist(),
+                    "full_steps": list(schedule.full_steps),
+                }
+            )
+    return rows
+
+
+def measure_auto(lab: Lab) -> dict[str, Any]:
+    loop = lab.loop()
+    planned = plan(loop, "auto")
+    evaluated = ClosedLoop(
+        pipe=lab.pipe,
+        prior=lab.prior,
+        batches=lab.batches(EVALUATION_SEED_OFFSET),
+        references=lab.references(50),
+        steps=50,
+        call=lab.manifest.call,
+    )
+    full = evaluated.run(CacheSchedule(num_steps=50, full_steps=range(50), solver="full"))
+    chosen = evaluated.run(planned.schedule, planned.correction)
+    return {
+        "budget": planned.schedule.budget,
+        "tolerance": 0.15,
+        "full_run_equivalents": planned.evidence["full_run_equivalents"],
+        "planning_ratio": planned.evidence["winner"]["relative_l2"] / planned.evidence["full_compute"]["relative_l2"],
+        "evaluation_ratio": chosen.relative_l2 / full.relative_l2,
+        "psnr_db": chosen.psnr_db,
+        "full_psnr_db": full.psnr_db,
+    }
+
+
+def measure_steps(lab: Lab) -> list[dict[str, Any]]:
+    """The plan of the bundle carried over, and one from a prior measured and fitted at that step count."""
+    rows = []
+    for steps in STEPS:
+        carried = Plan(
+            schedule=lab.manifest.schedule, sampler=lab.manifest.sampler, prior=lab.prior, view=lab.manifest.view
+        )
+        over = lab.psnr(carried, steps)
+        profiled = lab.batches(0)
+        references = record_references(lab.original, profiled, steps=steps, call=lab.manifest.call)
+        prior = profile(
+            lab.pipe, profiled, references, steps=steps, call=lab.manifest.call, scheme=lab.scheme, dtype="float32"
+        )
+        budget = round(steps / lab.manifest.schedule.compute_ratio)
+        native = plan(lab.loop(steps, prior), budget, correction="none", effort="quick")
+        there = lab.psnr(lab.of(native.schedule, sampler=prior.metadata.sampler), steps)
+        rows.append({"steps": steps, "budget": budget, "carried_over": over.tolist(), "native": there.tolist()})
+    return rows
+
+
+def measure_solver() -> dict[str, float]:
+    generator = np.random.default_rng(0)
+
+    def synthetic(steps: int) -> ErrorPrior:
+        v = generator.normal(size=(steps, 64)).cumsum(0)
+        q = v + 0.1 * generator.normal(size=v.shape)
+        return ErrorPrior(qq=q @ q.T, qv=q @ v.T, vv=v @ v.T, step_sizes=np.ones(steps), coherence=8.0)
+
+    found = {}
+    for steps, largest, gap in ((50, 50, 50), (1000, 200, 16)):
+        prior = synthetic(steps)
+        table = segment_costs(prior.view(), prior.propagation, ("taylor1",), gamma=2.0, max_gap=gap)
+        solve, whole = [], []
+        for _ in range(7):
+            started = time.perf_counter()
+            solve_segments(table.costs, largest)
+            solve.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            plan_all(prior, largest, predictor="taylor1", max_gap=gap)
+            whole.append(time.perf_counter() - started)
+        found[f"solve_{steps}_ms"] = 1e3 * statistics.median(solve)
+        found[f"costs_and_solve_{steps}_ms"] = 1e3 * statistics.median(whole)
+    return found
+
+
+def _fit(prior: ErrorPrior, trials: list, view: str) -> ErrorPrior:
+    return fit_propagation(prior, [t.schedule for t in trials], [t.error for t in trials], view=view).prior
+
+
+MEASURES = {
+    "ranking": measure_ranking,
+    "cells": measure_cells,
+    "ablation": measure_ablation,
+    "auto": measure_auto,
+    "steps": measure_steps,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
+    parser.add_argument("--bundles", type=Path, help="keep the bundles here, and take those that are there")
+    wanted = parser.parse_args()
+    diffusers.utils.logging.disable_progress_bar()
+    record = json.loads(HERE.with_suffix(".json").read_text()) if HERE.with_suffix(".json").is_file() else {}
+    record["machine"] = describe_machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = wanted.bundles or Path(scratch)
+        for model in wanted.models:
+            for scheme in wanted.schemes:
+                name = f"{model}-{scheme}"
+                if set(wanted.parts) == {"solver"}:
+                    continue
+                if not (folder / name).exists():
+                    cemq.quantize_and_schedule(f"builtin:{model}", folder / name, scheme=scheme, budget=15)
+                evidence = json.loads((folder / name / EVIDENCE).read_text())
+                lab = Lab(model, scheme, folder / name)
+                cell = record.setdefault(name, {})
+                cell["fit"] = evidence["fit"]
+                for part in wanted.parts:
+                    if part in MEASURES:
+                        started = time.perf_counter()
+                        cell[part] = MEASURES[part](lab)
+                        print(name, part, f"{time.perf_counter() - started:.0f} s", flush=True)
+                        HERE.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    if "solver" in wanted.parts:
+        record["solver"] = measure_solver()
+    HERE.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    HERE.with_suffix(".md").write_text(page(record))
+
+
+def mean(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f}"
+
+
+def interval(values: list[float]) -> str:
+    """Mean and the half width of its 95 % confidence interval over seeds (normal approximation)."""
+    return f"{statistics.mean(values):.1f} ± {1.96 * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+
+
+def rows_of(record: dict[str, Any], part: str) -> list[tuple[str, str, Any]]:
+    return [
+        (model, scheme, record[f"{model}-{scheme}"][part])
+        for model in MODELS
+        for scheme in SCHEMES
+        if part in record.get(f"{model}-{scheme}", {})
+    ]
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(str(value) for value in row) + " |" for row in rows])
+
+
+def page(record: dict[str, Any]) -> str:
+    costs = [f"{kind}, {view}" for kind in ("fitted", "unweighted", "cem") for view in VIEWS]
+    ranking = [
+        [model, scheme, predictor, *(f"{values[cost]:.2f}" for cost in costs)]
+        for model, scheme, found in rows_of(record, "ranking")
+        for predictor, values in found["spearman"].items()
+    ]
+    cells = []
+    for model, scheme, found in rows_of(record, "cells"):
+        full = next(row["psnr_db"] for row in found if row["plan"] == "full compute")
+        for budget in BUDGETS:
+            row = {each["plan"]: each for each in found if each["budget"] == budget}
+            best = max(statistics.mean(row[f"{name}, taylor1"]["psnr_db"]) for name in ("uniform", "cem"))
+            own = row["search, auto"]
+            cells.append(
+                [model, scheme, mean(full), budget]
+                + [mean(row[f"{name}, taylor1"]["psnr_db"]) for name in ("uniform", "cem", "search")]
+                + [interval(own["psnr_db"]), own["correction"] or "none", own["full_steps"]]
+                + [f"{statistics.mean(row['search, taylor1']['psnr_db']) - best:+.1f}"]
+                + [f"{statistics.mean(own['psnr_db']) - best:+.1f}"]
+            )
+    ablation = [
+        [model, scheme, budget]
+        + [
+            interval(next(r["psnr_db"] for r in found if r["view"] == view and r["budget"] == budget))
+            for view in ("cache", "self", "combined")
+        ]
+        for model, scheme, found in rows_of(record, "ablation")
+        for budget in BUDGETS[:3]
+    ]
+    auto = [
+        [
+            model,
+            scheme,
+            found["budget"],
+            f"{found['planning_ratio']:.3f}",
+            f"{found['evaluation_ratio']:.3f}",
+            f"{found['psnr_db']:.1f}",
+            f"{found['full_psnr_db']:.1f}",
+            found["full_run_equivalents"],
+        ]
+        for model, scheme, found in rows_of(record, "auto")
+    ]
+    steps = [
+        [
+            model,
+            scheme,
+            row["steps"],
+            row["budget"],
+            mean(row["carried_over"]),
+            mean(row["native"]),
+            f"{statistics.mean(row['carried_over']) - statistics.mean(row['native']):+.1f}",
+        ]
+        for model, scheme, found in rows_of(record, "steps")
+        for row in found
+    ]
+    solver = record.get("solver", {})
+    return f"""# What plans are worth
+
+{record["machine"]["date"][:10]}, {one_line(record["machine"])}.
+Command: `python docs/benchmarks/planning.py`. Both built-in models, 50 steps, {
+        SAMPLES
+    } samples with seeds from 1000000 on that no
+plan has seen; PSNR in dB to full precision at 50 of 50 with the same seeds.
+
+## Which cost ranks schedules
+
+Spearman's correlation of predicted cost and error found in closed loop over 60 schedules with 15 full-compute steps,
+half of them random, half near uniform, none of them fitted to, on the evaluation samples. `fitted` is what plans are made with;
+`unweighted` is the same with step sizes as the only weights; `cem` is CEM's published cost.
+
+{table(["model", "scheme", "predictor", *costs], ranking)}
+
+## Default plan against uniform and CEM
+
+`search, taylor1` is the search with that one predictor and no correction, as `uniform` and `cem` have it; `default`
+chooses the predictor of each segment and a correction. CEM's rule has no schedule of 7: its relaxed variant stands in.
+The two margins are over the better of uniform and CEM. "full steps" is what the default plan spends: it may leave part
+of the budget.
+
+{
+        table(
+            [
+                "model",
+                "scheme",
+                "50 of 50",
+                "budget",
+                "uniform",
+                "cem",
+                "search, taylor1",
+                "default",
+                "correction",
+                "full steps",
+                "margin, taylor1",
+                "margin, default",
+            ],
+            cells,
+        )
+    }
+
+## Planned on which prior
+
+Schedules of the dynamic program (taylor1, no search, no correction), planned on the full-precision prior (`cache`), the
+quantized model's own (`self`) and the combined one; all run on the quantized model. Mean and 95 % confidence interval
+over {SAMPLES} seeds.
+
+{table(["model", "scheme", "budget", "cache", "self", "combined"], ablation)}
+
+## `--budget auto`
+
+Tolerance 0.15: error (relative L2 of the final latent) over that of the same quantized model at full compute.
+
+{
+        table(
+            ["model", "scheme", "budget found", "ratio, planning", "ratio, evaluation", "dB", "dB at 50 of 50", "runs"],
+            auto,
+        )
+    }
+
+## Other step counts
+
+A bundle made at 50 steps with 15 of them full, run at another step count: its prior is carried over and solved there in
+milliseconds. `native` was profiled, fitted and searched
+(`--effort quick`) at that step count.
+
+{table(["model", "scheme", "steps", "budget", "carried over", "native", "difference"], steps)}
+
+## Solver
+
+{
+        table(
+            ["", "dynamic program, ms", "with its cost table, ms"],
+            [
+                [
+                    "every budget of 50 steps",
+                    *(f"{solver.get(k, math.nan):.1f}" for k in ("solve_50_ms", "costs_and_solve_50_ms")),
+                ],
+                [
+                    "every budget to 200 of 1000 steps",
+                    *(f"{solver.get(k, math.nan):.0f}" for k in ("solve_1000_ms", "costs_and_solve_1000_ms")),
+                ],
+            ],
+        )
+    }
+"""
+
+
+if __name__ == "__main__":
+    main()
