@@ -1,50 +1,79 @@
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cemq.errors import InputError
-from cemq.predict import PREDICTORS, get_predictor
+from cemq.predict import PREDICTORS, check_predictor, serving_matrix
+
+# rows 2, 4 and 5 of six steps with the full-compute steps 0, 1 and 3, as weights of their three outputs
+BY_HAND = {
+    "reuse": [(0, 1, 0), (0, 0, 1), (0, 0, 1)],
+    "damped": [(-0.5, 1.5, 0), (0, -0.25, 1.25), (0, -0.5, 1.5)],
+    "taylor1": [(-1, 2, 0), (0, -0.5, 1.5), (0, -1, 2)],
+    "taylor2": [(-1, 2, 0), (1, -2, 2), (8 / 3, -5, 10 / 3)],  # Lagrange's polynomials through 0, 1 and 3
+    "goc": [(-0.8, 1.8, 0), (0.64, -1.44, 1.8), (1.152, -2.592, 2.44)],
+    "mean-velocity": [(0, 1, 0), (0, 0, 1), (0, -0.25, 1.25)],
+}
 
 
-@given(
-    newest=st.integers(0, 500), gap=st.integers(1, 60), ahead=st.integers(1, 60), slope=st.integers(-9, 9),
-    start=st.integers(-9, 9),
-)  # fmt: skip
-@settings(max_examples=60, deadline=None)
-def test_taylor1_reproduces_any_linear_function_of_the_step_index(newest, gap, ahead, slope, start):
-    older, step = newest, newest + gap + ahead
-    newest += gap
-    weights = get_predictor("taylor1").coefficients(step, (newest, older))
-    predicted = weights[0] * (start + slope * newest) + weights[1] * (start + slope * older)
-    assert predicted == pytest.approx(start + slope * step, rel=1e-9, abs=1e-6)
-
-
-def test_taylor1_looks_at_the_two_newest_of_many_steps():
-    taylor = get_predictor("taylor1")
-    assert taylor.coefficients(10, (8, 4, 1, 0)) == taylor.coefficients(10, (8, 4)) == (1.5, -0.5)
-
-
-def test_taylor1_falls_back_to_reuse_with_one_step():
-    assert get_predictor("taylor1").coefficients(4, (1,)) == (1.0,)
-
-
-@pytest.mark.parametrize("full_steps", [(3,), (3, 1), (3, 2, 0)])
-def test_reuse_takes_the_newest_step_as_it_is(full_steps):
-    assert get_predictor("reuse").coefficients(7, full_steps) == (1.0,)
+@st.composite
+def full_steps_of(draw, at_least=1):
+    steps = draw(st.integers(at_least + 1, 40))
+    rest = draw(st.sets(st.integers(1, steps - 1), min_size=at_least - 1))
+    return steps, (0, *sorted(rest))
 
 
 @pytest.mark.parametrize("name", PREDICTORS)
-def test_no_predictor_returns_more_weights_than_its_depth(name):
-    predictor = get_predictor(name)
-    assert predictor.name == name
-    assert len(predictor.coefficients(9, (7, 5, 2, 1, 0))) == predictor.depth
+def test_every_predictor_has_the_rows_computed_by_hand(name):
+    served = serving_matrix(6, (0, 1, 3), (name,) * 3)
+    assert np.array_equal(served[[0, 1, 3]], np.eye(6)[[0, 1, 3]])
+    assert served[np.ix_([2, 4, 5], [0, 1, 3])] == pytest.approx(np.array(BY_HAND[name]))
+    assert not served[:, [2, 4, 5]].any()  # nothing is served from a skipped step
+
+
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_with_one_output_to_look_at_it_is_taken_as_it_is(name):
+    assert serving_matrix(3, (0,), (name,))[:, 0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("name", "degree"), [("reuse", 0), ("taylor1", 1), ("taylor2", 2)])
+@given(case=full_steps_of(at_least=3), coefficients=st.tuples(*[st.integers(-9, 9)] * 3))
+@settings(max_examples=40, deadline=None)
+def test_taylor_k_reproduces_polynomials_of_degree_k_on_any_gaps(name, degree, case, coefficients):
+    steps, full = case
+    truth = np.polyval(coefficients[: degree + 1], np.arange(steps) / steps)
+    found = serving_matrix(steps, full, (name,) * len(full)) @ truth
+    known = full[degree]  # from here on there are enough outputs to look back at
+    assert found[known:] == pytest.approx(truth[known:], rel=1e-7, abs=1e-7)
+
+
+@given(case=full_steps_of(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_every_step_is_served_from_full_steps_up_to_itself_with_weights_that_add_up_to_one(case, data):
+    steps, full = case
+    names = data.draw(st.lists(st.sampled_from(list(PREDICTORS)), min_size=len(full), max_size=len(full)))
+    served = serving_matrix(steps, full, names)
+    assert not np.triu(served, 1).any()
+    assert not np.delete(served, full, axis=1).any()
+    assert served.sum(1) == pytest.approx(1, rel=1e-6)
+
+
+def test_each_segment_is_served_by_its_own_predictor():
+    served = serving_matrix(7, (0, 2, 4), ("goc", "reuse", "taylor1"))
+    assert served[3].tolist() == [0, 0, 1, 0, 0, 0, 0]
+    assert served[5].tolist() == [0, 0, -0.5, 0, 1.5, 0, 0]
+
+
+def test_a_known_predictor_is_handed_back():
+    assert [check_predictor(name) for name in PREDICTORS] == list(PREDICTORS)
 
 
 def test_an_unknown_predictor_names_the_nearest_one():
-    with pytest.raises(InputError, match=r"unknown predictor 'taylor': .*did you mean 'taylor1'"):
-        get_predictor("taylor")
+    with pytest.raises(InputError, match=r"unknown predictor 'taylor': .*did you mean 'taylor[12]'"):
+        check_predictor("taylor")
 
 
 def test_an_unknown_predictor_like_no_other_gets_no_suggestion():
-    with pytest.raises(InputError, match=r"choose from reuse, taylor1$"):
-        get_predictor("zzzz")
+    with pytest.raises(InputError, match=r"choose from reuse, damped, taylor1, taylor2, goc, mean-velocity$"):
+        check_predictor("zzzz")
