@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import math
@@ -10,21 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cemq.errors import InfeasibleBudgetError, InputError
-from cemq.predict import PREDICTORS, get_predictor
+from cemq.predict import PREDICTORS
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.schedule import (
+    AUTO,
     SOLVERS,
     CacheSchedule,
     cem_costs,
+    improve,
+    neighbours,
     parse_budget,
+    plan_all,
     plan_schedule,
     segment_costs,
     solve_cem,
+    solve_relaxed_cem,
     solve_segments,
     uniform_steps,
 )
+from cemq.schedule.segment import SLOPES
+from cemq.schedule.threshold import threshold_steps
 
 INF = math.inf
+SHARES = {"reuse": 0.0, "damped": 0.5, "taylor1": 1.0}  # of the slope through the two latest full steps
 
 
 def trajectories(steps, seed=0, elements=5, noise=0.3):
@@ -36,11 +45,6 @@ def trajectories(steps, seed=0, elements=5, noise=0.3):
 def prior_of(q, v, step_sizes):
     elements = q.shape[1]
     return ErrorPrior(qq=q @ q.T / elements, qv=q @ v.T / elements, vv=v @ v.T / elements, step_sizes=step_sizes)
-
-
-def totals_by_budget(prior, predictor="taylor1", view="combined", gamma=2.0):
-    costs = segment_costs(prior.view(view), prior.step_sizes, get_predictor(predictor), gamma, prior.num_steps)
-    return [solve_segments(costs, budget)[1] for budget in range(2, prior.num_steps + 1)]
 
 
 # --- cache schedules
@@ -92,6 +96,32 @@ def test_taylor1_serves_a_skipped_step_from_the_two_latest_full_ones():
     assert schedule.serving(1) == ((0,), (1.0,))
     assert schedule.serving(5) == ((2, 0), (2.5, -1.5))
     assert schedule.serving(7) == ((6, 2), (1.25, -0.25))
+
+
+def test_a_schedule_takes_a_predictor_for_each_full_step():
+    schedule = CacheSchedule(num_steps=9, full_steps=(0, 2, 6), predictor=["reuse", "taylor1", "reuse"])
+    assert schedule.predictors == ("reuse", "taylor1", "reuse")
+    assert schedule.predictor_text() == "reuse, taylor1, reuse"
+    assert [schedule.serving(step) for step in (1, 5, 8)] == [
+        ((0,), (1.0,)), ((2, 0), (2.5, -1.5)), ((6,), (1.0,)),
+    ]  # fmt: skip
+    assert CacheSchedule.from_dict(schedule.to_dict()) == schedule
+
+
+def test_equal_predictors_are_one():
+    schedule = CacheSchedule(num_steps=9, full_steps=(0, 2), predictor=("goc", "goc"))
+    assert (schedule.predictor, schedule.predictors) == ("goc", ("goc", "goc"))
+
+
+def test_runs_of_predictors_are_counted():
+    names = ("taylor1", "taylor1", "taylor1", "reuse", "damped")
+    text = CacheSchedule(num_steps=9, full_steps=range(5), predictor=names).predictor_text()
+    assert text == "taylor1 x3, reuse, damped"
+
+
+def test_a_schedule_with_too_few_predictors_is_refused():
+    with pytest.raises(InputError, match="2 predictors for 3 full-compute steps"):
+        CacheSchedule(num_steps=9, full_steps=(0, 2, 6), predictor=("reuse", "goc"))
 
 
 def test_the_strip_shows_one_character_a_step():
@@ -165,86 +195,162 @@ def test_uniform_gaps_differ_by_at_most_one(steps, data):
 
 
 @functools.cache
-def brute_force_case(steps, view, predictor):
-    """Norm of the summed error vector of every segment (older full step or None, this full step, end)."""
-    q, v, weights = trajectories(steps)
+def brute_force_case(steps, view, predictor, coherence):
+    """Energy of the errors of every segment (older full step or None, this full step, end), best predictor first."""
+    q, v, step_sizes = trajectories(steps)
+    sensitivity = np.random.default_rng(9).uniform(0.2, 3, steps)
     x, y = {"combined": (q, v), "cache": (v, v), "self": (q, q)}[view]
-    norms = {}
+    energies = {}
     for start in range(steps):
         for older in [None] if start == 0 else range(start):
-            summed = np.zeros(x.shape[1])
-            for step in range(start, steps):
-                served = x[start]
-                if predictor == "taylor1" and older is not None:
-                    served = x[start] + (step - start) / (start - older) * (x[start] - x[older])
-                summed = summed + weights[step] * (served - y[step])
-                norms[older, start, step + 1] = math.sqrt(np.mean(summed**2))
-    return prior_of(q, v, weights), norms
+            for end in range(start + 1, steps + 1):
+                found = []
+                for name in SLOPES if predictor == AUTO else [predictor]:
+                    slope = 0 if older is None else SHARES[name] * (x[start] - x[older]) / (start - older)
+                    moved = [
+                        step_sizes[s] * sensitivity[s] * (x[start] + (s - start) * slope - y[s])
+                        for s in range(start, end)
+                    ]
+                    energy = sum(
+                        np.mean(a * b) * math.exp(-abs(i - j) / coherence)
+                        for i, a in enumerate(moved)
+                        for j, b in enumerate(moved)
+                    )
+                    found.append((energy, name))
+                energies[older, start, end] = min(found, key=lambda pair: pair[0])
+    prior = dataclasses.replace(prior_of(q, v, step_sizes), sensitivity=sensitivity, coherence=coherence)
+    return prior, energies
 
 
-def brute_force_total(norms, steps, full_steps, gamma):
+def segments(full_steps, steps):
     bounds = [None, *full_steps, steps]
-    return sum(norms[bounds[i - 1], bounds[i], bounds[i + 1]] ** gamma for i in range(1, len(bounds) - 1))
+    return [tuple(bounds[i - 1 : i + 2]) for i in range(1, len(bounds) - 1)]
 
 
+def brute_force_total(energies, steps, full_steps, gamma=2.0):
+    return sum(energies[segment][0] ** (gamma / 2) for segment in segments(full_steps, steps))
+
+
+def all_schedules(steps, budget):
+    return [(0, *rest) for rest in itertools.combinations(range(1, steps), budget - 1)]
+
+
+@pytest.mark.parametrize("coherence", [INF, 2.0])
 @pytest.mark.parametrize("gamma", [1, 2, 4])
-@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize("predictor", [*SLOPES, AUTO])
 @pytest.mark.parametrize("view", VIEWS)
-def test_the_segment_solver_finds_the_best_of_all_schedules(view, predictor, gamma):
+def test_the_segment_solver_finds_the_best_of_all_schedules_of_every_budget(view, predictor, gamma, coherence):
     steps = 7
-    prior, norms = brute_force_case(steps, view, predictor)
-    costs = segment_costs(prior.view(view), prior.step_sizes, get_predictor(predictor), gamma, steps)
-    for budget in range(1, steps + 1):
-        schedules = [(0, *rest) for rest in itertools.combinations(range(1, steps), budget - 1)]
-        least = min(brute_force_total(norms, steps, schedule, gamma) for schedule in schedules)
-        found, total = solve_segments(costs, budget)
-        assert found in schedules
+    prior, energies = brute_force_case(steps, view, predictor, coherence)
+    names = tuple(SLOPES) if predictor == AUTO else (predictor,)
+    table = segment_costs(prior.view(view), prior.propagation, names, gamma=gamma, max_gap=steps)
+    found = solve_segments(table.costs, steps)
+    assert len(found) == steps
+    for budget, (full_steps, total) in enumerate(found, start=1):
+        schedules = all_schedules(steps, budget)
+        least = min(brute_force_total(energies, steps, schedule, gamma) for schedule in schedules)
+        assert full_steps in schedules
         assert total == pytest.approx(least, rel=1e-6, abs=1e-6)
-        assert brute_force_total(norms, steps, found, gamma) == pytest.approx(least, rel=1e-6, abs=1e-6)
+        assert brute_force_total(energies, steps, full_steps, gamma) == pytest.approx(least, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("coherence", [INF, 2.0])
+@pytest.mark.parametrize("predictor", [*SLOPES, AUTO])
+def test_a_plan_is_the_best_schedule_within_its_budget(predictor, coherence):
+    steps = 7
+    prior, energies = brute_force_case(steps, "combined", predictor, coherence)
+    for budget in range(2, steps):
+        plan = plan_schedule(prior, budget, predictor=predictor)
+        within = [schedule for count in range(1, budget + 1) for schedule in all_schedules(steps, count)]
+        least = min(brute_force_total(energies, steps, schedule) for schedule in within)
+        assert plan.budget <= budget
+        assert brute_force_total(energies, steps, plan.full_steps) == pytest.approx(least, rel=1e-6)
+
+
+def test_with_auto_each_segment_is_served_by_the_predictor_that_suits_it_best():
+    steps = 7
+    prior, energies = brute_force_case(steps, "combined", AUTO, 2.0)
+    plan = plan_schedule(prior, 4, predictor=AUTO)
+    assert len(set(plan.predictors)) > 1
+    for segment, name in zip(segments(plan.full_steps, steps), plan.predictors, strict=True):
+        older, start, end = segment
+        if older is not None and end > start + 1:  # else all predictors serve it alike
+            assert name == energies[segment][1]
 
 
 @pytest.mark.parametrize("max_gap", [2, 3])
 def test_with_a_longest_gap_the_segment_solver_finds_the_best_of_what_is_left(max_gap):
     steps = 7
-    prior, norms = brute_force_case(steps, "combined", "taylor1")
-    for budget in range(2, steps + 1):
-        schedules = [(0, *rest) for rest in itertools.combinations(range(1, steps), budget - 1)]
-        schedules = [s for s in schedules if np.diff([*s, steps]).max() <= max_gap]
-        if not schedules:
+    prior, energies = brute_force_case(steps, "combined", "taylor1", INF)
+    for budget in range(2, steps):
+        within = [schedule for count in range(1, budget + 1) for schedule in all_schedules(steps, count)]
+        within = [s for s in within if np.diff([*s, steps]).max() <= max_gap]
+        if not within:
             with pytest.raises(InfeasibleBudgetError, match=f"gaps of at most {max_gap}"):
                 plan_schedule(prior, budget, max_gap=max_gap)
             continue
         found = plan_schedule(prior, budget, max_gap=max_gap).full_steps
-        assert found in schedules
-        least = min(brute_force_total(norms, steps, schedule, 2) for schedule in schedules)
-        assert brute_force_total(norms, steps, found, 2) == pytest.approx(least, rel=1e-6)
+        assert found in within
+        least = min(brute_force_total(energies, steps, schedule) for schedule in within)
+        assert brute_force_total(energies, steps, found) == pytest.approx(least, rel=1e-6)
 
 
-@given(steps=st.integers(2, 12), seed=st.integers(0, 10**6), data=st.data())
-@settings(max_examples=25, deadline=None)
-def test_every_budget_is_feasible_and_spent(steps, seed, data):
-    prior = prior_of(*trajectories(steps, seed))
-    options = {"view": data.draw(st.sampled_from(VIEWS)), "predictor": data.draw(st.sampled_from(list(PREDICTORS)))}
-    for budget in range(2, steps + 1):
-        schedule = plan_schedule(prior, budget, **options)
-        assert schedule.budget == budget
-        assert schedule.num_steps == steps
-    assert schedule.full_steps == tuple(range(steps))
-
-
-@given(steps=st.integers(2, 12), seed=st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
-def test_a_larger_budget_never_predicts_more_error_where_predictions_drift_one_way(steps, seed):
+@st.composite
+def priors(draw):
+    """Arbitrary ones: any predictions, step sizes, sensitivity and coherence."""
+    steps, seed = draw(st.integers(2, 12)), draw(st.integers(0, 10**6))
     random = np.random.default_rng(seed)
-    v = np.cumsum(random.uniform(0, 1, (steps, 5)), axis=0)
-    totals = totals_by_budget(prior_of(v, v, random.uniform(0.5, 2, steps)), "reuse")
-    assert all(more <= less * (1 + 1e-6) + 1e-9 for less, more in itertools.pairwise(totals))
+    prior = prior_of(*trajectories(steps, seed, noise=draw(st.sampled_from([0.0, 0.3, 3.0]))))
+    coherence = draw(st.sampled_from([0.3, 2.0, 20.0, INF]))
+    return dataclasses.replace(prior, sensitivity=np.exp(random.normal(size=steps)), coherence=coherence)
 
 
-def test_a_larger_budget_can_predict_more_error_where_signed_errors_cancel():
+@given(prior=priors(), view=st.sampled_from(VIEWS), predictor=st.sampled_from([*PREDICTORS, AUTO]))
+@settings(max_examples=40, deadline=None)
+def test_every_budget_is_feasible_and_the_largest_is_full_compute(prior, view, predictor):
+    for budget in range(2, prior.num_steps + 1):
+        schedule = plan_schedule(prior, budget, view=view, predictor=predictor)
+        assert schedule.budget <= budget
+        assert schedule.num_steps == prior.num_steps
+    assert schedule.full_steps == tuple(range(prior.num_steps))
+
+
+@given(prior=priors(), view=st.sampled_from(VIEWS), predictor=st.sampled_from([*SLOPES, AUTO]))
+@settings(max_examples=40, deadline=None)
+def test_a_larger_budget_never_predicts_more_error(prior, view, predictor):
+    steps = prior.num_steps
+    names = tuple(SLOPES) if predictor == AUTO else (predictor,)
+    table = segment_costs(prior.view(view), prior.propagation, names, gamma=2.0, max_gap=steps)
+
+    def predicted(schedule):
+        gaps, ends = np.diff(schedule.full_steps, prepend=0), np.diff(schedule.full_steps, append=steps)
+        return table.costs[schedule.full_steps, gaps, ends].sum()
+
+    totals = [predicted(plan_schedule(prior, budget, view=view, predictor=predictor)) for budget in range(2, steps)]
+    assert all(more <= less for less, more in itertools.pairwise(totals))
+
+
+@given(prior=priors(), predictor=st.sampled_from([*PREDICTORS, AUTO]))
+@settings(max_examples=20, deadline=None)
+def test_all_budgets_at_once_are_the_plans_of_each(prior, predictor):
+    plans = plan_all(prior, prior.num_steps - 1, predictor=predictor) if prior.num_steps > 2 else []
+    assert plans == [plan_schedule(prior, budget, predictor=predictor) for budget in range(2, prior.num_steps)]
+
+
+def test_a_plan_spends_less_than_its_budget_where_signed_errors_cancel():
     # from step 1 on, serving 0 errs by 0, -1 and +1: nothing in sum, so a third full step can only do harm
     v = np.array([[100.0], [0.0], [1.0], [-1.0]])
-    assert totals_by_budget(prior_of(v, v, np.ones(4)), "reuse") == pytest.approx([0.0, 1.0, 0.0], abs=1e-9)
+    prior = prior_of(v, v, np.ones(4))
+    plans = [plan_schedule(prior, budget, predictor="reuse") for budget in (2, 3, 4)]
+    assert [plan.full_steps for plan in plans] == [(0, 1), (0, 1), (0, 1, 2, 3)]
+    assert [prior.final_error(plan.served) for plan in plans] == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("largest", [2, 7, 99])
+def test_long_runs_have_a_plan_for_every_budget(largest):
+    plans = plan_all(prior_of(*trajectories(100)), largest)
+    assert len(plans) == largest - 1
+    assert all(plan.budget <= budget for budget, plan in enumerate(plans, start=2))
 
 
 def test_a_longest_gap_too_short_for_the_budget_names_the_budgets_that_fit():
@@ -252,12 +358,28 @@ def test_a_longest_gap_too_short_for_the_budget_names_the_budgets_that_fit():
     with pytest.raises(InfeasibleBudgetError, match=r"cannot cover 11 steps with gaps of at most 3: choose 4\.\.11"):
         plan_schedule(prior, 3, max_gap=3)
     assert plan_schedule(prior, 4, max_gap=3).budget == 4
+    with pytest.raises(InputError, match="max_gap=0"):
+        plan_schedule(prior, 4, max_gap=0)
 
 
-def test_a_schedule_records_how_it_was_planned():
-    for solver in SOLVERS:
-        schedule = plan_schedule(prior_of(*trajectories(12)), "3x", solver=solver, predictor="reuse")
-        assert (schedule.solver, schedule.predictor, schedule.budget) == (solver, "reuse", 4)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_schedule_records_how_it_was_planned(solver):
+    schedule = plan_schedule(prior_of(*trajectories(12)), "3x", solver=solver, predictor="reuse")
+    assert (schedule.solver, schedule.predictor) == (solver, "reuse")
+    assert schedule.budget == 4 or (schedule.budget < 4 and solver in ("segment", "threshold"))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_computes_in_full_where_every_step_may_be(solver):
+    assert plan_schedule(prior_of(*trajectories(9)), 9, solver=solver).full_steps == tuple(range(9))
+
+
+def test_what_looks_further_back_is_planned_as_taylor1():
+    prior = prior_of(*trajectories(10))
+    for name in ("taylor2", "goc", "mean-velocity"):
+        schedule = plan_schedule(prior, 4, predictor=name)
+        assert schedule.full_steps == plan_schedule(prior, 4, predictor="taylor1").full_steps
+        assert schedule.predictor == name
 
 
 def test_an_unknown_solver_names_the_nearest_one():
@@ -271,6 +393,108 @@ def test_planning_for_quantization_noise_changes_the_schedule():
     prior = prior_of(q, v, weights)
     assert 4 not in plan_schedule(prior, 4, predictor="reuse", view="combined").full_steps
     assert plan_schedule(prior, 4, view="cache") == plan_schedule(prior_of(v, v, weights), 4, view="combined")
+
+
+# --- local search
+
+
+def test_the_neighbours_of_a_schedule_by_hand():
+    schedule = CacheSchedule(num_steps=6, full_steps=(0, 2), predictor="reuse")
+    found = {(move.full_steps, move.predictors) for move in neighbours(schedule, ("reuse", "taylor1"))}
+    moved = {((0, step), ("reuse", "reuse")) for step in (1, 3, 4)}  # by one or two; 6 and -2 are no steps
+    # without step 2 the longest gap is the whole run, and 3 its middle: one of the moves above
+    assert found == moved | {((0, 2), ("taylor1", "reuse")), ((0, 2), ("reuse", "taylor1"))}
+
+
+@given(prior=priors(), data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_neighbours_keep_the_budget_and_differ_from_where_they_began(prior, data):
+    budget = data.draw(st.integers(1, prior.num_steps))
+    schedule = CacheSchedule(num_steps=prior.num_steps, full_steps=uniform_steps(prior.num_steps, budget))
+    for move in neighbours(schedule, tuple(SLOPES)):
+        assert move.budget == budget
+        assert (move.full_steps, move.predictors) != (schedule.full_steps, schedule.predictors)
+
+
+@given(prior=priors(), data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_an_improved_schedule_has_no_better_neighbour(prior, data):
+    budget = data.draw(st.integers(2, prior.num_steps))
+    start = CacheSchedule(num_steps=prior.num_steps, full_steps=uniform_steps(prior.num_steps, budget))
+    best = improve(prior, start, predictors=tuple(SLOPES))
+    least = prior.final_error(best.served)
+    assert best.budget == budget
+    assert least <= prior.final_error(start.served)
+    assert all(prior.final_error(move.served) >= least * (1 - 1e-6) for move in neighbours(best, tuple(SLOPES)))
+
+
+# --- ERTACache's threshold
+
+
+def aged(steps):
+    """The error of reuse is how old the output is."""
+    table = np.full((steps, steps), np.nan)
+    for age in range(steps):
+        table[age, age:] = age
+    return table
+
+
+@pytest.mark.parametrize(
+    ("budget", "full_steps"),
+    [(1, (0,)), (2, (0, 3)), (3, (0, 2, 4)), (4, (0, 2, 4)), (5, (0, 1, 2, 3, 4))],
+)
+def test_the_threshold_policy_by_hand(budget, full_steps):
+    # one full step: 4 old at the end; two: 2 old; three or four: 1 old, which cannot be spread over four
+    assert threshold_steps(aged(5), budget) == full_steps
+
+
+def test_the_threshold_policy_computes_where_the_error_grows_fast():
+    table = aged(8)
+    table[1:, 3] += 10  # nothing older serves step 3
+    assert 3 in threshold_steps(table, 3)
+
+
+# --- the relaxed CEM rule
+
+
+def relaxed_brute_force(costs, budget, spread=1):
+    """Every path of the rule; of equal ones the latest end."""
+    steps = costs.shape[1]
+    centre = round(steps / budget)
+    gaps = [gap for gap in range(max(1, centre - spread), max(1, centre + spread) + 1) if gap <= len(costs)]
+    found = []
+    for path in all_schedules(steps, budget):
+        if set(np.diff(path).tolist()) <= set(gaps):
+            total = sum(costs[after - before - 1, after] for before, after in itertools.pairwise(path))
+            found.append((total + costs[steps - path[-1] - 1, -1], path))
+    return min(found, key=lambda pair: (round(pair[0], 9), -pair[1][-1]), default=(INF, ()))
+
+
+@pytest.mark.parametrize("budget", range(1, 10))
+def test_the_relaxed_cem_rule_finds_the_best_of_all_its_paths(budget):
+    random = np.random.default_rng(budget)
+    for _ in range(5):
+        costs = cem_costs(np.triu(random.uniform(0.1, 1, (9, 9)), 1))
+        least, path = relaxed_brute_force(costs, budget)
+        if budget == 1:
+            assert solve_relaxed_cem(costs, 1) == ((0,), costs[8, 8])
+        elif math.isinf(least):
+            with pytest.raises(InfeasibleBudgetError, match=f"relaxed CEM rule cannot spend budget={budget}"):
+                solve_relaxed_cem(costs, budget)
+        else:
+            full_steps, total = solve_relaxed_cem(costs, budget)
+            assert (full_steps, total) == (path, pytest.approx(least))
+
+
+def test_of_equal_paths_the_relaxed_rule_ends_latest():
+    assert solve_relaxed_cem(np.ones((9, 9)), 3) == ((0, 4, 8), 3.0)
+
+
+def test_the_relaxed_rule_spends_what_the_published_one_cannot():
+    errors = np.triu(np.ones((50, 50)), 1)
+    with pytest.raises(InfeasibleBudgetError):
+        solve_cem(cem_costs(errors), 7)
+    assert len(solve_relaxed_cem(cem_costs(errors), 7)[0]) == 7
 
 
 # --- the published CEM rule
