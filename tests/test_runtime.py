@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import FLUX_CALL
-from diffusers import DDIMScheduler, HookRegistry, PNDMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HookRegistry, PNDMScheduler
 
-from cemq.errors import ModelError
-from cemq.runtime import attach, attached, detach, schedule_hook
+from cemq.correction import METHODS, Correction, make_correction
+from cemq.errors import InfeasibleBudgetError, ModelError
+from cemq.predict import PREDICTORS
+from cemq.profiling import profile, record_references
+from cemq.runtime import Plan, attach, attached, detach, schedule_hook, set_budget
 from cemq.runtime.hook import HOOK
-from cemq.sampler import fingerprint
-from cemq.sampling import Batch, run
-from cemq.schedule import CacheSchedule
+from cemq.sampler import fingerprint, intercepted
+from cemq.sampling import Batch, make_batches, run
+from cemq.schedule import CacheSchedule, plan_schedule
 from cemq.trajectory import record
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
@@ -26,6 +29,16 @@ def sampler_of(pipe, steps=STEPS):
     return fingerprint(pipe.scheduler)
 
 
+def plan_of(pipe, schedule=HALF, **fields):
+    return Plan(schedule=schedule, sampler=sampler_of(pipe), **fields)
+
+
+def profiled(pipe, steps=STEPS):
+    batches = make_batches((1, 2), samples=2, first_seed=0, batch_size=2)
+    references = record_references(pipe, batches, steps=steps, call=CALL)
+    return profile(pipe, batches, references, steps=steps, call=CALL, scheme="none", dtype="float32")
+
+
 def count_blocks(model):
     calls = []
     model.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -34,27 +47,27 @@ def count_blocks(model):
 
 def test_a_full_schedule_equals_the_plain_pipeline_bit_for_bit(dit):
     plain = run(dit, BATCH, steps=STEPS, call=CALL)
-    with attached(dit, EVERY, sampler_of(dit)):
+    with attached(dit, Plan(schedule=EVERY, sampler=sampler_of(dit))):
         assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), plain)
 
 
 def test_a_skipped_step_runs_no_block(dit):
     calls = count_blocks(dit.transformer)
-    with attached(dit, HALF, sampler_of(dit)) as hook:
+    with attached(dit, plan_of(dit)) as hook:
         run(dit, BATCH, steps=STEPS, call=CALL)
     assert len(calls) == HALF.budget == hook.full_evaluations
     assert hook.skipped_evaluations == STEPS - HALF.budget
 
 
 def test_two_runs_with_the_same_seed_are_identical(dit):
-    with attached(dit, HALF, sampler_of(dit)):
+    with attached(dit, plan_of(dit)):
         first, second = (run(dit, BATCH, steps=STEPS, call=CALL) for _ in range(2))
     assert np.array_equal(first, second)
 
 
 def test_removal_restores_the_pipeline_bit_for_bit(dit):
     plain = run(dit, BATCH, steps=STEPS, call=CALL)
-    with attached(dit, HALF, sampler_of(dit)):
+    with attached(dit, plan_of(dit)):
         assert not np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), plain)
     assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), plain)
     assert not {"step", "set_timesteps"} & set(dit.scheduler.__dict__)
@@ -63,7 +76,7 @@ def test_removal_restores_the_pipeline_bit_for_bit(dit):
 
 
 def test_a_run_after_an_aborted_run_is_clean(dit):
-    with attached(dit, HALF, sampler_of(dit)):
+    with attached(dit, plan_of(dit)):
         expected = run(dit, BATCH, steps=STEPS, call=CALL)
         steps = []
 
@@ -77,10 +90,10 @@ def test_a_run_after_an_aborted_run_is_clean(dit):
         assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), expected)
 
 
-@pytest.mark.parametrize("predictor", ["reuse", "taylor1"])
+@pytest.mark.parametrize("predictor", [*PREDICTORS, ("reuse", "damped", "taylor2")])
 def test_skipped_steps_are_served_as_the_schedule_says(dit, predictor):
     schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4), predictor=predictor)
-    with attached(dit, schedule, sampler_of(dit)), record(dit) as trajectory:
+    with attached(dit, plan_of(dit, schedule)), record(dit) as trajectory:
         run(dit, BATCH, steps=STEPS, call=CALL)
     p = trajectory.predictions
     for step in (2, 3, 5):
@@ -94,7 +107,7 @@ def test_each_guidance_branch_has_its_own_history(flux):
     with record(flux) as plain:
         run(flux, batch, steps=STEPS, call=FLUX_CALL)
     calls.clear()
-    with attached(flux, schedule, plain.sampler) as hook, record(flux) as cached:
+    with attached(flux, Plan(schedule=schedule, sampler=plain.sampler)) as hook, record(flux) as cached:
         run(flux, batch, steps=STEPS, call=FLUX_CALL)
     assert len(calls) == 2 * schedule.budget == hook.full_evaluations
     assert torch.equal(cached.predictions[0], plain.predictions[0])
@@ -106,14 +119,14 @@ def test_repeated_timesteps_do_not_shift_the_schedule(dit):
     dit.scheduler = PNDMScheduler(skip_prk_steps=True)  # one step more than asked for, one timestep twice
     expected = sampler_of(dit)
     schedule = CacheSchedule(num_steps=STEPS + 1, full_steps=(0, 2, 4))
-    with attached(dit, schedule, expected) as hook:
+    with attached(dit, Plan(schedule=schedule, sampler=expected)) as hook:
         run(dit, BATCH, steps=STEPS, call=CALL)
     assert (hook.full_evaluations, hook.skipped_evaluations) == (3, STEPS - 2)
 
 
-def test_another_step_count_computes_in_full_and_warns_once(dit):
+def test_without_a_prior_another_step_count_computes_in_full_and_warns_once(dit):
     plain = run(dit, BATCH, steps=4, call=CALL)
-    with attached(dit, HALF, sampler_of(dit)):
+    with attached(dit, plan_of(dit)):
         with pytest.warns(UserWarning, match="this run has 4 steps, the schedule was planned for 6") as caught:
             assert np.array_equal(run(dit, BATCH, steps=4, call=CALL), plain)
             run(dit, BATCH, steps=4, call=CALL)
@@ -128,14 +141,14 @@ def test_another_sampler_setting_computes_in_full(dit):
     dit.scheduler = DDIMScheduler(beta_end=0.03)
     plain = run(dit, BATCH, steps=STEPS, call=CALL)
     with (
-        attached(dit, HALF, expected),
+        attached(dit, Plan(schedule=HALF, sampler=expected)),
         pytest.warns(UserWarning, match="settings or timesteps are not those"),
     ):
         assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), plain)
 
 
 def test_a_scheduler_swapped_after_attaching_computes_in_full(dit):
-    with attached(dit, HALF, sampler_of(dit)) as hook:
+    with attached(dit, plan_of(dit)) as hook:
         dit.scheduler = DDIMScheduler.from_config(dit.scheduler.config)
         with pytest.warns(UserWarning, match="scheduler was replaced"):
             run(dit, BATCH, steps=STEPS, call=CALL)
@@ -144,7 +157,7 @@ def test_a_scheduler_swapped_after_attaching_computes_in_full(dit):
 
 
 def test_a_run_that_starts_in_the_middle_computes_in_full(dit):
-    with attached(dit, HALF, sampler_of(dit)) as hook:
+    with attached(dit, plan_of(dit)) as hook:
         dit.scheduler.set_timesteps(STEPS)
         latents = torch.zeros(1, 4, 8, 8)
         with pytest.warns(UserWarning, match="takes its timesteps from another place"):
@@ -158,7 +171,7 @@ def test_a_run_that_starts_in_the_middle_computes_in_full(dit):
 
 
 def test_a_batch_that_changes_within_a_run_is_not_served_from_the_wrong_shape(dit):
-    with attached(dit, HALF, sampler_of(dit)):
+    with attached(dit, plan_of(dit)):
         dit.scheduler.set_timesteps(STEPS)
         with pytest.warns(UserWarning, match="no earlier output of its shape"), torch.no_grad():
             for index, timestep in enumerate(dit.scheduler.timesteps):
@@ -171,9 +184,9 @@ def test_a_batch_that_changes_within_a_run_is_not_served_from_the_wrong_shape(di
 
 
 def test_attaching_twice_is_refused_and_detaching_twice_is_not(dit):
-    attach(dit, HALF, sampler_of(dit))
+    attach(dit, plan_of(dit))
     with pytest.raises(ModelError, match="already"):
-        attach(dit, HALF, sampler_of(dit))
+        attach(dit, plan_of(dit))
     detach(dit)
     detach(dit)
     assert HookRegistry.check_if_exists_or_initialize(dit.transformer).get_hook(HOOK) is None
@@ -184,4 +197,175 @@ def test_an_active_diffusers_cache_is_refused(flux):
 
     flux.transformer.enable_cache(FirstBlockCacheConfig())
     with pytest.raises(ModelError, match="disable_cache"):
-        attach(flux, HALF, fingerprint(DDIMScheduler()))
+        attach(flux, Plan(schedule=HALF, sampler=fingerprint(DDIMScheduler())))
+
+
+# --- memory
+
+
+def outputs_kept(pipe, schedule):
+    """Which outputs are held after each step."""
+    kept = []
+    with attached(pipe, plan_of(pipe, schedule)) as hook:
+        run(
+            pipe, BATCH, steps=STEPS, call=CALL,
+            on_step=lambda: kept.append({step for each in hook._histories.values() for step in each.outputs}),
+        )  # fmt: skip
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("full_steps", "predictor", "expected"),
+    [
+        ((0, 1, 4), "taylor1", [{0}, {0, 1}, {0, 1}, {0, 1}, {1, 4}, {1, 4}]),
+        ((0, 1, 4), "reuse", [set(), {1}, {1}, {1}, {4}, {4}]),
+        ((0, 1, 3), "taylor2", [{0}, {0, 1}, {0, 1}, {0, 1, 3}, {0, 1, 3}, {0, 1, 3}]),
+        ((0, 2, 5), ("reuse", "taylor1", "taylor1"), [{0}, {0}, {0, 2}, {0, 2}, {0, 2}, set()]),
+        (range(STEPS), "taylor1", [set()] * STEPS),
+    ],
+)
+def test_only_outputs_that_are_still_needed_are_kept(dit, full_steps, predictor, expected):
+    assert outputs_kept(dit, CacheSchedule(num_steps=STEPS, full_steps=full_steps, predictor=predictor)) == expected
+
+
+# --- other step counts and budgets
+
+
+@pytest.mark.parametrize("solver", ["uniform", "segment", "cem"])
+@pytest.mark.parametrize("steps", [4, 9, 12])
+def test_another_step_count_follows_a_schedule_of_the_same_compute_ratio(dit, steps, solver):
+    schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 5), solver=solver)
+    plan = plan_of(dit, schedule, prior=profiled(dit))
+    with attached(dit, plan) as hook, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(dit, BATCH, steps=steps, call=CALL)
+        carried = hook.schedule
+        assert (hook.full_evaluations, hook.skipped_evaluations) == (carried.budget, steps - carried.budget)
+        run(dit, BATCH, steps=steps, call=CALL)
+        assert hook.schedule == carried
+        run(dit, BATCH, steps=STEPS, call=CALL)
+        assert hook.schedule == schedule
+        assert hook.full_evaluations == 3
+    assert carried.num_steps == steps
+    assert carried.budget == round(steps / 2) or (solver != "uniform" and carried.budget < round(steps / 2))
+    expected = plan.prior.resampled(plan.carried_over(sampler_of(dit, steps)).sampler)
+    assert plan.carried_over(sampler_of(dit, steps)).prior.qv == pytest.approx(expected.qv)
+
+
+def test_a_rule_without_a_path_at_another_step_count_gives_way_to_segments(dit):
+    prior = profiled(dit, 50)
+    schedule = CacheSchedule(num_steps=50, full_steps=(*range(0, 45, 5), 49), solver="cem")
+    plan = Plan(schedule=schedule, sampler=prior.metadata.sampler, prior=prior)
+    with pytest.raises(InfeasibleBudgetError):
+        plan_schedule(prior.resampled(sampler_of(dit, 20)), 4, solver="cem")
+    assert plan.carried_over(sampler_of(dit, 20)).schedule.solver == "segment"
+
+
+def test_another_sampler_class_computes_in_full_with_one_warning(dit):
+    plan = plan_of(dit, prior=profiled(dit))
+    dit.scheduler = DPMSolverMultistepScheduler()
+    plain = run(dit, BATCH, steps=STEPS, call=CALL)
+    with attached(dit, plan) as hook:
+        with pytest.warns(UserWarning, match="settings or timesteps are not those") as caught:
+            assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), plain)
+            run(dit, BATCH, steps=STEPS, call=CALL)
+        assert len([each for each in caught if str(each.message).startswith("cemq: ")]) == 1
+        assert hook.skipped_evaluations == 0
+
+
+def test_another_budget_is_planned_and_followed_until_it_is_set_again(dit):
+    plain = run(dit, BATCH, steps=STEPS, call=CALL)
+    schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 4), solver="uniform", predictor="reuse")
+    with attached(dit, plan_of(dit, schedule, prior=profiled(dit))):
+        first = run(dit, BATCH, steps=STEPS, call=CALL)
+        assert set_budget(dit, 2) == CacheSchedule(
+            num_steps=STEPS, full_steps=(0, 3), solver="uniform", predictor="reuse"
+        )
+        assert not np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), first)
+        assert schedule_hook(dit).full_evaluations == 2
+        assert set_budget(dit, "1x").budget == STEPS
+        assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), plain)
+        with pytest.raises(InfeasibleBudgetError, match=r"choose 2\.\.6"):
+            set_budget(dit, 7)
+        assert schedule_hook(dit).schedule.budget == STEPS  # what was refused changed nothing
+        assert set_budget(dit, "2x") == schedule
+        assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), first)
+    assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), plain)
+
+
+def test_without_a_prior_no_other_budget_can_be_planned(dit):
+    with attached(dit, plan_of(dit)), pytest.raises(ModelError, match="came without an error prior"):
+        set_budget(dit, 2)
+    with pytest.raises(ModelError, match="no cemq schedule is attached"):
+        set_budget(dit, 2)
+
+
+# --- corrections
+
+
+def numbered_correction(steps=STEPS, channels=4):
+    random = np.random.default_rng(0)
+    gain, offset = 1 + 0.1 * random.normal(size=(steps, channels)), 0.1 * random.normal(size=(steps, channels))
+    return Correction(method="affine", gain=gain, offset=offset)
+
+
+@pytest.mark.parametrize("schedule", [EVERY, HALF])
+def test_what_the_sampler_consumes_is_corrected_on_full_and_skipped_steps(dit, schedule):
+    fix = numbered_correction()
+
+    def by_hand(original, **arguments):
+        index = len(seen)
+        seen.append(arguments["model_output"])
+        table = [torch.tensor(x[index], dtype=torch.float32).view(1, 4, 1, 1) for x in (fix.gain, fix.offset)]
+        return original(**arguments | {"model_output": arguments["model_output"] * table[0] + table[1]})
+
+    seen = []
+    with attached(dit, plan_of(dit, schedule)), intercepted(dit.scheduler, "step", by_hand):
+        expected = run(dit, BATCH, steps=STEPS, call=CALL)
+    with attached(dit, plan_of(dit, schedule)):
+        uncorrected = run(dit, BATCH, steps=STEPS, call=CALL)
+    with attached(dit, plan_of(dit, schedule, correction=fix)):
+        found = run(dit, BATCH, steps=STEPS, call=CALL)
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, uncorrected)
+
+
+def test_packed_latents_are_corrected_channel_by_channel(flux):
+    batch = Batch(conditions=("a bold seven",), seeds=(3,))
+    with record(flux) as plain:
+        run(flux, batch, steps=3, call=FLUX_CALL)
+    channels = plain.predictions[0].shape[2]
+    fix = Correction(method="drift", gain=np.ones((3, channels)), offset=np.outer([0, 0, 1], np.arange(channels)))
+    schedule = CacheSchedule(num_steps=3, full_steps=range(3))
+    with record(flux) as corrected, attached(flux, Plan(schedule=schedule, sampler=plain.sampler, correction=fix)):
+        run(flux, batch, steps=3, call=FLUX_CALL)
+    moved = corrected.predictions[2] - plain.predictions[2]
+    assert torch.equal(corrected.predictions[1], plain.predictions[1])
+    assert torch.allclose(moved, torch.arange(channels).float().expand(moved.shape), atol=1e-5)
+
+
+def test_a_correction_of_other_channels_changes_nothing(dit):
+    with attached(dit, plan_of(dit)):
+        expected = run(dit, BATCH, steps=STEPS, call=CALL)
+    with attached(dit, plan_of(dit, correction=numbered_correction(channels=5))):
+        assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_correction_follows_its_plan_to_other_step_counts_and_budgets(dit, method):
+    prior = profiled(dit)
+    plan = plan_of(dit, prior=prior, correction=make_correction(method, prior, HALF))
+    assert plan.carried_over(sampler_of(dit, 9)).correction.gain.shape == (9, 4)
+    other = plan.with_budget(2)
+    expected = make_correction(method, prior, other.schedule)
+    assert np.array_equal(other.correction.gain, expected.gain)
+    assert np.array_equal(other.correction.offset, expected.offset)
+
+
+def test_a_run_that_is_computed_in_full_for_want_of_a_plan_is_not_corrected(dit):
+    plain = run(dit, BATCH, steps=4, call=CALL)
+    with (
+        attached(dit, plan_of(dit, correction=numbered_correction())),
+        pytest.warns(UserWarning, match="this run has 4 steps"),
+    ):
+        assert np.array_equal(run(dit, BATCH, steps=4, call=CALL), plain)

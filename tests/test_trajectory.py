@@ -5,11 +5,11 @@ from conftest import FLUX_CALL
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
 from cemq.errors import PriorMismatchError
-from cemq.profiling import measure_sensitivity, profile, record_references
+from cemq.profiling import profile, record_references
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.sampler import fingerprint, intercepted
 from cemq.sampling import Batch, make_batches, run
-from cemq.trajectory import final_sample, force, inject, record
+from cemq.trajectory import final_sample, force, record
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 CALL = {"guidance_scale": 2.0}
@@ -78,25 +78,6 @@ def test_forcing_a_longer_run_is_refused(dit):
         run(dit, BATCH, steps=3, call=CALL)
     with force(dit, reference), pytest.raises(PriorMismatchError, match="more steps than the 3"):
         run(dit, BATCH, steps=4, call=CALL)
-
-
-def test_an_injection_moves_only_what_comes_after_it(dit):
-    with record(dit) as plain:
-        run(dit, BATCH, steps=STEPS, call=CALL)
-    with inject(dit, 2, torch.tensor(0.5)), record(dit) as moved:
-        run(dit, BATCH, steps=STEPS, call=CALL)
-    assert torch.equal(plain.predictions[2], moved.predictions[2])
-    assert torch.allclose(moved.samples[2] - plain.samples[2], torch.tensor(0.5), atol=1e-5)
-    assert not torch.equal(plain.predictions[3], moved.predictions[3])
-
-
-def test_sensitivity_is_one_at_the_last_step_and_interpolated_between_the_measured_ones(dit):
-    with record(dit) as reference:
-        run(dit, BATCH, steps=STEPS, call=CALL)
-    gains = measure_sensitivity(dit, BATCH, reference, points=2, steps=STEPS, call=CALL)
-    assert gains[-1] == pytest.approx(1.0, rel=1e-3)  # what is added after the last step stays as it is
-    assert np.diff(np.log(gains)) == pytest.approx([np.log(gains[-1] / gains[0]) / (STEPS - 1)] * (STEPS - 1))
-    assert measure_sensitivity(dit, BATCH, reference, points=0, steps=STEPS, call=CALL).tolist() == [1.0] * STEPS
 
 
 def test_the_final_sample_is_the_last_recorded_one(dit):
@@ -178,3 +159,31 @@ def test_the_age_zero_row_is_the_measured_quantization_error(dit):
     assert (prior.quantization_floor > 1e-3).all()
     combined, cache = prior.reuse_errors("combined"), prior.reuse_errors("cache")
     assert (combined[1, 1:] != cache[1, 1:]).all()
+
+
+@pytest.mark.parametrize("kind", ["dit", "flux"])
+def test_channel_statistics_are_those_of_the_predictions(request, kind):
+    pipe = request.getfixturevalue(kind)
+    conditions, call = ((1, 2), CALL) if kind == "dit" else (("a bold seven", "a two"), FLUX_CALL)
+    batches = make_batches(conditions, samples=3, first_seed=0, batch_size=2)
+    references = record_references(pipe, batches, steps=3, call=call)
+    prior = profile(pipe, batches, references, steps=3, call=call, scheme="none", dtype="float32")
+    predictions = [torch.cat([each.predictions[step] for each in references]).double() for step in range(3)]
+    axis = 1 if kind == "dit" else 2  # packed latents have their channels last
+    channels = np.stack([tensor.movedim(axis, 0).flatten(1).numpy() for tensor in predictions])
+    assert prior.channel_means == pytest.approx(np.stack([channels.mean(2)] * 2), abs=1e-6)
+    grams = np.einsum("icp,jcp->cij", channels, channels) / channels.shape[2]
+    assert prior.channel_grams == pytest.approx(np.stack([grams] * 2), abs=1e-6)
+
+
+def test_token_cosines_are_means_over_samples_of_cosines_of_token_means(dit):
+    prior, references, batches, _ = profiled(dit, "w4a8")
+    forced = []
+    for reference, batch in zip(references, batches, strict=True):
+        with force(dit, reference) as trajectory:
+            run(dit, batch, steps=STEPS, call=CALL)
+        forced.append(trajectory)
+    q, v = (torch.cat([torch.stack(t.predictions).mean((3, 4)) for t in runs], 1) for runs in (forced, references))
+    for view, (left, right) in enumerate([(v, v), (q, q), (q, v)]):
+        expected = torch.cosine_similarity(left[:, None], right[None], dim=3).mean(2)
+        assert prior.token_cosines[view] == pytest.approx(expected.numpy(), abs=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cemq.correction import Correction
-from cemq.errors import ModelError
+from cemq.errors import InfeasibleBudgetError, ModelError
 from cemq.prior import ErrorPrior, SamplerFingerprint
 from cemq.schedule import AUTO, SOLVERS, CacheSchedule, plan_schedule
 
@@ -37,10 +37,15 @@ class Plan:
             return None
         prior = self.prior.resampled(sampler)
         budget = min(max(2, round(prior.num_steps / self.schedule.compute_ratio)), prior.num_steps)
-        return self._planned(prior, sampler, budget)
+        try:
+            return self._planned(prior, sampler, budget)
+        except InfeasibleBudgetError:  # the CEM rule has holes
+            return self._planned(prior, sampler, budget, solver="segment")
 
-    def _planned(self, prior: ErrorPrior, sampler: SamplerFingerprint, budget: int | str) -> Plan:
-        solver = self.schedule.solver if self.schedule.solver in SOLVERS else "segment"
+    def _planned(
+        self, prior: ErrorPrior, sampler: SamplerFingerprint, budget: int | str, solver: str | None = None
+    ) -> Plan:
+        solver = solver or (self.schedule.solver if self.schedule.solver in SOLVERS else "segment")
         predictor = self.schedule.predictor if isinstance(self.schedule.predictor, str) else AUTO
         schedule = plan_schedule(prior, budget, solver=solver, predictor=predictor, view=self.view)
         correction = self.correction and self.correction.carried_over(prior, schedule)
