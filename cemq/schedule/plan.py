@@ -151,6 +151,10 @@ def plan_all(
             f"budget={largest} cannot cover {num_steps} steps with gaps of at most {longest}: "
             f"choose {-(-num_steps // longest)}..{num_steps}, or a larger max_gap"
         )
+    small = schedules.count(None)  # budgets too small for these gaps; they are planned with longer ones
+    if max_gap is None and small > 1:
+        few = plan_all(prior, small, predictor=predictor, view=view, gamma=gamma)
+        return [*few, *schedules[small:]]
     return schedules[1:]
 
 

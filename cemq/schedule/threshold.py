@@ -12,7 +12,8 @@ def threshold_steps(reuse_errors: np.ndarray, budget: int) -> tuple[int, ...]:
         reuse_errors: Relative error of reuse, [cache_interval, step_index] (`ErrorPrior.reuse_errors`); the paper's is
             L1 of the residual to the latent, which differs from it by a term that is the same for both.
     """
-    thresholds = np.unique(reuse_errors[1:][np.isfinite(reuse_errors[1:])])
+    errors = reuse_errors[1:]
+    thresholds = np.r_[-np.inf, np.unique(errors[np.isfinite(errors)])]  # the lowest computes in full
     low, high = 0, len(thresholds) - 1
     while low < high:
         middle = (low + high) // 2
