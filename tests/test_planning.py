@@ -1,0 +1,232 @@
+"""Plans that were run, on a tiny pipeline whose runs take a tenth of a second."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import make_dit
+
+from cemq.correction import METHODS
+from cemq.errors import InfeasibleBudgetError, InputError
+from cemq.evaluation import run_batch
+from cemq.planning import EFFORTS, ClosedLoop, check_planning, plan
+from cemq.prior import ErrorPrior
+from cemq.profiling import profile, record_references
+from cemq.quantize import CemqConfig, quantize_in_place
+from cemq.runtime import Plan, attached
+from cemq.sampling import make_batches
+from cemq.schedule import CacheSchedule
+
+STEPS, BUDGET = 6, 3
+CALL = {"guidance_scale": 2.0}
+
+
+def prepared(scheme="w4a8"):
+    """A quantized pipeline, its prior, and two planning samples as full precision drew them."""
+    pipe = make_dit()
+    profiled, planning = (make_batches((1, 2), samples=2, first_seed=seed, batch_size=2) for seed in (0, 2))
+    references = record_references(pipe, profiled, steps=STEPS, call=CALL)
+    aims = [run_batch(pipe, batch, steps=STEPS, call=CALL) for batch in planning]
+    if scheme != "none":
+        quantize_in_place(pipe.transformer, CemqConfig(scheme))
+    prior = profile(pipe, profiled, references, steps=STEPS, call=CALL, scheme=scheme, dtype="float32")
+    return {"pipe": pipe, "prior": prior, "batches": planning, "references": aims, "steps": STEPS, "call": CALL}
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return prepared()
+
+
+@pytest.fixture(scope="module")
+def searched(quantized):
+    loop = ClosedLoop(**quantized)
+    return loop, plan(loop, BUDGET, effort="quick")
+
+
+def planned(quantized, budget, **settings):
+    loop = ClosedLoop(**quantized)
+    return loop, plan(loop, budget, effort="quick", **settings)
+
+
+def plain(loop, budget):
+    """Trials of no more than this budget, uncorrected."""
+    return [trial for trial in loop.trials if trial.schedule.budget <= budget and trial.correction is None]
+
+
+def test_the_winner_is_never_worse_than_what_was_published(searched):
+    loop, found = searched
+    winner = found.evidence["winner"]
+    published = [trial for trial in plain(loop, BUDGET) if trial.schedule.solver in ("uniform", "cem", "sample")]
+    assert published
+    assert all(winner["psnr_db"] >= trial.psnr_db for trial in published)
+    uniform = CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 4), solver="uniform")
+    assert uniform.full_steps in {trial.schedule.full_steps for trial in plain(loop, BUDGET)}
+    assert winner["psnr_db"] >= loop.run(uniform).psnr_db
+
+
+def test_the_winner_is_the_best_that_was_run_within_the_budget(searched):
+    loop, found = searched
+    assert found.schedule.budget <= BUDGET
+    best = max(plain(loop, BUDGET), key=lambda trial: trial.psnr_db)
+    assert found.schedule == best.schedule
+
+
+def test_the_search_keeps_within_its_effort_but_for_the_corrections(searched):
+    loop, found = searched
+    corrections = sum(trial.schedule.budget / STEPS for trial in loop.trials if trial.correction)
+    assert found.evidence["full_run_equivalents"] <= EFFORTS["quick"].full_runs + corrections + 0.01
+    assert found.evidence["full_run_equivalents"] == pytest.approx(loop.spent, abs=0.01)
+    spent = sum(trial.schedule.budget / STEPS for trial in loop.trials[1:])  # the first is full compute, not a search
+    assert spent <= loop.spent + 1e-9  # a sample that was drawn twice counts twice
+
+
+def test_nothing_is_run_twice(searched):
+    loop, _ = searched
+    keys = [(trial.schedule.full_steps, trial.schedule.predictors, trial.correction) for trial in loop.trials]
+    assert len(set(keys)) == len(keys) > 10
+    count = len(loop.trials)
+    assert loop.run(loop.trials[3].schedule) is loop.trials[3]
+    assert len(loop.trials) == count
+
+
+def test_a_trial_is_what_a_run_gives(quantized, searched):
+    loop, _ = searched
+    trial = next(trial for trial in loop.trials if trial.schedule.budget < STEPS)
+    with attached(loop.pipe, Plan(schedule=trial.schedule, sampler=loop.prior.metadata.sampler)):
+        again = run_batch(loop.pipe, loop.batches[0], steps=STEPS, call=CALL)
+    moved = (again.latents - loop.references[0].latents).double()
+    shares = moved.flatten(1).norm(dim=1) / loop.references[0].latents.double().flatten(1).norm(dim=1)
+    assert trial.relative_l2 == pytest.approx(shares.mean().item(), rel=1e-6)
+    mean_squares = np.square(again.images - loop.references[0].images, dtype=np.float64).mean((1, 2, 3))
+    assert trial.psnr_db == pytest.approx(np.mean(-10 * np.log10(mean_squares)), rel=1e-4)
+    assert trial.error == pytest.approx(np.exp(np.log(mean_squares).mean() / 2), rel=1e-4)
+
+
+def test_the_evidence_says_what_was_run_and_what_is_predicted(searched):
+    loop, found = searched
+    evidence = json.loads(json.dumps(found.evidence))  # as it is written
+    assert (evidence["solver"], evidence["effort"], evidence["samples"], evidence["seeds"]) == (
+        "search", "quick", 2, [2, 3],
+    )  # fmt: skip
+    assert evidence["full_compute"]["schedule"]["full_steps"] == list(range(STEPS))
+    assert len(evidence["trials"]) == len(loop.trials)
+    assert evidence["winner"] in evidence["trials"]
+    assert CacheSchedule.from_dict(evidence["winner"]["schedule"]) == found.schedule
+    assert (evidence["tolerance"], evidence["target_psnr"]) == (None, None)
+    assert evidence["fit"]["runs"] > 5
+    assert evidence["fit"]["coherence_steps"] == found.prior.coherence
+    assert [point["budget"] for point in evidence["curve"]] == list(range(2, STEPS + 1))
+    full = evidence["curve"][-1]
+    assert full["measured_psnr_db"] == evidence["full_compute"]["psnr_db"]
+    assert full["predicted_error"] == pytest.approx(found.prior.final_error(np.eye(STEPS)))
+    best = evidence["curve"][found.schedule.budget - 2]
+    assert best["measured_psnr_db"] is not None
+
+
+def test_the_prior_of_a_plan_has_learned_from_the_runs(searched, quantized):
+    _, found = searched
+    assert isinstance(found.prior, ErrorPrior)
+    assert (quantized["prior"].sensitivity == 1).all()
+    assert found.prior.sensitivity.std() > 0
+    assert found.prior.qq is quantized["prior"].qq
+
+
+def test_auto_keeps_a_correction_only_where_it_helps(searched):
+    loop, found = searched
+    uncorrected = next(t for t in loop.trials if t.schedule == found.schedule and t.correction is None)
+    tried = {t.correction: t for t in loop.trials if t.schedule == found.schedule and t.correction}
+    assert set(tried) == set(METHODS)
+    if found.correction is None:
+        assert all(trial.psnr_db <= uncorrected.psnr_db + 0.02 for trial in tried.values())
+    else:
+        best = tried[found.correction.method]
+        assert best.psnr_db > uncorrected.psnr_db + 0.02
+        assert all(best.psnr_db >= trial.psnr_db - 0.02 for trial in tried.values())
+
+
+@pytest.mark.parametrize("method", ["none", "drift"])
+def test_a_correction_that_is_asked_for_is_taken(quantized, method):
+    loop, found = planned(quantized, BUDGET, solver="uniform", correction=method)
+    assert (found.correction and found.correction.method) == (None if method == "none" else method)
+    assert found.evidence["winner"]["correction"] == (None if method == "none" else method)
+    assert sum(trial.correction is not None for trial in loop.trials) == (method != "none")
+
+
+@pytest.mark.parametrize("solver", ["uniform", "cem", "segment", "cem-relaxed", "threshold"])
+def test_another_solver_has_its_schedule_taken_as_it_is(quantized, solver):
+    _, found = planned(quantized, BUDGET, solver=solver, predictor="reuse", correction="none")
+    assert found.schedule.budget <= BUDGET
+    assert set(found.schedule.predictors) == {"reuse"}
+    if solver == "uniform":
+        assert found.schedule.full_steps == (0, 2, 4)
+
+
+def test_a_predictor_that_is_asked_for_serves_every_segment(quantized):
+    _, found = planned(quantized, BUDGET, predictor="goc", correction="none")
+    assert set(found.schedule.predictors) == {"goc"}
+
+
+def test_all_steps_are_full_compute(quantized):
+    _, found = planned(quantized, STEPS, correction="none")
+    assert found.schedule.full_steps == tuple(range(STEPS))
+    assert found.evidence["winner"] == found.evidence["full_compute"]
+
+
+@pytest.mark.parametrize("tolerance", [0.05, 2.0])
+def test_auto_finds_a_budget_within_the_tolerance(quantized, tolerance):
+    loop, found = planned(quantized, "auto", tolerance=tolerance, correction="none")
+    limit = (1 + tolerance) * loop.trials[0].relative_l2
+    assert found.evidence["winner"]["relative_l2"] <= limit
+    assert found.evidence["tolerance"] == tolerance
+    if tolerance > 1:
+        assert found.schedule.budget < STEPS
+
+
+def test_auto_reaches_a_target_psnr(quantized, searched):
+    target = searched[1].evidence["winner"]["psnr_db"] - 1
+    _, found = planned(quantized, "auto", target_psnr=target, correction="none")
+    assert found.evidence["winner"]["psnr_db"] >= target
+    assert found.schedule.budget < STEPS
+    assert (found.evidence["target_psnr"], found.evidence["tolerance"]) == (target, None)
+
+
+def test_a_target_out_of_reach_is_refused_in_one_line(quantized):
+    with pytest.raises(InfeasibleBudgetError, match=r"target_psnr=99: full compute reaches \d+\.\d dB") as caught:
+        planned(quantized, "auto", target_psnr=99)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_without_quantization_auto_needs_a_target():
+    loop = ClosedLoop(**prepared("none"))
+    with pytest.raises(InputError, match="full compute has no error without quantization, so give a target PSNR"):
+        plan(loop, "auto", effort="quick")
+    found = plan(loop, "auto", effort="quick", target_psnr=10.0, correction="none")
+    assert found.evidence["winner"]["psnr_db"] >= 10
+
+
+VALID = {
+    "solver": "search", "predictor": "auto", "correction": "auto", "effort": "normal", "budget": "3x", "steps": 50,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"solver": "serch"}, InputError, "unknown solver 'serch'.*did you mean 'search'"),
+        ({"predictor": "taylor3"}, InputError, "unknown predictor 'taylor3'"),
+        ({"correction": "drifts"}, InputError, "unknown correction 'drifts'.*did you mean 'drift'"),
+        ({"effort": "much"}, InputError, "unknown effort 'much': choose from quick, normal, thorough"),
+        ({"budget": "auto", "solver": "cem"}, InputError, "budget=auto is found by running schedules"),
+        ({"budget": 51}, InfeasibleBudgetError, r"choose 2\.\.50"),
+        ({"budget": 7, "solver": "cem"}, InfeasibleBudgetError, "the CEM rule cannot spend budget=7"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_anything_is_run(changes, error, message):
+    with pytest.raises(error, match=message):
+        check_planning(**VALID | changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"budget": "auto"}, {"steps": None, "budget": 400}, {"budget": 7}])
+def test_what_can_be_planned_passes(changes):
+    check_planning(**VALID | changes)
