@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,9 @@ def analyze(
     if schedules < 5:
         raise InputError(f"schedules={schedules}: a rank correlation needs at least 5")
     steps = manifest.num_inference_steps
+    budget = max(2, budget or round(0.3 * steps))
+    if schedules > (possible := math.comb(steps - 1, budget - 1)):
+        raise InputError(f"schedules={schedules}: {budget} of {steps} steps can be chosen in {possible} ways only")
     batches = make_batches(
         manifest.held_out_conditions, samples=samples, first_seed=EVALUATION_SEED_OFFSET + seed, batch_size=8
     )
@@ -112,7 +116,7 @@ def analyze(
     result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
     result |= {"samples": samples, "spearman": {}, "points": {}}
     for name in predictors:
-        tested = test_schedules(steps, schedules, name, budget or round(0.3 * steps))
+        tested = test_schedules(steps, schedules, name, budget)
         trials: list[Trial] = []
         for schedule in tested:
             trials.append(loop.run(schedule))
@@ -134,8 +138,9 @@ def test_schedules(num_steps: int, count: int, predictor: str, budget: int) -> l
     generator = np.random.default_rng(12345)
     found: list[CacheSchedule] = []
     seen: set[tuple[int, ...]] = set()
+    misses = 0  # on few steps there are not enough near-uniform ones
     while len(found) < count:
-        if len(found) % 2:
+        if len(found) % 2 or misses > 200:
             chosen = set(generator.choice(np.arange(1, num_steps), budget - 1, replace=False).tolist())
         else:
             moved = np.array(uniform_steps(num_steps, budget)) + generator.normal(0, 0.02 * num_steps, budget)
@@ -144,7 +149,9 @@ def test_schedules(num_steps: int, count: int, predictor: str, budget: int) -> l
                 chosen.add(int(generator.integers(1, num_steps)))
             chosen = set(sorted(chosen)[: budget - 1])
         full_steps = (0, *sorted(chosen))
+        misses += 1
         if full_steps not in seen:
+            misses = 0
             seen.add(full_steps)
             found.append(
                 CacheSchedule(num_steps=num_steps, full_steps=full_steps, predictor=predictor, solver="sample")

@@ -6,14 +6,19 @@ from conftest import run_python
 from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
-from cemq.bundle import read_bundle
+from cemq.bundle import PRIOR, read_bundle
 from cemq.cli import app
+from cemq.correction import make_correction
+from cemq.prior import ErrorPrior
 from cemq.quantize import BACKENDS
 from cemq.quantize.schemes import installed
-from cemq.runtime import attached
+from cemq.runtime import Plan, attached
 from cemq.sampling import Batch, run
 
-FAST = ("--steps", "4", "--budget", "2", "--samples", "2", "--device", "cpu")
+FAST = (
+    "--steps", "4", "--budget", "2", "--samples", "2", "--solver", "uniform", "--effort", "quick", "--correction",
+    "drift", "--device", "cpu",
+)  # fmt: skip
 # bfloat16 as well: left to itself, diffusers rounds stored scales to the model's dtype while it loads them
 BUILDS = {
     f"{backend}-{scheme}-{dtype}": ("builtin:dit-digits", "--backend", backend, "--scheme", scheme, "--dtype", dtype)
@@ -65,7 +70,8 @@ def drawn(folder):
             assert done.exit_code == 0, f"{name}: {done.output}"
             pipe, manifest = saved.pop(), read_bundle(bundle)
             batch = Batch(conditions=manifest.held_out_conditions[:2], seeds=(11, 12))
-            with attached(pipe, manifest.schedule, manifest.sampler):
+            fix = make_correction("drift", ErrorPrior.load(bundle / PRIOR), manifest.schedule)
+            with attached(pipe, Plan(schedule=manifest.schedule, sampler=manifest.sampler, correction=fix)):
                 pictures[name] = run(pipe, batch, steps=manifest.num_inference_steps, call=manifest.call)
     return pictures
 

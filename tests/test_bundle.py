@@ -10,15 +10,20 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from safetensors import safe_open
 
 import cemq
-from cemq.bundle import FORMAT_VERSION, MANIFEST, PRIOR, read_bundle, staging
+from cemq.bundle import EVIDENCE, FORMAT_VERSION, MANIFEST, PRIOR, read_bundle, staging
+from cemq.correction import make_correction
 from cemq.errors import BundleError, InfeasibleBudgetError
 from cemq.prior import ErrorPrior
 from cemq.recipe import make_recipe
-from cemq.runtime import schedule_hook
+from cemq.runtime import Plan, attached, detach, schedule_hook
 from cemq.sampling import Batch, run
+from cemq.schedule import plan_schedule
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
-SETTINGS = {"steps": 8, "budget": 4, "samples": 4, "call": {"guidance_scale": 2.0}}
+SETTINGS = {
+    "steps": 8, "budget": 4, "samples": 4, "call": {"guidance_scale": 2.0}, "planning_samples": 2, "effort": "quick",
+    "solver": "uniform",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["w8a8", "w4a8", "none"])
@@ -92,7 +97,36 @@ def test_another_budget_is_solved_from_the_prior(bundle):
 def test_full_budget_equals_the_plain_quantized_pipeline(bundle):
     plain = DiTPipeline.from_pretrained(bundle)
     plain.set_progress_bar_config(disable=True)
-    assert np.allclose(images(load(bundle, budget=8)), images(plain), atol=1e-5)
+    scheduled = load(bundle, budget=8)
+    detach(scheduled)  # the same weights
+    assert np.allclose(images(scheduled), images(plain), atol=1e-5)
+    prior, manifest = ErrorPrior.load(bundle / PRIOR), read_bundle(bundle)
+    full = plan_schedule(prior, 8)
+    with attached(scheduled, Plan(schedule=full, sampler=manifest.sampler, prior=prior)):  # without its correction
+        assert np.allclose(images(scheduled), images(plain), atol=1e-5)
+
+
+def test_a_bundle_applies_the_correction_it_was_planned_with(bundle):
+    manifest, prior = read_bundle(bundle), ErrorPrior.load(bundle / PRIOR)
+    pipe = load(bundle)
+    expected = manifest.correction and make_correction(manifest.correction, prior, manifest.schedule)
+    found = schedule_hook(pipe).plan.correction
+    assert (found and found.method) == manifest.correction
+    assert expected is None or np.array_equal(found.offset, expected.offset)
+
+
+def test_the_evidence_is_part_of_the_bundle(bundle):
+    manifest, evidence = read_bundle(bundle, verify=True), json.loads((bundle / EVIDENCE).read_text())
+    assert evidence["winner"]["schedule"] == manifest.schedule.to_dict()
+    assert evidence["winner"]["correction"] == manifest.correction
+    assert set(evidence["seeds"]) <= set(manifest.profiled_seeds)
+    assert EVIDENCE in json.loads((bundle / MANIFEST).read_text())["files"]
+
+
+def test_another_step_count_runs_at_the_same_compute_ratio(bundle):
+    pipe = load(bundle)
+    run(pipe, BATCH, steps=12, call=SETTINGS["call"])
+    assert (schedule_hook(pipe).full_evaluations, schedule_hook(pipe).skipped_evaluations) == (6, 6)
 
 
 def test_another_dtype_leaves_the_scales_alone(bundle):

@@ -17,7 +17,7 @@ import cemq
 from cemq import cli
 
 CEMQ = str(Path(sys.executable).with_name("cemq"))
-FAST = ["--steps", "10", "--budget", "4", "--samples", "2"]
+FAST = ["--steps", "10", "--budget", "4", "--samples", "2", "--solver", "uniform", "--effort", "quick"]
 
 
 def invoke(*arguments):
@@ -82,12 +82,42 @@ def test_inspect_draws_the_schedule(bundle):
     described = json.loads(invoke("inspect", bundle, "--json").stdout)
     assert len(described["prior"]["quantization_floor"]) == 10
     assert described["fidelity"]["samples"] == 4
+    assert described["planning"]["effort"] == "quick"
+    assert described["planning"]["winner"]["schedule"]["full_steps"] == described["schedule"]["full_steps"]
 
 
-def test_another_step_count_draws_in_full_with_one_warning(bundle, tmp_path):
+def test_another_step_count_draws_with_a_schedule_of_its_own_and_says_nothing(bundle, tmp_path):
     done = run("generate", bundle, "--label", "7", "--steps", "5", "-o", tmp_path / "a.png")
     assert done.returncode == 0
-    assert done.stderr.count("this run has 5 steps, the schedule was planned for 10") == 1
+    assert "cemq:" not in done.stderr
+
+
+def test_a_quick_search_from_the_command_line(dit_folder, tmp_path):
+    (tmp_path / "calib.txt").write_text("1\n2\n3\n")
+    done = invoke(
+        "quantize-and-schedule", dit_folder, "--steps", "6", "--budget", "auto", "--tolerance", "0.5", "--effort",
+        "quick", "--samples", "2", "--calib", tmp_path / "calib.txt", "--call", "guidance_scale=2.0",
+        "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "of 6 steps in full" in done.stdout
+    evidence = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    assert (evidence["solver"], evidence["effort"], evidence["tolerance"]) == ("search", "quick", 0.5)
+    assert evidence["winner"]["relative_l2"] <= 1.5 * evidence["full_compute"]["relative_l2"]
+    manifest = json.loads((tmp_path / "out" / "cemq.json").read_text())
+    assert manifest["schedule"] == evidence["winner"]["schedule"]
+    assert manifest["correction"] == evidence["winner"]["correction"]
+    assert not set(evidence["seeds"]) & {0, 1}  # planned on other seeds than were profiled
+    assert set(evidence["seeds"]) < set(manifest["profiled_seeds"])
+    drawn = invoke("inspect", tmp_path / "out")
+    assert drawn.exit_code == 0, drawn.output
+    assert drawn.stdout.count("█") == 2 * len(manifest["schedule"]["full_steps"])
+    fails(
+        "target_psnr=200.0: full compute reaches ", "quantize-and-schedule", dit_folder, "--steps", "6", "--budget",
+        "auto", "--target-psnr", "200", "--effort", "quick", "--samples", "2", "--calib", tmp_path / "calib.txt",
+        "-o", tmp_path / "none",
+    )  # fmt: skip
+    assert not (tmp_path / "none").exists()
 
 
 def fails(message, *arguments, code=1):
@@ -120,6 +150,9 @@ BUILD = ("quantize-and-schedule", "builtin:dit-digits")
         ("the CEM rule cannot spend budget=7 on 50 steps", [*BUILD, "--solver", "cem", "--budget", "7"]),
         ("unknown solver 'segmnt'", [*BUILD, "--solver", "segmnt"]),
         ("unknown predictor 'taylor9'", [*BUILD, "--predictor", "taylor9"]),
+        ("unknown correction 'drif'", [*BUILD, "--correction", "drif"]),
+        ("unknown effort 'hard': choose from quick, normal, thorough", [*BUILD, "--effort", "hard"]),
+        ("leave --solver cem out", [*BUILD, "--budget", "auto", "--solver", "cem"]),
         ("unknown prior 'joint'", [*BUILD, "--prior", "joint"]),
         ("calibration file 'none.txt' cannot be read (No such file", [*BUILD, "--calib", "none.txt"]),
         ("device 'tpu' cannot be used here", [*BUILD, "--device", "tpu"]),
@@ -196,6 +229,7 @@ def prompted_bundle(tmp_path_factory):
     output = tmp_path_factory.mktemp("cli") / "sd3"
     done = invoke(
         "quantize-and-schedule", "builtin:sd3-digits", "--steps", "4", "--budget", "2", "--samples", "1",
+        "--solver", "uniform", "--effort", "quick", "--correction", "none",
         "--scheme", "w4a8", "--rounding", "nearest", "--low-rank", "4", "--components", "transformer, text_encoder",
         "-o", output,
     )  # fmt: skip
@@ -263,7 +297,7 @@ def test_help_loads_no_torch_and_names_every_command():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("quantize-and-schedule", "generate", "evaluate", "inspect"):
+    for name in ("quantize-and-schedule", "generate", "evaluate", "inspect", "analyze"):
         assert name in done.stdout
 
 

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+from conftest import make_dit
+from PIL import Image
+from typer.testing import CliRunner
+
+import cemq
+from cemq import analysis
+from cemq.analysis import analyze, cem_cost, costs_of, rank_correlation, unweighted
+from cemq.cli import app
+from cemq.errors import InputError
+from cemq.prior import VIEWS, ErrorPrior
+from cemq.schedule import CacheSchedule, cem_costs, plan_schedule, solve_cem
+
+
+def test_rank_correlation_sees_the_order_alone():
+    assert rank_correlation([1, 2, 3, 4], [1, 10, 100, 1000]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [9, 4, 1, 0]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 3], [5, 5, 5]) == 0
+
+
+def test_rank_correlation_agrees_with_scipy_where_values_are_tied():
+    stats = pytest.importorskip("scipy.stats")
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        one, other = random.integers(0, 6, 20), random.integers(0, 6, 20)
+        assert rank_correlation(one, other) == pytest.approx(stats.spearmanr(one, other).statistic)
+
+
+def prior_of(steps):
+    random = np.random.default_rng(0)
+    v = 3 + np.cumsum(random.normal(size=(steps, 5)), axis=0)
+    q = v + 0.3 * random.normal(size=v.shape)
+    sensitivity = random.uniform(0.1, 2, steps)
+    grams = {"qq": q @ q.T / 5, "qv": q @ v.T / 5, "vv": v @ v.T / 5}
+    return ErrorPrior(**grams, step_sizes=np.ones(steps), sensitivity=sensitivity, coherence=4.0)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_cost_of_a_schedule_of_the_cem_rule_is_what_its_solver_says(view):
+    prior = prior_of(20)
+    _, total = solve_cem(cem_costs(prior.cosine_distances(view)), 8)
+    assert cem_cost(prior, plan_schedule(prior, 8, solver="cem", view=view), view) == pytest.approx(total)
+
+
+def test_every_cost_is_named_and_unweighted_ones_know_nothing_of_the_fit():
+    prior, schedule = prior_of(10), CacheSchedule(num_steps=10, full_steps=(0, 3, 7))
+    costs = costs_of(prior)
+    assert set(costs) == {f"{kind}, {view}" for kind in ("cem", "unweighted", "fitted") for view in VIEWS}
+    for view in VIEWS:
+        assert costs[f"fitted, {view}"](schedule) == prior.final_error(schedule.served, view)
+        plain = costs[f"unweighted, {view}"](schedule)
+        assert plain == unweighted(prior).final_error(schedule.served, view) != prior.final_error(schedule.served, view)
+
+
+@pytest.mark.parametrize(("steps", "budget", "count"), [(50, 15, 40), (8, 3, 21), (6, 2, 5)])
+def test_schedules_to_test_with_differ_and_have_the_budget(steps, budget, count):
+    found = analysis.test_schedules(steps, count, "reuse", budget)
+    assert len({schedule.full_steps for schedule in found}) == len(found) == count
+    assert {(schedule.budget, schedule.predictor) for schedule in found} == {(budget, "reuse")}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    root = tmp_path_factory.mktemp("analysis")
+    make_dit().save_pretrained(root / "pipeline")
+    (root / "labels.txt").write_text("1\n2\n3\n")
+    cemq.quantize_and_schedule(
+        str(root / "pipeline"), root / "bundle", calib=str(root / "labels.txt"), steps=6, budget=3, samples=2,
+        planning_samples=2, effort="quick", solver="uniform", correction="none", scheme="w4a8",
+        call={"guidance_scale": 2.0},
+    )  # fmt: skip
+    return root / "bundle"
+
+
+def test_a_bundle_is_analyzed_on_schedules_that_were_run(bundle):
+    found = analyze(bundle, schedules=6, predictors=("reuse",), samples=2, budget=3, device="cpu")
+    points, spearman = found["points"]["reuse"], found["spearman"]["reuse"]
+    assert (found["scheme"], found["samples"], len(points)) == ("w4a8", 2, 6)
+    errors = [point["error"] for point in points]
+    assert min(errors) > 0
+    for cost, value in spearman.items():
+        assert value == pytest.approx(rank_correlation([point[cost] for point in points], errors))
+
+
+def test_an_analysis_of_too_few_or_impossibly_many_schedules_is_refused(bundle):
+    with pytest.raises(InputError, match="schedules=4: a rank correlation needs at least 5"):
+        analyze(bundle, schedules=4, device="cpu")
+    with pytest.raises(InputError, match="schedules=60: 2 of 6 steps can be chosen in 5 ways only"):
+        analyze(bundle, schedules=60, device="cpu")
+
+
+def test_an_analysis_from_the_command_line_is_printed_and_drawn(bundle, tmp_path):
+    arguments = ["analyze", str(bundle), "--schedules", "5", "--samples", "1", "--predictors", "reuse"]
+    done = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / "a.png"), "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert "reuse: Spearman of predicted cost and measured error over 5 schedules" in done.stdout
+    assert all(cost in done.stdout for cost in ("cem, combined", "unweighted, cache", "fitted, self"))
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.format == "PNG"

@@ -1,0 +1,87 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cemq.analysis import rank_correlation, unweighted
+from cemq.prior import ErrorPrior
+from cemq.propagation import fit_propagation, sample_schedules
+
+STEPS = 24
+
+
+def synthetic_prior(seed=0):
+    """Predictions that wander smoothly, and a little quantization noise."""
+    random = np.random.default_rng(seed)
+    places = np.linspace(0, 1, STEPS)[:, None]
+    v = np.sin(places * random.uniform(1, 6, 30) + random.uniform(0, 6, 30))
+    q = v + 0.02 * random.normal(size=v.shape)
+    return ErrorPrior(qq=q @ q.T / 30, qv=q @ v.T / 30, vv=v @ v.T / 30, step_sizes=random.uniform(0.5, 1.5, STEPS))
+
+
+def true_prior(prior, coherence):
+    """The same where errors of early steps are nearly forgotten and those of late ones are not."""
+    places = np.linspace(-1, 1, STEPS)
+    return dataclasses.replace(prior, sensitivity=0.05 * np.exp(2.5 * places - places**2), coherence=coherence)
+
+
+def samples(seed, count):
+    return sample_schedules(STEPS, count, ("taylor1", "reuse"), seed=seed)
+
+
+@pytest.mark.parametrize("coherence", [2.0, 30.0])
+def test_a_fit_recovers_how_errors_reach_the_final_sample(coherence):
+    prior = synthetic_prior()
+    truth = true_prior(prior, coherence)
+    fit = fit_propagation(prior, samples(0, 24), [truth.final_error(s.served) for s in samples(0, 24)])
+    held_out = samples(1, 40)
+    measured, predicted, plain = (
+        [each.final_error(s.served) for s in held_out] for each in (truth, fit.prior, unweighted(prior))
+    )
+    assert fit.rms_log_error < 0.05
+    assert rank_correlation(predicted, measured) > 0.95
+    assert rank_correlation(plain, measured) < rank_correlation(predicted, measured)
+    assert np.log(predicted) == pytest.approx(np.log(measured), abs=0.4)  # the scale is right too, not the order alone
+    felt = truth.sensitivity > 0.2 * truth.sensitivity.max()  # of the others no run says anything
+    assert felt.sum() > 8
+    assert fit.prior.sensitivity[felt] == pytest.approx(truth.sensitivity[felt], rel=0.35)
+
+
+def test_the_fit_tells_errors_that_keep_their_direction_from_those_that_do_not():
+    prior = synthetic_prior()
+    found = []
+    for coherence in (1.0, 60.0):
+        truth = true_prior(prior, coherence)
+        errors = [truth.final_error(s.served) for s in samples(0, 24)]
+        found.append(fit_propagation(prior, samples(0, 24), errors).prior.coherence)
+    assert found[0] < 3 < 20 < found[1]
+
+
+def test_a_fit_to_few_runs_is_smooth():
+    prior = synthetic_prior()
+    truth = true_prior(prior, 5.0)
+    fit = fit_propagation(prior, samples(0, 3), [truth.final_error(s.served) for s in samples(0, 3)])
+    assert np.isfinite(fit.prior.sensitivity).all()
+    assert np.abs(np.diff(np.log(fit.prior.sensitivity))).max() < 2
+
+
+def test_a_fit_changes_nothing_but_sensitivity_and_coherence():
+    prior = synthetic_prior()
+    fitted = fit_propagation(prior, samples(0, 8), np.linspace(0.1, 0.4, 8)).prior
+    assert fitted.qq is prior.qq
+    assert fitted.step_sizes is prior.step_sizes
+
+
+@pytest.mark.parametrize("steps", [2, 6, 50])
+def test_sampled_schedules_have_budgets_from_a_sixth_to_a_half(steps):
+    found = sample_schedules(steps, 20, ("taylor1", "reuse"), seed=0)
+    assert len(found) == 20
+    # a near-uniform one has a step more
+    assert all(max(2, steps // 6) <= schedule.budget <= steps / 2 + 1 for schedule in found)
+    assert {schedule.solver for schedule in found} == {"sample"}
+    assert {schedule.predictor for schedule in found} == {"taylor1", "reuse"}
+
+
+def test_the_same_seed_samples_the_same_schedules():
+    assert sample_schedules(50, 6, ("reuse",), seed=3) == sample_schedules(50, 6, ("reuse",), seed=3)
+    assert sample_schedules(50, 6, ("reuse",), seed=3) != sample_schedules(50, 6, ("reuse",), seed=4)
