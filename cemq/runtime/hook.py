@@ -16,10 +16,9 @@ from cemq.errors import ModelError
 from cemq.models import denoisers
 from cemq.predict import get_predictor
 from cemq.prior import SamplerFingerprint
-from cemq.runtime.steps import StepTracker, Stream
+from cemq.runtime.order import HOOK, keep_outermost, put_on, take_off
+from cemq.runtime.steps import AnySamplerTracker, StepTracker, Stream
 from cemq.schedule import CacheSchedule
-
-HOOK = "cemq_schedule"
 
 
 @dataclass
@@ -98,6 +97,9 @@ class ScheduleHook(ModelHook):
 
     def start(self) -> None:
         """A new run begins."""
+        pipe = self._pipe()
+        for _, denoiser in denoisers(pipe) if pipe is not None else ():
+            keep_outermost(denoiser)
         self._histories.clear()
         self.full_evaluations = self.skipped_evaluations = 0
 
@@ -111,13 +113,18 @@ def _shapes(arguments: Any) -> tuple[Any, ...]:
     return tuple(leaf.shape for leaf in tree_flatten(arguments)[0] if torch.is_tensor(leaf))
 
 
-def attach(pipe: Any, schedule: CacheSchedule, sampler: SamplerFingerprint) -> ScheduleHook:
+def attach(pipe: Any, schedule: CacheSchedule, sampler: SamplerFingerprint | None) -> ScheduleHook:
     """Have ``pipe`` follow ``schedule`` until `detach`; a run under another sampler or step count computes in full.
+
+    Without a sampler to compare with, only the step count must be that of the schedule.
 
     Raises:
         ModelError: A cache is active on the denoiser already.
     """
-    tracker = StepTracker(sampler, on_start=lambda: hook.start())
+    if sampler is None:
+        tracker: StepTracker = AnySamplerTracker(schedule.num_steps, on_start=lambda: hook.start())
+    else:
+        tracker = StepTracker(sampler, on_start=lambda: hook.start())
     hook = ScheduleHook(pipe, schedule, tracker)
     for _, denoiser in denoisers(pipe):
         registry = HookRegistry.check_if_exists_or_initialize(denoiser)
@@ -125,7 +132,7 @@ def attach(pipe: Any, schedule: CacheSchedule, sampler: SamplerFingerprint) -> S
             raise ModelError("a cemq schedule is attached to this pipeline already: detach it first")
         if getattr(denoiser, "is_cache_enabled", False):
             raise ModelError("a diffusers cache is enabled on this denoiser: call disable_cache() first")
-        registry.register_hook(hook, HOOK)
+        put_on(denoiser, hook)
     tracker.follow(pipe.scheduler)
     return hook
 
@@ -133,11 +140,10 @@ def attach(pipe: Any, schedule: CacheSchedule, sampler: SamplerFingerprint) -> S
 def detach(pipe: Any) -> None:
     """Undo `attach`; does nothing if no schedule is attached."""
     for _, denoiser in denoisers(pipe):
-        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-        hook = registry.get_hook(HOOK)
+        hook = HookRegistry.check_if_exists_or_initialize(denoiser).get_hook(HOOK)
         if hook is not None:
             hook.tracker.release()
-            registry.remove_hook(HOOK, recurse=False)
+            take_off(denoiser)
 
 
 def schedule_hook(pipe: Any) -> ScheduleHook:
@@ -154,7 +160,7 @@ def schedule_hook(pipe: Any) -> ScheduleHook:
 
 
 @contextmanager
-def attached(pipe: Any, schedule: CacheSchedule, sampler: SamplerFingerprint) -> Iterator[ScheduleHook]:
+def attached(pipe: Any, schedule: CacheSchedule, sampler: SamplerFingerprint | None) -> Iterator[ScheduleHook]:
     """`attach` for the length of a ``with`` block; undone on exit, also after an exception."""
     hook = attach(pipe, schedule, sampler)
     try:

@@ -81,3 +81,21 @@ class StepTracker:
             return False
         planned = self.expected.timesteps[self.step_index]
         return abs(float(timestep) - planned) <= 1e-3 * max(1.0, abs(planned))
+
+
+class AnySamplerTracker(StepTracker):
+    """For schedules that do not say which sampler they were planned for: every sampler with as many steps is theirs."""
+
+    def __init__(self, num_steps: int, on_start: Callable[[], None]):
+        super().__init__(SamplerFingerprint(scheduler="", config={}, timesteps=(0.0,) * num_steps), on_start)
+        self._num_steps = num_steps
+
+    def _set_timesteps(self, original: Any, **arguments: Any) -> Any:
+        def learn(**arguments: Any) -> Any:
+            result = original(**arguments)
+            found = fingerprint(self.scheduler)
+            if len(found.timesteps) == self._num_steps:
+                self.expected = found
+            return result
+
+        return super()._set_timesteps(learn, **arguments)
