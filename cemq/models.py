@@ -54,8 +54,10 @@ def locate(name: str) -> ModelSource:
     return ModelSource(name=name, folder=downloaded, revision=downloaded.name)
 
 
-def open_pipeline(folder: Path, *, dtype: str, device: str) -> Any:
+def open_pipeline(folder: Path, *, dtype: str, device: str, align: bool = True) -> Any:
     """Load a pipeline folder in its own class.
+
+    Without ``align``, tensors stay in the memory-mapped file until they are moved.
 
     Raises:
         ModelError: The folder cannot be loaded.
@@ -77,7 +79,8 @@ def open_pipeline(folder: Path, *, dtype: str, device: str) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {reason}") from error
     pipe = pipe.to(place)
-    _align(pipe)
+    if align:
+        _align(pipe)
     return pipe
 
 

@@ -146,17 +146,25 @@ def detach(pipe: Any) -> None:
             take_off(denoiser)
 
 
+def find_hook(pipe: Any) -> ScheduleHook | None:
+    """The hook that `attach` installed, if there is one."""
+    for _, denoiser in denoisers(pipe):
+        hook = HookRegistry.check_if_exists_or_initialize(denoiser).get_hook(HOOK)
+        if hook is not None:
+            return hook
+    return None
+
+
 def schedule_hook(pipe: Any) -> ScheduleHook:
     """The hook that `attach` installed: its schedule, and how many evaluations the latest run made.
 
     Raises:
         ModelError: No schedule is attached.
     """
-    for _, denoiser in denoisers(pipe):
-        hook = HookRegistry.check_if_exists_or_initialize(denoiser).get_hook(HOOK)
-        if hook is not None:
-            return hook
-    raise ModelError("no cemq schedule is attached to this pipeline")
+    hook = find_hook(pipe)
+    if hook is None:
+        raise ModelError("no cemq schedule is attached to this pipeline")
+    return hook
 
 
 @contextmanager

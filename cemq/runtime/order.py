@@ -1,6 +1,6 @@
 """Keeping the schedule outermost on a denoiser, whatever offloading is put on it, before or after or between runs.
 
-Offloading wraps ``forward`` too: diffusers' group offloading through the same `HookRegistry`, accelerate by an attribute
+Offloading wraps ``forward`` too: diffusers' group offloading by the same `HookRegistry`, accelerate by an attribute
 of its own, anew after every run. Whatever lies outside the schedule moves weights on steps that are skipped.
 """
 
