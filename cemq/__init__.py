@@ -22,7 +22,7 @@ _PUBLIC = {
     "attached": "cemq.runtime",
     "detach": "cemq.runtime",
     "evaluate": "cemq.evaluation",
-    "export": "cemq.export",
+    "export": "cemq.exporting",
     "from_pretrained": "cemq.runtime",
     "generate": "cemq.workflow",
     "plan_memory": "cemq.footprint",

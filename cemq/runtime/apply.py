@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cemq.export import read_schedule
+from cemq.exporting import read_schedule
 from cemq.runtime.hook import ScheduleHook, attach
 from cemq.schedule import CacheSchedule
 

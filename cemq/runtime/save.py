@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import shutil
-import weakref
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,21 @@ _LEFT_TO_OTHERS = ("README.md", MANIFEST, "model_index.json")
 
 def save_as_bundle(pipe: Any, origin: Path, manifest: Manifest, *, dtype: str) -> None:
     """Give this one pipeline object a ``save_pretrained`` that writes a bundle; its class stays as it is."""
-    owner = weakref.ref(pipe)
     saver = type(pipe).save_pretrained
     signature = inspect.signature(saver)
 
     @functools.wraps(saver)
-    def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        saved = owner()
-        bound = signature.bind(saved, save_directory, *args, **kwargs)
+    def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, save_directory, *args, **kwargs)
         for name, value in bound.arguments.items():
             default = signature.parameters[name].default
             if default is not inspect.Parameter.empty and value != default:
                 raise BundleError(f"save_pretrained({name}={value!r}): a bundle is written in one way; leave it out")
         if bound.arguments.get("kwargs"):
             raise BundleError(f"save_pretrained: unknown arguments {', '.join(bound.arguments['kwargs'])}")
-        write_again(saved, Path(save_directory), origin, manifest, dtype=dtype)
+        write_again(self, Path(save_directory), origin, manifest, dtype=dtype)
 
-    pipe.save_pretrained = save_pretrained
+    pipe.save_pretrained = types.MethodType(save_pretrained, pipe)
 
 
 def write_again(pipe: Any, output: Path, origin: Path, manifest: Manifest, *, dtype: str) -> None:

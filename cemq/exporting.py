@@ -106,7 +106,6 @@ def _cache_dit(schedule: CacheSchedule, made_for: dict[str, Any]) -> str:
 # the residual of the others, cemq the output of the whole model. Fidelity measured with cemq does not carry over.
 # The mask holds for {made_for["num_inference_steps"]} inference steps under the sampler it was planned for; cache-dit checks neither.
 cache_config:
-  cache_type: DBCache
   num_inference_steps: {schedule.num_steps}
   steps_computation_mask: [{mask}]
   steps_computation_policy: static
