@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cemq.bundle import read_bundle
-from cemq.errors import BundleError, InputError, ModelError
+from cemq.errors import BundleError, InputError, ModelError, choose
 from cemq.families import DENOISERS, EIGHT_BIT
 from cemq.placement import (
     GIB,
@@ -117,7 +117,7 @@ def plan_memory(
         full_steps=full_steps,
         samples=samples,
     )
-    kind = device.partition(":")[0]
+    kind = choose("device", device.partition(":")[0], ("cuda", "cpu", "mps", "xpu", "npu"))
     return plan_placement(
         components,
         limit,
@@ -202,7 +202,7 @@ def _tensors(folder: Path) -> Iterator[Tensor]:
         try:
             with path.open("rb") as file:
                 (size,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(size))
+                header = json.loads(file.read(size).ljust(size, b"-"))
             for name, entry in header.items():
                 if name != "__metadata__":
                     yield Tensor(name=name, dtype=entry["dtype"], shape=tuple(entry["shape"]))

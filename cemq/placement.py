@@ -291,6 +291,8 @@ def plan_placement(
 
 
 def _vae_mode_helps(components: Sequence[ComponentMemory], vae: Vae, samples: int) -> bool:
+    if vae == "sliced" and samples == 1:
+        return False
     before: Vae = "sliced" if vae == "tiled" and samples > 1 else "whole"
     return any(c.activations(vae) < c.activations(before) for c in components if c.role == "vae")
 
@@ -343,12 +345,15 @@ def transformer_activation_bytes(
 def vae_activation_bytes(
     *, samples: int, height: int, width: int, channels: Sequence[int], itemsize: int, frames: int = 1
 ) -> int:
-    """What a convolutional decoder allocates: three times the tensor that its last level begins with, and the picture.
+    """What a convolutional decoder allocates: three times what enters its finest level, or 5.5 times what leaves it.
+
+    Fitted to live bytes of AutoencoderKL, as `transformer_activation_bytes` is.
 
     Args:
         height: Pixels of what is decoded at once: the picture, or one tile.
         channels: ``block_out_channels``, from the finest level to the coarsest.
     """
     pixels = samples * frames * height * width
-    widest = max(wide / 4**level for level, wide in enumerate([*channels[1:], channels[-1]][: len(channels)]))
-    return int(pixels * itemsize * (3 * widest + 6))
+    inputs = (*channels[1:], channels[-1])
+    widest = max(max(3 * inputs[level], 5.5 * wide) / 4**level for level, wide in enumerate(channels))
+    return int(pixels * itemsize * (widest + 6))
