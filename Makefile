@@ -40,6 +40,7 @@ bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; about 25 min
 	$(BIN)/python docs/benchmarks/fidelity.py
 	$(BIN)/python docs/benchmarks/memory.py
 	$(BIN)/python docs/benchmarks/speed.py
+	$(BIN)/python docs/benchmarks/placement.py
 
 train: .venv/installed-dev  ## train the built-in models anew, into out/trained
 	$(BIN)/python -m cemq.builtin.training.train dit-digits sd3-digits -o out/trained

@@ -395,7 +395,7 @@ def plan_memory(
         row = f"{candidate.name:<{width}}{sizes[0]:>12}{sizes[1]:>12}{sizes[2]:>14}  {verdict or 'too large'}"
         print(row)
     if plan.reserve_bytes:
-        print(f"\non device: with {format_bytes(plan.reserve_bytes)} for the device's libraries, an assumption")
+        print(f"\non device: with {format_bytes(plan.reserve_bytes)} for the device's libraries")
 
 
 @app.command()

@@ -34,7 +34,9 @@ from cemq.schedule import parse_budget
 
 _ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-CUDA_RESERVE = GIB // 2  # an assumption: context, cuBLAS workspaces and fragmentation; not measured yet
+# What the device's libraries take: on CUDA context, workspaces and fragmentation, which is an assumption; on a CPU what
+# oneDNN packs and keeps, at most 35 MB beyond the plan in docs/benchmarks/placement.md.
+RESERVE = {"cuda": GIB // 2, "cpu": 48 << 20}
 _FEW_ROWS = (*EIGHT_BIT, "*embed*", "*shared*", "*head*", "*pooler*")  # layers that do not see every token
 _MULTIPLY_IN_FLOATS = ("a16", "a16-fp4")
 _DEFAULT_SIZE = 1024  # pixels, where neither the call nor the pipeline says
@@ -122,7 +124,7 @@ def plan_memory(
         components,
         limit,
         device=kind,
-        reserve_bytes=CUDA_RESERVE if kind == "cuda" else 0,
+        reserve_bytes=RESERVE.get(kind, 0),
         host_limit=None if host_memory is None else parse_bytes(host_memory),
         samples=samples,
     )

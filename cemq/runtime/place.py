@@ -23,7 +23,7 @@ from torch import nn
 from cemq.bundle import MANIFEST
 from cemq.errors import PlacementError
 from cemq.families import DENOISERS
-from cemq.memory import give_back
+from cemq.memory import give_back, map_large_allocations
 from cemq.placement import MemoryPlan
 
 _COMPLETE = "complete.json"
@@ -60,6 +60,8 @@ def place(pipe: Any, plan: MemoryPlan, *, device: torch.device, offload_folder: 
     elif placement.hooks == "accelerate" and not placement.disk:
         pipe.enable_sequential_cpu_offload(device=device)
     elif placement.disk:
+        if device.type == "cpu":
+            map_large_allocations()
         with _written(offload_folder) as folder:
             for name, model in models.items():
                 _to_disk(name, model, plan, device, folder / name)
@@ -108,13 +110,13 @@ def _check_leaves(name: str, model: nn.Module, blocks: bool) -> None:
 
 def _to_disk(name: str, model: nn.Module, plan: MemoryPlan, device: torch.device, folder: Path) -> None:
     component = next(c for c in plan.components if c.name == name)
+    mapped = [tensor.data for tensor in (*model.parameters(), *model.buffers())]
     if plan.chosen.placement.hooks == "groups" or (name not in DENOISERS and component.groups):
         _in_groups(name, model, plan, device, offload_to_disk_path=str(folder))
     else:
         accelerate.disk_offload(model, folder, execution_device=device)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            give_back(tensor)
+    for tensor in mapped:
+        give_back(tensor)
 
 
 def disk_folder(bundle: Path, plan: MemoryPlan, dtype: str, root: Path | None = None) -> Path:
