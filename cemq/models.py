@@ -121,8 +121,9 @@ def default_dtype(device: str) -> str:
 
 
 def denoisers(pipe: Any) -> list[tuple[str, Any]]:
-    """The (component name, model) pairs that denoise. Raises ModelError if there is none."""
+    """The (component name, model) pairs that denoise, without `torch.compile`'s wrapper. Raises ModelError for none."""
     found = [(name, getattr(pipe, name)) for name in DENOISERS if getattr(pipe, name, None) is not None]
+    found = [(name, getattr(model, "_orig_mod", model)) for name, model in found]
     if not found:
         raise ModelError(f"{type(pipe).__name__} has no {' or '.join(DENOISERS)}: cemq does not know what to quantize")
     return found

@@ -87,6 +87,10 @@ class CemqConfig(QuantizationConfigMixin):
         """The same, with other layers at 8 bits."""
         return CemqConfig(**{**self.to_dict(), "eight_bit": eight_bit})
 
+    def with_full_precision(self, names: Sequence[str]) -> CemqConfig:
+        """The same, with more layers left as they are."""
+        return CemqConfig(**{**self.to_dict(), "full_precision": [*self.full_precision, *names]})
+
     def layer_class(self, scheme: Scheme) -> type[QuantizedLinear]:
         """The class of the layers that this backend makes for a scheme."""
         module, _, name = BACKENDS[self.backend].layers[scheme.name].partition(":")
