@@ -101,47 +101,11 @@ def seeded(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 # Tokenizers from explicit tables: those that `train_new_from_iterator` makes differ from process to process.
 
-_WORDS = sorted(
-    {
-        *[
-            "a",
-            "photo",
-            "of",
-            "cat",
-            "sitting",
-            "on",
-            "mat",
-            "low",
-            "quality",
-            "blurry",
-            "A",
-            "painting",
-            "squirrel",
-            "eating",
-            "burger",
-            "dance",
-            "monkey",
-        ],
-        *[
-            "system",
-            "user",
-            "assistant",
-            "think",
-            "Describe",
-            "the",
-            "image",
-            "by",
-            "detailing",
-            "color",
-            "shape",
-            "size",
-            "texture",
-            "quantity",
-            "text",
-        ],
-        *["spatial", "relationships", "objects", "and", "background"],
-    }
+_TEXTS = (
+    f"{PROMPT} {OTHER_PROMPT} {NEGATIVE} A painting dance monkey system user assistant think Describe the image by "
+    "detailing color shape size texture quantity text spatial relationships objects and background"
 )
+_WORDS = sorted(set(_TEXTS.replace(",", "").split()))
 _PRINTABLE = [chr(code) for code in range(33, 127)]
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

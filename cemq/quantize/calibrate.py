@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cemq.quantize.linear import InputStatistics
-from cemq.quantize.quantizer import CemqConfig, mark_quantized, nothing_to_quantize, quantizable
+from cemq.quantize.quantizer import CemqConfig, mark_quantized, nothing_to_quantize, quantizable, refuse_adapters
 from cemq.quantize.schemes import Scheme
 
 HESSIAN_BYTES = 2 << 30  # of Hessians held at once; layers beyond it wait for another pass over the calls
@@ -101,6 +101,7 @@ def quantize_calibrated(
     Raises:
         SchemeError: The patterns leave nothing to quantize.
     """
+    refuse_adapters(denoiser)
     layers = {name: scheme for name, _, scheme in quantizable(denoiser, config)}
     if not layers:
         raise nothing_to_quantize(denoiser)

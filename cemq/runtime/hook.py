@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,7 @@ class History:
 
     def keep(self, step_index: int, output: Any, shapes: Any, depth: int) -> None:
         leaves, structure = tree_flatten(output)
+        leaves = [_copied(leaf) for leaf in leaves]  # whoever gets the output may change it in place
         if shapes != self.shapes:
             self.steps, self.outputs = [], []
         self.shapes, self.structure = shapes, structure
@@ -44,10 +45,14 @@ class History:
         return tree_unflatten([_combine(leaves, coefficients) for leaves in columns], self.structure)
 
 
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if torch.is_tensor(leaf) else leaf
+
+
 def _combine(leaves: tuple[Any, ...], coefficients: tuple[float, ...]) -> Any:
     newest = leaves[0]
     if len(coefficients) == 1 or not torch.is_tensor(newest) or not newest.is_floating_point():
-        return newest
+        return _copied(newest)
     total = sum(weight * leaf.float() for weight, leaf in zip(coefficients, leaves, strict=True))
     return total.to(newest.dtype)
 
@@ -86,35 +91,47 @@ class ScheduleHook(ModelHook):
     def skipped_evaluations(self) -> int:
         return self.run.skipped_evaluations
 
-    @torch.compiler.disable(recursive=False)  # what it decides changes from step to step; the model within is compiled
+    @torch.compiler.disable(recursive=False)  # the model within is compiled, what is decided from step to step is not
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        served, keep = self._before(args, kwargs)
+        if served is not None:
+            return served
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        self._after(output, keep)
+        return output
+
+    @torch.compiler.disable
+    def _before(self, args: Any, kwargs: Any) -> tuple[Any, Callable[[Any], None] | None]:
+        """The output of a skipped step, or None and what to do with the output once it is computed."""
         if self._is_foreign():
-            return self.fn_ref.original_forward(*args, **kwargs)
+            self.tracker.warn_once("another pipeline uses the denoiser that a schedule is attached to")
+            return None, None
         context = self.contexts._context
         stream = self.tracker.enter_call(context.name if context else None)
         step_index = self._step_index(context)
         if step_index is None:
             self.run.full_evaluations += 1
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return None, None
         history = self.run.histories.setdefault(stream, History())
         shapes = _shapes((args, kwargs))
         if step_index not in self._full:
             if history.steps and history.shapes == shapes:
                 self.run.skipped_evaluations += 1
-                return history.serve(self._predictor.coefficients(step_index, history.steps))
+                return history.serve(self._predictor.coefficients(step_index, history.steps)), None
             self.tracker.warn_once("a call to the denoiser on a skipped step has no earlier output of its shape")
         self.run.full_evaluations += 1
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        history.keep(step_index, output, shapes, self._predictor.depth)
-        return output
+        depth = self._predictor.depth
+        return None, lambda output: history.keep(step_index, output, shapes, depth)
+
+    @torch.compiler.disable
+    def _after(self, output: Any, keep: Callable[[Any], None] | None) -> None:
+        if keep is not None:
+            keep(output)
 
     def _is_foreign(self) -> bool:
         """Whether another pipeline, which shares the denoiser and not the scheduler, makes this call."""
         pipe, caller = self._pipe(), calling_pipeline()
-        if caller is None or caller is pipe or caller.scheduler is self.tracker.scheduler:
-            return False
-        self.tracker.warn_once("another pipeline uses the denoiser that a schedule is attached to")
-        return True
+        return not (caller is None or caller is pipe or caller.scheduler is self.tracker.scheduler)
 
     def _step_index(self, context: Any) -> int | None:
         pipe = self._pipe()
@@ -130,17 +147,16 @@ class ScheduleHook(ModelHook):
         return step_index
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self.run.histories = {}  # end of a run: free the memory, keep the counts
-        self.contexts.reset()
+        if not self._is_foreign():  # nor is the end of another pipeline's run the end of this one's
+            self.run.histories = {}  # free the memory, keep the counts
+            self.contexts.reset()
         return module
 
     def __deepcopy__(self, memo: Any) -> None:
         raise ModelError("a cemq schedule is attached, and a copy would run the original's weights: detach() it first")
 
     def __reduce_ex__(self, protocol: Any) -> None:
-        raise ModelError(
-            "a cemq schedule is attached and cannot be pickled: detach() it, or save the pipeline's bundle"
-        )
+        raise ModelError("a cemq schedule is attached and cannot be pickled: detach() it first, or load its bundle")
 
 
 def _shapes(arguments: Any) -> tuple[Any, ...]:
