@@ -51,7 +51,8 @@ def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
         if measure_steps:
             trajectory.step_sizes.append(_step_size(scheduler, arguments))
         trajectory.sampler = trajectory.sampler or fingerprint(scheduler)
-        timesteps.append(float(torch.as_tensor(arguments["timestep"]).flatten()[0]))
+        if "timestep" in arguments:
+            timesteps.append(float(torch.as_tensor(arguments["timestep"]).flatten()[0]))
         result = original(**arguments)
         trajectory.predictions.append(arguments["model_output"].detach().cpu())
         trajectory.samples.append(next_sample(result).detach().cpu())
@@ -59,7 +60,8 @@ def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
 
     with intercepted(scheduler, "step", step):
         yield trajectory
-    if trajectory.sampler and len(timesteps) < len(trajectory.sampler.timesteps):  # begun late: image to image
+    late = trajectory.sampler and len(timesteps) == trajectory.num_steps < len(trajectory.sampler.timesteps)
+    if late:  # image to image begins so
         trajectory.sampler = dataclasses.replace(trajectory.sampler, timesteps=tuple(timesteps))
 
 

@@ -13,7 +13,10 @@ from cemq.quantize import CemqConfig
 # One of every kind by default; the others with --slow, and `docs/families.py` runs them all.
 FEW = ("dit", "flux", "hunyuan_dit", "sd15", "stable_audio", "wan22", "z_image", "hidream")
 COMPILED = ("dit", "wan22", "z_image")
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi asks for float32
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning",  # diffusers' own names, in Chroma and the ControlNets
+    "ignore:In CPU autocast",  # Mochi asks for float32
+)
 
 
 def cells(column, quick):
