@@ -68,17 +68,28 @@ def open_pipeline(folder: Path, *, dtype: str, device: str) -> Any:
     place = check_device(device)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        check_known(str(index.get("_class_name")))
         # a component that is absent on purpose (SD3 without its T5) must be named, or diffusers misses it
         absent = {name: None for name, kind in index.items() if kind == [None, None]}
         pipe = DiffusionPipeline.from_pretrained(
             folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, **absent
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {reason}") from error
     pipe = pipe.to(place)
     _align(pipe)
     return pipe
+
+
+def check_known(pipeline_class: str) -> None:
+    """Raises ModelError for a pipeline class that the installed diffusers does not have."""
+    import diffusers
+
+    if not hasattr(diffusers, pipeline_class):
+        raise ModelError(
+            f"the installed diffusers {diffusers.__version__} has no {pipeline_class}: install one that does"
+        )
 
 
 def _align(pipe: Any) -> None:

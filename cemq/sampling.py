@@ -162,13 +162,22 @@ def run(
         torch.manual_seed(batch.seeds[0])
         if on_step:
             around.enter_context(intercepted(pipe.scheduler, "step", step))
-        output = pipe(
-            **{condition_argument(pipe): list(batch.conditions)},
-            num_inference_steps=steps,
-            generator=generators,
-            output_type=output_type,
-            **_for_batch(call, len(batch.conditions)),
-        )
+        arguments = _for_batch(call, len(batch.conditions))
+        try:
+            output = pipe(
+                **{condition_argument(pipe): list(batch.conditions)},
+                num_inference_steps=steps,
+                generator=generators,
+                output_type=output_type,
+                **arguments,
+            )
+        except (IndexError, RuntimeError, ValueError) as error:
+            if len(batch.conditions) == 1 or not arguments.keys() & set(PICTURE_ARGUMENTS):
+                raise
+            found = f"{type(pipe).__name__} fails on {len(batch.conditions)} samples of one picture ({error})"
+            raise InputError(
+                f"{found}: some pipelines want a picture for each; set batch_size: 1 in a recipe"
+            ) from error
     return output[0] if isinstance(output, tuple) else next(iter(output.values()))
 
 

@@ -39,7 +39,7 @@ class NotApplicableError(Exception):
 
 
 def batch_of(family: Family) -> Batch:
-    return Batch(conditions=family.conditions, seeds=(3, 4))
+    return Batch(conditions=family.conditions, seeds=(3, 4)[: len(family.conditions)])
 
 
 def draw(pipe: Any, family: Family, **options: Any) -> np.ndarray:
@@ -125,8 +125,9 @@ def abort(pipe: Any, family: Family, after: int = 3) -> None:
         if next(steps) == after:
             raise KeyboardInterrupt
 
+    other = Batch(conditions=family.conditions[::-1], seeds=(8, 9)[: len(family.conditions)])
     try:
-        run(pipe, Batch(conditions=family.conditions[::-1], seeds=(8, 9)), steps=STEPS, call=family.call, on_step=stop)
+        run(pipe, other, steps=STEPS, call=family.call, on_step=stop)
     except KeyboardInterrupt:
         return
     raise AssertionError("the run was not aborted")

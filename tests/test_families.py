@@ -1,4 +1,5 @@
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
@@ -37,6 +38,17 @@ def cells(column, quick):
 )
 def test_every_family_keeps_every_promise(name, column):
     CHECKS[column](FAMILIES[name])
+
+
+def test_the_page_of_families_is_whole():
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    table = page.split("<!-- table")[1].split("<!-- end")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    assert rows[0][-len(CHECKS) :] == list(CHECKS)
+    assert [row[0] for row in rows[2:]] == list(FAMILIES)
+    assert all(cell and not cell.startswith("FAILED") for row in rows for cell in row)
 
 
 def kept_linears(model):

@@ -1,6 +1,8 @@
 """Everything a pipeline may do to a schedule, or be done to with one: the right picture, or one clear error."""
 
 import copy
+import dataclasses
+import inspect
 import io
 import pickle
 import threading
@@ -12,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers.hooks import apply_first_block_cache, apply_layerwise_casting
-from family_checks import abort, counted_blocks, draw, every_step, few_steps, plain_run
+from family_checks import abort, caches_outputs, counted_blocks, draw, every_step, few_steps, plain_run
 from tiny_pipelines import FAMILIES, FLUX_CALL, NEGATIVE, PROMPT, STEPS, autoencoder, picture
 
 from cemq.errors import InputError, ModelError
-from cemq.models import denoisers
+from cemq.models import denoisers, open_pipeline
 from cemq.outputs import as_array
 from cemq.profiling import measure_sensitivity, profile, record_references
 from cemq.runtime import attach, attached, detach, schedule_hook
@@ -957,6 +959,60 @@ def test_a_pipeline_that_nobody_listed_works():
         draw(pipe, family)
     assert len(blocks) == 3 * in_four_calls
     assert np.array_equal(draw(pipe, family), plain)
+
+
+UNLISTED = {  # from the parts of a family that is listed
+    "StableDiffusionInpaintPipeline": ("sd15", {"image": picture(32), "mask_image": picture(32)}),
+    "StableDiffusionXLImg2ImgPipeline": ("sdxl", {"image": picture(32), "strength": 0.8}),
+    "StableDiffusionXLInpaintPipeline": ("sdxl", {"image": picture(32), "mask_image": picture(32)}),
+    "StableDiffusion3Img2ImgPipeline": ("sd3", {"image": picture(32), "height": 16, "width": 16, "strength": 0.8}),
+    "StableDiffusion3PAGPipeline": ("sd3", {"pag_scale": 2.0}),
+    "FluxInpaintPipeline": ("flux", {"image": picture(16), "mask_image": picture(16)}),
+    "PixArtSigmaPAGPipeline": ("pixart_sigma", {"pag_scale": 2.0}),
+    "HunyuanDiTPAGPipeline": ("hunyuan_dit", {"pag_scale": 2.0}),
+    "SanaPAGPipeline": ("sana", {"pag_scale": 2.0}),
+    "QwenImageImg2ImgPipeline": ("qwenimage", {"image": picture(32), "strength": 0.8}),
+    "LTXImageToVideoPipeline": ("ltx", {"image": picture(32)}),
+    "ChromaImg2ImgPipeline": ("chroma", {"image": picture(16), "strength": 0.8}),
+    "HunyuanVideoPipeline": ("hunyuan_video", {"negative_prompt": NEGATIVE, "true_cfg_scale": 3.0}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", UNLISTED)
+def test_classes_of_diffusers_that_nobody_listed_work(name):
+    listed, more = UNLISTED[name]
+    family = family_with(listed, **more)
+    if name in ("LTXImageToVideoPipeline", "StableDiffusion3Img2ImgPipeline"):  # which want a picture a prompt
+        family = dataclasses.replace(family, conditions=(PROMPT,))
+    kind = getattr(D, name)
+    known = inspect.signature(kind.__init__).parameters
+    accepted = inspect.signature(kind.__call__).parameters
+    parts = {key: part for key, part in family.pipeline().components.items() if key in known}
+    parts |= {key: False for key in ("requires_safety_checker", "add_watermarker") if key in known}
+    pipe = kind(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    for key in list(family.call):
+        if key not in accepted:
+            del family.call[key]
+    check_drivable(pipe)
+    caches_outputs(pipe, family)
+
+
+def test_too_few_pictures_for_a_batch_say_so():
+    family = family_with("ltx", image=picture(32))
+    pipe = D.LTXImageToVideoPipeline(**family.pipeline().components)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(InputError, match=r"fails on 2 samples of one picture .*set batch_size: 1"):
+        draw(pipe, family)
+
+
+def test_a_class_that_diffusers_does_not_have_is_named(tmp_path):
+    FAMILIES["dit"].pipeline().save_pretrained(tmp_path / "dit")
+    index = tmp_path / "dit" / "model_index.json"
+    index.write_text(index.read_text().replace('"DiTPipeline"', '"MyPipeline"'))
+    with pytest.raises(ModelError, match=r"the installed diffusers .* has no MyPipeline"):
+        open_pipeline(tmp_path / "dit", dtype="float32", device="cpu")
 
 
 class Incomplete(D.DiffusionPipeline):

@@ -103,7 +103,7 @@ def evaluate(
     samples: int = 16,
     seed: int = 0,
     budget: int | str | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     picture: str | Path | None = None,
     device: str | None = None,
     progress: Progress | None = None,
@@ -114,6 +114,7 @@ def evaluate(
         reference: The original; None takes the model the bundle was made from.
         seed: Samples use the seeds 1000000 + seed, 1000000 + seed + 1, ...; profiling used others.
         budget: Full-compute steps or a ratio such as ``"3x"``; None takes the bundle's own schedule.
+        batch_size: Samples run together; None takes that of the bundle's recipe, or 4.
         picture: Write a PNG, full precision on the left and the bundle on the right; four frames of each video, the
             spectrograms of audio.
 
@@ -125,7 +126,7 @@ def evaluate(
         manifest.held_out_conditions,
         samples=samples,
         first_seed=EVALUATION_SEED_OFFSET + seed,
-        batch_size=batch_size,
+        batch_size=batch_size or (manifest.recipe or {}).get("batch_size", 4),
     )
     seeds = tuple(seed for batch in batches for seed in batch.seeds)
     if used := set(seeds) & set(manifest.profiled_seeds):

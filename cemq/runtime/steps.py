@@ -44,7 +44,8 @@ class StepTracker:
 
     def enter_call(self, context: str | None) -> Stream:
         """The stream of this denoiser call: its cache context, and how many calls of that name the step has had."""
-        self._check_thread()
+        if self.step_index is None or self.step_index < len(self.expected.timesteps):  # the run is not over yet
+            self._check_thread()
         stream = (context, self._calls[context])
         self._calls[context] += 1
         return stream
