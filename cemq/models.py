@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cemq.errors import InputError, ModelError, choose
+from cemq.errors import InputError, ModelError, choose, first_line
 from cemq.families import DENOISERS
 
 BUILTIN_PREFIX = "builtin:"
@@ -49,8 +49,9 @@ def locate(name: str) -> ModelSource:
     try:
         downloaded = Path(DiffusionPipeline.download(name))
     except Exception as error:  # huggingface_hub and its transport raise many unrelated types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"'{name}' is no folder here and cannot be fetched from the Hub: {reason}") from error
+        raise ModelError(
+            f"'{name}' is no folder here and cannot be fetched from the Hub: {first_line(error)}"
+        ) from error
     return ModelSource(name=name, folder=downloaded, revision=downloaded.name)
 
 
@@ -75,8 +76,7 @@ def open_pipeline(folder: Path, *, dtype: str, device: str) -> Any:
             folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, **absent
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {reason}") from error
+        raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {first_line(error)}") from error
     pipe = pipe.to(place)
     _align(pipe)
     return pipe
@@ -116,8 +116,7 @@ def check_device(device: str) -> Any:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or ["unknown"])[0]
-        raise InputError(f"device {device!r} cannot be used here: {reason}") from None
+        raise InputError(f"device {device!r} cannot be used here: {first_line(error)}") from None
     return place
 
 

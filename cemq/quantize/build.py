@@ -49,10 +49,17 @@ class QuantizationPlan:
             if asked and not (four_bit and self.backend == "native"):
                 found = f"{self.backend} {self.scheme}"
                 raise InputError(f"{option}: only 4-bit schemes of the native backend take it, not {found}")
+            if asked and not self.quantizes_denoiser:
+                named = ", ".join(self.components)
+                raise InputError(f"{option}: only the denoiser takes it, and the components are {named}: name it too")
         if len(set(self.components)) < len(self.components):
             raise InputError(f"components {', '.join(self.components)}: one is named twice")
         if self.components and self.scheme == NO_SCHEME:
             raise InputError("components to quantize are named, but the scheme is none: name a scheme")
+
+    @property
+    def quantizes_denoiser(self) -> bool:
+        return self.scheme != NO_SCHEME and (not self.components or not set(DENOISERS).isdisjoint(self.components))
 
     def config(self, denoiser: nn.Module) -> CemqConfig:
         """The quantization config of the denoiser, with the layers at 8 bits that go with the rounding."""
@@ -69,7 +76,7 @@ class QuantizationPlan:
 
     def needs_calls(self, denoiser: nn.Module) -> bool:
         """Whether recorded calls of the denoiser are needed to quantize it."""
-        if self.scheme == NO_SCHEME or (self.components and not set(self.components) & set(DENOISERS)):
+        if not self.quantizes_denoiser:
             return False
         config = self.config(denoiser)
         if self.backend == "native":
@@ -87,12 +94,8 @@ class QuantizationPlan:
             if name not in DENOISERS and "text_encoder" not in name:
                 raise InputError(f"component '{name}' stays in full precision: name the denoiser or text encoders")
         for _, denoiser in denoisers(pipe):
-            if self.bits_budget is not None and self.needs_calls(denoiser):
-                least, _ = least_bits(denoiser, self.config(denoiser))
-                if self.bits_budget < least:
-                    raise InputError(
-                        f"bits budget {self.bits_budget}: {self.scheme} needs {least:.2f} bits a weight at least"
-                    )
+            if self.bits_budget is not None:
+                least_bits(denoiser, self.config(denoiser), within=self.bits_budget)
 
 
 def quantize_pipeline(

@@ -22,7 +22,7 @@ from torch import nn
 
 from cemq.errors import BundleError, ModelError, SchemeError
 from cemq.families import EIGHT_BIT, FULL_PRECISION
-from cemq.quantize.linear import InputStatistics, QuantizedLinear
+from cemq.quantize.linear import InputStatistics, QuantizedLinear, fuse_gelu
 from cemq.quantize.schemes import BACKENDS, SCHEMES, Scheme, check_scheme
 
 METHOD = "cemq"
@@ -164,6 +164,7 @@ def nothing_to_quantize(model: nn.Module) -> SchemeError:
 
 def mark_quantized(model: nn.Module, config: CemqConfig) -> None:
     """Tell diffusers that the model is quantized, and how, so that it saves it as such."""
+    fuse_gelu(model)
     quantizer = CemqQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method, model.hf_quantizer = True, config.quant_method, quantizer
     model.register_to_config(quantization_config=config)
@@ -191,6 +192,7 @@ class CemqQuantizer(DiffusersQuantizer):
             if not self.pre_quantized:  # the float weight is about to be loaded under this name
                 empty.weight = nn.Parameter(module.weight, requires_grad=False)
             model.set_submodule(name, empty)
+        fuse_gelu(model)
         model.config.quantization_config = config
 
     def check_if_quantized_param(
