@@ -180,7 +180,7 @@ def quantize_and_schedule(
 @_one_line_errors
 def generate(
     bundle: Bundle,
-    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .png, .gif, .mp4, .wav, ...")],
     prompt: Annotated[str | None, typer.Option(help="What to draw, for text-to-image models.")] = None,
     label: Annotated[str | None, typer.Option(help="Class name or number, for class-conditional models.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the bundle's.")] = None,
@@ -189,7 +189,7 @@ def generate(
     call: Call = None,
     device: Device = None,
 ) -> None:
-    """Draw one picture with a bundle.
+    """Make one picture, video or piece of audio with a bundle.
 
     Example: cemq generate digits --label seven -o seven.png
     """
@@ -197,13 +197,14 @@ def generate(
         raise InputError("give either --prompt or --label")
     arguments = _call_arguments(call)
     from cemq import workflow
-    from cemq.evaluation.compare import check_picture_path
+    from cemq.outputs import check_path
 
-    check_picture_path(output)
+    check_path(output)
     _quiet()
     condition = label if prompt is None else prompt
-    image = workflow.generate(bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device)
-    image.save(output)
+    workflow.generate_sample(
+        bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device, output=output
+    ).save(output)
     print(output)
 
 

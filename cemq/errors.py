@@ -42,6 +42,15 @@ class InputError(CemqError):
     """A calibration file, recipe or call argument is missing or malformed."""
 
 
+def first_line(error: Exception) -> str:
+    """What some library's exception says, short enough for a message of one line.
+
+    >>> first_line(ValueError("not today\\nor ever")), first_line(ValueError())
+    ('not today', 'ValueError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def choose(kind: str, name: str, known: Iterable[str], error: type[CemqError] = InputError) -> str:
     """Return ``name`` if it is known, else raise ``error`` with the nearest known name."""
     known = list(known)

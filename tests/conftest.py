@@ -28,15 +28,26 @@ from cemq.builtin.training import models as built
 from cemq.models import locate, open_pipeline
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="Run the tests marked slow too.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def make_denoiser() -> DiTTransformer2DModel:
+def make_denoiser(heads: int = 2) -> DiTTransformer2DModel:
     torch.manual_seed(0)
     return DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
+        num_attention_heads=heads, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
         patch_size=2, num_embeds_ada_norm=10,
     ).eval()  # fmt: skip
 
@@ -64,9 +75,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def run_python(code: str, *arguments: object, **variables: str) -> str:
     """What a fresh interpreter prints."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | variables
-    ).stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def tiny_vae(latent_channels: int) -> AutoencoderKL:

@@ -3,13 +3,11 @@
 import copy
 import itertools
 import logging
-import os
-import subprocess
-import sys
 
 import accelerate
 import pytest
 import torch
+from conftest import identical, make_denoiser, predict, relative, run_python
 from diffusers import DiTTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file, save_file
@@ -53,19 +51,7 @@ quanto, bitsandbytes, torchao = (package(name) for name in FOREIGN)
 
 
 def make_model():
-    torch.manual_seed(0)
-    return DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=10,
-    ).eval()  # fmt: skip
-
-
-@torch.no_grad()
-def predict(model):
-    """Three images of sixteen tokens."""
-    torch.manual_seed(1)
-    sample = torch.randn(3, 4, 8, 8).to(model.pos_embed.proj.weight.dtype)
-    return model(sample, timestep=torch.tensor([5, 50, 500]), class_labels=torch.tensor([1, 2, 3])).sample
+    return make_denoiser(heads=4)
 
 
 def recorded(model, run):
@@ -107,17 +93,6 @@ def quantized_layer(backend, scheme, linear, values):
 def float_linear(inner, columns, bias=True):
     torch.manual_seed(inner)
     return nn.Linear(inner, columns, bias=bias)
-
-
-def relative(found, expected):
-    return float(((found.float() - expected.float()).norm() / expected.float().norm()).detach())
-
-
-def identical(left, right):
-    left, right = left.state_dict(), right.state_dict()
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
-    )
 
 
 # --- layers
@@ -291,9 +266,7 @@ for scheme, outputs in torch.load(f"{folder}/outputs.pt").items():
         assert torch.equal(found, expected), (scheme, dtype)
 print("same")
 """
-    command = [sys.executable, "-c", code, str(tmp_path), backend]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.stdout.strip().endswith("same"), done.stderr[-2000:]
+    assert run_python(code, tmp_path, backend, OMP_NUM_THREADS="1") == "same"
 
 
 @every_pair

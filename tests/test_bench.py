@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from cemq import cli
 from cemq.bench import ARCHITECTURES, Architecture, bench_architecture, bench_bundle, doctor, examine, forward
+from cemq.bench.answers import predict
 from cemq.bench.forward import FULL_PRECISION
 from cemq.bench.machine import describe_machine, one_line
 from cemq.bench.measure import Timing, busy_note, make_rows, measure
@@ -140,7 +141,7 @@ def test_every_class_runs_on_its_inputs(name):
             config = pair and quantization_config(empty_model(architecture), *pair)
             model = random_model(architecture, dtype=dtype, device="cpu", config=config)
             assert tensor_bytes(model) == planned_bytes(empty_model(architecture), dtype, config)
-            output = doctor.predict(model, inputs)
+            output = predict(model, inputs)
             assert output.dtype == dtype
             assert output.isfinite().all()
             assert 0.01 < output.float().std() < 100
@@ -334,7 +335,7 @@ def test_native_w8a8_compiles():
         pytest.skip(doctor.compile_obstacle("cpu"))
     inputs = TINY.inputs(TINY.batch, dtype=torch.float32, device="cpu")
     original = random_model(TINY, dtype=torch.float32, device="cpu")
-    exact = doctor.predict(original, inputs)
+    exact = predict(original, inputs)
     with doctor._silence():
         found = doctor._try({"compile": doctor._compile}, original, exact, inputs, "native", "w8a8")
     assert found["probes"] == {"runs": "ok", "compile": "ok"}

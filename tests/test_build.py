@@ -55,6 +55,12 @@ def recorded(pipe):
         (InputError, "bits budget: only 4-bit schemes of the native", {"scheme": "w8a16", "bits_budget": 8.5}),
         (InputError, "bits budget: ", {"scheme": "w4a16", "bits_budget": 5, "backend": "bitsandbytes"}),
         (InputError, "components to quantize are named, but", {"scheme": "none", "components": ["transformer"]}),
+        (
+            InputError,
+            "bits budget: only the denoiser takes it, and the components are text_encoder: name it too",
+            {"scheme": "w4a8", "bits_budget": 5, "components": ["text_encoder"]},
+        ),
+        (InputError, "low rank: only the denoiser", {"scheme": "w4a8", "low_rank": 8, "components": ["text_encoder"]}),
         (InputError, "one is named twice", {"scheme": "w8a8", "components": ["transformer", "transformer"]}),
         (SchemeError, "unknown scheme 'w2a8'", {"scheme": "w2a8"}),
         (SchemeError, "'native' does not offer w4a16-fp4.*bitsandbytes", {"scheme": "w4a16-fp4"}),

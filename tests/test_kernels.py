@@ -81,6 +81,24 @@ def test_rescaled_products_are_equal_bit_for_bit(dtype, rows, columns, with_bias
 
 
 @compiled
+@dtypes
+@given(rows=SIZES, columns=WIDTHS, with_bias=st.booleans(), seed=SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_gelu_is_applied_before_rounding(dtype, rows, columns, with_bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    product = torch.randint(-3000, 3000, (rows, columns), dtype=torch.int32, generator=generator)
+    zero_point, sums = torch.zeros(rows, 1, dtype=torch.int32), torch.zeros(columns, 1, dtype=torch.int32)
+    scale, weight_scale = torch.rand(rows, 1, generator=generator), torch.rand(columns, 1, generator=generator)
+    bias = torch.randn(columns, generator=generator).to(dtype) if with_bias else None
+    arguments = product, scale * 1e-2, zero_point, weight_scale, sums, bias
+    exact = integers.rescale(*arguments, torch.float32).double()
+    exact = exact * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (exact + 0.044715 * exact**3)))
+    rounding = 2**-8 if dtype == torch.bfloat16 else 2e-6
+    for rescale in (cpu.kernels().rescale, integers.rescale):
+        assert ((rescale(*arguments, dtype, gelu=True) - exact).abs() <= rounding * exact.abs() + 1e-6).all()
+
+
+@compiled
 @given(rows=SIZES, columns=WIDTHS, group_size=st.sampled_from([2, 16, 64]), seed=SEEDS)
 @settings(max_examples=30, deadline=None)
 def test_expanded_int4_is_exact(rows, columns, group_size, seed):

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_denoiser, predict, relative
+from diffusers.models.activations import GELU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, InputStatistics, NativeLinear, quantize_in_place
 from cemq.quantize.integers import quantize_tokens
+from cemq.quantize.linear import FusedGELU, fuse_gelu
 
 SIZES, SEEDS = st.integers(1, 150), st.integers(0, 10**6)
 FEATURES = st.integers(1, 150)
@@ -275,3 +277,31 @@ def test_inductor_gives_nearly_the_same():
     _, layer = make_layer("w4a8", 70, 30, smoothed=True)
     values = torch.randn(40, 70)
     assert relative(torch.compile(layer, fullgraph=True)(values), layer(values)) < 1e-3
+
+
+# --- the activation that a projection applies itself
+
+
+@every_scheme
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_a_fused_gelu_is_the_gelu_of_the_layer(scheme, rank, rows):
+    gelu = GELU(70, 33, approximate="tanh")
+    gelu.proj = make_layer(scheme, 70, 33, rank=rank)[1]
+    model, values = nn.Sequential(gelu), torch.randn(rows, 70)
+    expected = model(values)
+    names = set(model.state_dict())
+    fuse_gelu(model)
+    assert type(model[0]) is FusedGELU
+    assert set(model.state_dict()) == names
+    torch.testing.assert_close(model(values), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_only_what_the_layer_can_apply_is_fused(approximate):
+    model = nn.Sequential(GELU(70, 33, approximate=approximate))  # its projection stays in full precision
+    fuse_gelu(model)
+    assert type(model[0]) is GELU
+    model[0].proj = make_layer("w8a8", 70, 33)[1]
+    fuse_gelu(model)
+    assert type(model[0]) is (FusedGELU if approximate == "tanh" else GELU)

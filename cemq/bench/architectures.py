@@ -42,35 +42,32 @@ class Architecture:
         return INPUTS[self.model_class](self, batch, draw)
 
 
-def _dit(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
+def _square(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
+    """What DiT, PixArt and SD3 have in common."""
     config = architecture.config
     sample = draw(batch, config["in_channels"], config["sample_size"], config["sample_size"])
-    return {
-        "hidden_states": sample,
-        "timestep": torch.full((batch,), 500, device=sample.device),
-        "class_labels": torch.arange(batch, device=sample.device) % config["num_embeds_ada_norm"],
-    }
+    return {"hidden_states": sample, "timestep": torch.full((batch,), 500, device=sample.device)}
+
+
+def _dit(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
+    inputs = _square(architecture, batch, draw)
+    classes = torch.arange(batch, device=inputs["timestep"].device) % architecture.config["num_embeds_ada_norm"]
+    return inputs | {"class_labels": classes}
 
 
 def _pixart(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
     config = architecture.config
-    sample = draw(batch, config["in_channels"], config["sample_size"], config["sample_size"])
-    return {
-        "hidden_states": sample,
+    return _square(architecture, batch, draw) | {
         "encoder_hidden_states": draw(batch, architecture.sizes["text_tokens"], config["caption_channels"]),
-        "timestep": torch.full((batch,), 500, device=sample.device),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
 
 
 def _sd3(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
     config = architecture.config
-    sample = draw(batch, config["in_channels"], config["sample_size"], config["sample_size"])
-    return {
-        "hidden_states": sample,
+    return _square(architecture, batch, draw) | {
         "encoder_hidden_states": draw(batch, architecture.sizes["text_tokens"], config["joint_attention_dim"]),
         "pooled_projections": draw(batch, config["pooled_projection_dim"]),
-        "timestep": torch.full((batch,), 500, device=sample.device),
     }
 
 

@@ -7,18 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import send_to_device
 
+from cemq.bench.answers import relative_error
 from cemq.bench.forward import FULL_PRECISION
 from cemq.bench.machine import describe_machine
 from cemq.bench.measure import busy_note, make_rows, measure
 from cemq.bench.random_models import tensor_bytes
 from cemq.bundle import read_bundle
 from cemq.errors import ModelError, choose
-from cemq.evaluation.metrics import relative_l2
 from cemq.models import DTYPES, check_device, default_device, denoisers, locate, open_pipeline
 from cemq.quantize import record_calls
+from cemq.quantize.allocate import replayed_output
 from cemq.quantize.calibrate import Call, replay
 from cemq.runtime import attached, detach, from_pretrained, schedule_hook
 from cemq.sampling import EVALUATION_SEED_OFFSET, Progress, make_batches, run
@@ -80,9 +80,9 @@ def bench_bundle(
         return (lambda done: progress(stage, done)) if progress else None
 
     models = {name: getattr(pipe, component) for name, pipe in pipes.items()}
-    outputs = {name: _first_tensor(replay(model, call)) for name, model in models.items()}
+    outputs = {name: replayed_output(model, call) for name, model in models.items()}
     exact = outputs.get(FULL_PRECISION)
-    errors = {name: float(relative_l2(exact, output).mean()) for name, output in outputs.items() if exact is not None}
+    errors = {name: relative_error(exact, output) for name, output in outputs.items() if exact is not None}
     forwards = measure(
         {name: partial(replay, model, call) for name, model in models.items()},
         rounds=3 * rounds, device=place, progress=share("one forward"),
@@ -126,7 +126,3 @@ def bench_bundle(
             },
         ],
     }
-
-
-def _first_tensor(output: Any) -> torch.Tensor:
-    return output if torch.is_tensor(output) else next(iter(output.values() if hasattr(output, "values") else output))

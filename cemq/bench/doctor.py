@@ -15,10 +15,11 @@ import accelerate
 import torch
 from diffusers.hooks import apply_group_offloading
 
+from cemq.bench.answers import predict, relative_error
 from cemq.bench.architectures import Architecture, Inputs
 from cemq.bench.machine import compile_obstacle, describe_machine
 from cemq.bench.random_models import quantization_config, random_model
-from cemq.evaluation.metrics import relative_l2
+from cemq.errors import first_line
 from cemq.models import default_dtype
 from cemq.quantize import BACKENDS, CemqConfig, installed
 from cemq.sampling import Progress
@@ -54,17 +55,8 @@ class Subject:
         output = predict(model, self.inputs)
         if torch.equal(output, self.output):
             return OK
-        error = _error(self.output, output)
+        error = relative_error(self.output, output)
         return OK if error <= tolerance else f"another output: relative difference {error:.2g}"
-
-
-@torch.no_grad()
-def predict(model: Any, inputs: Inputs) -> torch.Tensor:
-    return model(**inputs, return_dict=False)[0]
-
-
-def _error(reference: torch.Tensor, output: torch.Tensor) -> float:
-    return float(relative_l2(reference, output).mean())
 
 
 def _save_reload(subject: Subject) -> str:
@@ -108,7 +100,7 @@ def _compile(subject: Subject) -> str:
     layers = model.transformer_blocks[0].ff
     values = torch.randn(1, _ROWS, model.inner_dim).to(subject.output)
     with torch.no_grad():
-        error = _error(layers(values), torch.compile(layers, fullgraph=True)(values))
+        error = relative_error(layers(values), torch.compile(layers, fullgraph=True)(values))
     return OK if error <= _COMPILED_ERROR else f"another output: relative difference {error:.2g}"
 
 
@@ -188,7 +180,7 @@ def _try(
         config: CemqConfig = quantization_config(original, backend, scheme)
         model = random_model(TINY, dtype=exact.dtype, device=device, config=config, batch=TINY.batch)
         output = predict(model, inputs)
-        error = _error(exact, output)
+        error = relative_error(exact, output)
         if not error <= LARGEST_ERROR:
             return f"relative error {error:.2g} to full precision"
         subject = Subject(model=model, inputs=inputs, output=output, device=device)
@@ -206,11 +198,7 @@ def _caught(probe: Callable[[], str]) -> str:
     try:
         return probe()
     except Exception as error:  # a report on whatever libraries raise
-        return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _devices() -> list[torch.device]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 
+from cemq.bench.answers import predict, relative_error
 from cemq.bench.architectures import ARCHITECTURES, Architecture, Inputs
 from cemq.bench.machine import compile_obstacle, describe_machine
 from cemq.bench.measure import busy_note, make_rows, measure
@@ -21,8 +23,7 @@ from cemq.bench.random_models import (
     random_model,
     tensor_bytes,
 )
-from cemq.errors import CemqError, InputError, choose
-from cemq.evaluation.metrics import relative_l2
+from cemq.errors import CemqError, InputError, choose, first_line
 from cemq.models import DTYPES, check_device, default_device
 from cemq.sampling import Progress
 
@@ -87,7 +88,7 @@ def bench_architecture(
     if exact_fits and not (full_precision and kind == torch.float32):
         report("float32 reference", 0, 1)
         exact = random_model(architecture, dtype=torch.float32, device=place, weights_rounded_to=kind)
-        reference = _forward(exact, _cast(inputs, torch.float32))
+        reference = predict(exact, _cast(inputs, torch.float32))
         del exact
         report("float32 reference", 1, 1)
     elif not exact_fits:
@@ -100,13 +101,14 @@ def bench_architecture(
         models[name] = random_model(architecture, dtype=kind, device=place, config=config, batch=batch)
     report("building", 1, 1)
     calls = {
-        name: partial(_forward, torch.compile(model) if compiled else model, inputs) for name, model in models.items()
+        name: partial(predict, torch.compile(model) if compiled else model, inputs) for name, model in models.items()
     }
     errors: dict[str, float | None] = {}
     for name, call in calls.items():
         output = _output(name, call)
         reference = output if reference is None and name == FULL_PRECISION else reference
-        errors[name] = None if reference is None else _error(reference, output)
+        error = math.nan if reference is None else relative_error(reference, output)
+        errors[name] = None if math.isnan(error) else error
         if not output.isfinite().all():
             notes.append(f"{name}: the output is not finite")
     timings = measure(
@@ -137,23 +139,12 @@ def bench_architecture(
     }
 
 
-@torch.no_grad()
-def _forward(model: Any, inputs: Inputs) -> torch.Tensor:
-    return model(**inputs, return_dict=False)[0]
-
-
 def _output(name: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The first call, which compiles where that is asked for. Raises CemqError where the variant does not run."""
     try:
         return call()
     except Exception as error:  # libraries raise many unrelated types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CemqError(f"{name} does not run here: {reason}; cemq doctor shows what does") from error
-
-
-def _error(reference: torch.Tensor, output: torch.Tensor) -> float | None:
-    error = float(relative_l2(reference, output).mean())
-    return error if error == error else None
+        raise CemqError(f"{name} does not run here: {first_line(error)}; cemq doctor shows what does") from error
 
 
 def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:

@@ -15,6 +15,7 @@ from torch import nn
 from cemq.bench.architectures import Architecture
 from cemq.errors import SchemeError
 from cemq.quantize import NO_SCHEME, CemqConfig, QuantizationPlan, check_scheme, quantize_calibrated
+from cemq.quantize.allocate import layer_bytes
 from cemq.quantize.calibrate import Call
 from cemq.quantize.quantizer import mark_quantized, nothing_to_quantize, quantizable
 
@@ -42,8 +43,8 @@ def parse_scheme(text: str) -> tuple[str, str]:
 
 
 def quantization_config(model: nn.Module, backend: str, scheme: str) -> CemqConfig:
-    """What a build takes for this model, but without smoothing, which calibration data would have to decide."""
-    return QuantizationPlan(scheme=scheme, backend=backend, smoothed=False).config(model)
+    """What a build takes for this model."""
+    return QuantizationPlan(scheme=scheme, backend=backend).config(model)
 
 
 def needs_float_model(model: nn.Module, config: CemqConfig) -> bool:
@@ -55,11 +56,10 @@ def planned_bytes(model: nn.Module, dtype: torch.dtype, config: CemqConfig | Non
     """Bytes of parameters and buffers that a (meta) model will have once it is built."""
     kinds = {name: _kept_dtype(model, name, dtype) for name, _ in model.named_parameters()}
     total = sum(parameter.numel() * kinds[name].itemsize for name, parameter in model.named_parameters())
-    stored = model.state_dict()
-    total += sum(buffer.numel() * buffer.element_size() for name, buffer in model.named_buffers() if name in stored)
+    kept = model.state_dict()
+    total += sum(buffer.numel() * buffer.element_size() for name, buffer in model.named_buffers() if name in kept)
     for name, linear, scheme in quantizable(model, config) if config else ():
-        stored = config.layer_class(scheme).layout(linear.in_features, linear.out_features, scheme)
-        total += sum(prod(shape) * kind.itemsize for shape, kind in stored.values())
+        total += layer_bytes(config, linear, scheme)
         total -= linear.weight.numel() * kinds[f"{name}.weight"].itemsize
     return total
 

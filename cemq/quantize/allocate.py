@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -22,7 +22,7 @@ def stored_bits(denoiser: nn.Module, config: CemqConfig) -> float:
     layers = list(quantizable(denoiser, config))
     if not layers:
         raise nothing_to_quantize(denoiser)
-    size = sum(_layer_bytes(config, linear, scheme) for _, linear, scheme in layers)
+    size = sum(layer_bytes(config, linear, scheme) for _, linear, scheme in layers)
     return 8 * size / sum(linear.weight.numel() for _, linear, _ in layers)
 
 
@@ -46,9 +46,7 @@ def choose_eight_bit(
     Raises:
         InputError: Not even 4 bits everywhere fit the budget.
     """
-    least, free = least_bits(denoiser, config)
-    if bits_budget < least:
-        raise InputError(f"bits budget {bits_budget}: {config.scheme} needs {least:.2f} bits a weight at least")
+    least, free = least_bits(denoiser, config, within=bits_budget)
     lowest = config.with_eight_bit(free)
     layers = [entry for entry in quantizable(denoiser, lowest) if entry[2].weight_bits == 4]
     harms = _harms(denoiser, lowest, calls[:: max(1, len(calls) // MEASURED_CALLS)][:MEASURED_CALLS], progress)
@@ -62,30 +60,37 @@ def choose_eight_bit(
     return raised
 
 
-def least_bits(denoiser: nn.Module, config: CemqConfig) -> tuple[float, list[str]]:
-    """The smallest average there is, and the names of layers so narrow that 8 bits take no more room than 4."""
+def least_bits(denoiser: nn.Module, config: CemqConfig, *, within: float) -> tuple[float, list[str]]:
+    """The smallest average there is, and the names of layers so narrow that 8 bits take no more room than 4.
+
+    Raises:
+        InputError: Not even 4 bits everywhere stay ``within`` the budget.
+    """
     lowest = config.with_eight_bit(())
     free = [name for name, linear, scheme in quantizable(denoiser, lowest) if _extra_bytes(lowest, linear, scheme) <= 0]
-    return stored_bits(denoiser, config.with_eight_bit(free)), free
+    least = stored_bits(denoiser, config.with_eight_bit(free))
+    if within < least:
+        raise InputError(f"bits budget {within}: {config.scheme} needs {least:.2f} bits a weight at least")
+    return least, free
 
 
 def _extra_bytes(config: CemqConfig, linear: nn.Linear, scheme: Scheme) -> int:
     """What a layer of 4-bit weights would take more with 8-bit ones."""
     wider = replace(SCHEMES[f"w8a{scheme.activation_bits}"], smoothed=scheme.smoothed)
-    return _layer_bytes(config, linear, wider) - _layer_bytes(config, linear, scheme)
+    return layer_bytes(config, linear, wider) - layer_bytes(config, linear, scheme)
 
 
 def _harms(
     denoiser: nn.Module, config: CemqConfig, calls: Sequence[Call], progress: Callable[[float], None] | None
 ) -> dict[str, float]:
     """Squared error of the model's output, relative to its square, with each layer alone at 4 bits."""
-    wanted = [_output(denoiser, call) for call in calls]
+    wanted = [replayed_output(denoiser, call).float() for call in calls]
     layers, harms = [entry for entry in quantizable(denoiser, config) if entry[2].weight_bits == 4], {}
     for done, (name, linear, scheme) in enumerate(layers, start=1):
         alone = SCHEMES[f"w{scheme.weight_bits}a16"]
         denoiser.set_submodule(name, config.layer_class(alone).from_linear(linear, alone))
         try:
-            found = [_output(denoiser, call) for call in calls]
+            found = [replayed_output(denoiser, call).float() for call in calls]
         finally:
             denoiser.set_submodule(name, linear)
         harms[name] = sum(
@@ -97,22 +102,15 @@ def _harms(
     return harms
 
 
-def _output(denoiser: nn.Module, call: Call) -> torch.Tensor:
-    result = replay(denoiser, call)
-    return next(_tensors(result)).float()
+def replayed_output(denoiser: nn.Module, call: Call) -> torch.Tensor:
+    """The first tensor in what the denoiser answers to a call: some answer with a tuple, others with a dataclass."""
+    answer = replay(denoiser, call)
+    while not isinstance(answer, torch.Tensor):
+        answer = next(iter(answer.values() if isinstance(answer, dict) else answer))
+    return answer
 
 
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _layer_bytes(config: CemqConfig, linear: nn.Linear, scheme: Scheme) -> int:
+def layer_bytes(config: CemqConfig, linear: nn.Linear, scheme: Scheme) -> int:
+    """Bytes of a quantized layer but for its bias."""
     layout = config.layer_class(scheme).layout(linear.in_features, linear.out_features, scheme)
     return sum(prod(shape) * kind.itemsize for shape, kind in layout.values())

@@ -12,7 +12,7 @@ from cemq.errors import InputError, SchemeError, choose
 from cemq.families import DENOISERS, EIGHT_BIT, full_precision_patterns
 from cemq.models import denoisers
 from cemq.quantize.allocate import choose_eight_bit, least_bits
-from cemq.quantize.calibrate import Call, quantize_calibrated
+from cemq.quantize.calibrate import Call, quantize_calibrated, weights_read_elsewhere
 from cemq.quantize.quantizer import CemqConfig, quantizable, quantize_in_place
 from cemq.quantize.schemes import NO_SCHEME, SCHEMES, check_scheme
 
@@ -49,10 +49,17 @@ class QuantizationPlan:
             if asked and not (four_bit and self.backend == "native"):
                 found = f"{self.backend} {self.scheme}"
                 raise InputError(f"{option}: only 4-bit schemes of the native backend take it, not {found}")
+            if asked and not self.quantizes_denoiser:
+                named = ", ".join(self.components)
+                raise InputError(f"{option}: only the denoiser takes it, and the components are {named}: name it too")
         if len(set(self.components)) < len(self.components):
             raise InputError(f"components {', '.join(self.components)}: one is named twice")
         if self.components and self.scheme == NO_SCHEME:
             raise InputError("components to quantize are named, but the scheme is none: name a scheme")
+
+    @property
+    def quantizes_denoiser(self) -> bool:
+        return self.scheme != NO_SCHEME and (not self.components or not set(DENOISERS).isdisjoint(self.components))
 
     def config(self, denoiser: nn.Module) -> CemqConfig:
         """The quantization config of the denoiser, with the layers at 8 bits that go with the rounding."""
@@ -69,7 +76,7 @@ class QuantizationPlan:
 
     def needs_calls(self, denoiser: nn.Module) -> bool:
         """Whether recorded calls of the denoiser are needed to quantize it."""
-        if self.scheme == NO_SCHEME or (self.components and not set(self.components) & set(DENOISERS)):
+        if not self.quantizes_denoiser:
             return False
         config = self.config(denoiser)
         if self.backend == "native":
@@ -87,12 +94,8 @@ class QuantizationPlan:
             if name not in DENOISERS and "text_encoder" not in name:
                 raise InputError(f"component '{name}' stays in full precision: name the denoiser or text encoders")
         for _, denoiser in denoisers(pipe):
-            if self.bits_budget is not None and self.needs_calls(denoiser):
-                least, _ = least_bits(denoiser, self.config(denoiser))
-                if self.bits_budget < least:
-                    raise InputError(
-                        f"bits budget {self.bits_budget}: {self.scheme} needs {least:.2f} bits a weight at least"
-                    )
+            if self.bits_budget is not None:
+                least_bits(denoiser, self.config(denoiser), within=self.bits_budget)
 
 
 def quantize_pipeline(
@@ -121,6 +124,8 @@ def quantize_pipeline(
             quantize_text_encoder(model, TextEncoderConfig(f"w{SCHEMES[plan.scheme].weight_bits}a16"))
             continue
         config = plan.config(model)
+        if calls.get(name):
+            config = config.with_full_precision(weights_read_elsewhere(model, config, calls[name][0]))
         if plan.bits_budget is not None:
             chosen = choose_eight_bit(model, config, calls[name], plan.bits_budget, progress=report("bits per layer"))
             config = config.with_eight_bit(chosen)

@@ -134,11 +134,17 @@ def rescale(
     weight_sum: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
+    gelu: bool = False,
 ) -> torch.Tensor:
-    """From the int32 product (tokens, out) of quantized tokens and an integer weight to what the float layer gives."""
+    """From the int32 product (tokens, out) of quantized tokens and an integer weight to what the float layer gives.
+
+    With ``gelu`` its tanh form is applied before the result is rounded to ``dtype``.
+    """
     output = (product - zero_point * weight_sum.t()).float() * (scale * weight_scale.t())
     if bias is not None:
         output = output + bias.float()
+    if gelu:
+        output = F.gelu(output, approximate="tanh")
     return output.to(dtype)
 
 

@@ -20,9 +20,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import get_module_from_name
 from torch import nn
 
-from cemq.errors import BundleError, SchemeError
+from cemq.errors import BundleError, ModelError, SchemeError
 from cemq.families import EIGHT_BIT, FULL_PRECISION
-from cemq.quantize.linear import InputStatistics, QuantizedLinear
+from cemq.quantize.linear import InputStatistics, QuantizedLinear, fuse_gelu
 from cemq.quantize.schemes import BACKENDS, SCHEMES, Scheme, check_scheme
 
 METHOD = "cemq"
@@ -87,6 +87,10 @@ class CemqConfig(QuantizationConfigMixin):
         """The same, with other layers at 8 bits."""
         return CemqConfig(**{**self.to_dict(), "eight_bit": eight_bit})
 
+    def with_full_precision(self, names: Sequence[str]) -> CemqConfig:
+        """The same, with more layers left as they are."""
+        return CemqConfig(**{**self.to_dict(), "full_precision": [*self.full_precision, *names]})
+
     def layer_class(self, scheme: Scheme) -> type[QuantizedLinear]:
         """The class of the layers that this backend makes for a scheme."""
         module, _, name = BACKENDS[self.backend].layers[scheme.name].partition(":")
@@ -132,6 +136,7 @@ def quantize_in_place(
     Raises:
         SchemeError: The patterns leave nothing to quantize.
     """
+    refuse_adapters(model)
     replaced = 0
     for name, module, scheme in quantizable(model, config):
         known = statistics.get(name) if statistics else None
@@ -143,6 +148,14 @@ def quantize_in_place(
     return replaced
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ModelError for LoRA layers that are not fused: they would be quantized apart from what they adapt."""
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} holds LoRA layers: call fuse_lora() and unload_lora_weights() before quantizing it"
+        )
+
+
 def nothing_to_quantize(model: nn.Module) -> SchemeError:
     return SchemeError(
         f"{type(model).__name__} has no linear layer outside the full-precision patterns: nothing to quantize"
@@ -151,6 +164,7 @@ def nothing_to_quantize(model: nn.Module) -> SchemeError:
 
 def mark_quantized(model: nn.Module, config: CemqConfig) -> None:
     """Tell diffusers that the model is quantized, and how, so that it saves it as such."""
+    fuse_gelu(model)
     quantizer = CemqQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method, model.hf_quantizer = True, config.quant_method, quantizer
     model.register_to_config(quantization_config=config)
@@ -178,6 +192,7 @@ class CemqQuantizer(DiffusersQuantizer):
             if not self.pre_quantized:  # the float weight is about to be loaded under this name
                 empty.weight = nn.Parameter(module.weight, requires_grad=False)
             model.set_submodule(name, empty)
+        fuse_gelu(model)
         model.config.quantization_config = config
 
     def check_if_quantized_param(

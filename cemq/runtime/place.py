@@ -1,6 +1,6 @@
 """Carrying out a placement, with diffusers' and accelerate's own offloading.
 
-Only what `cemq.placement` planned is applied here; that the schedule lies above all of it is `runtime.order`'s work.
+Only what `cemq.placement` planned is applied here; `runtime.registration` keeps the schedule above all of it.
 """
 
 from __future__ import annotations

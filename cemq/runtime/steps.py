@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from cemq.errors import ModelError
 from cemq.prior import SamplerFingerprint
 from cemq.sampler import fingerprint, intercepted
 
@@ -28,6 +31,7 @@ class StepTracker:
         self._calls: Counter[str | None] = Counter()
         self._warned: set[str] = set()
         self._undo = ExitStack()
+        self._thread: int | None = None  # that of the run: a second one at once would mix up both
 
     def follow(self, scheduler: Any) -> None:
         """Intercept ``set_timesteps`` and ``step`` of this scheduler until `release`."""
@@ -40,9 +44,25 @@ class StepTracker:
 
     def enter_call(self, context: str | None) -> Stream:
         """The stream of this denoiser call: its cache context, and how many calls of that name the step has had."""
+        if self.step_index is None or self.step_index < len(self.expected.timesteps):  # the run is not over yet
+            self._check_thread()
         stream = (context, self._calls[context])
         self._calls[context] += 1
         return stream
+
+    def agrees(self, step_index: int | None, sigma: float | None) -> bool:
+        """Whether this is the step that the pipeline's cache context says it is, where it says so."""
+        if step_index is not None and step_index != self.step_index:
+            return False
+        sigmas = getattr(self.scheduler, "sigmas", None)
+        if sigma is None or sigmas is None or self.step_index >= len(sigmas):
+            return True
+        expected = float(sigmas[self.step_index + (getattr(self.scheduler, "begin_index", None) or 0)])
+        return abs(sigma - expected) <= 1e-3 * max(1.0, abs(expected))
+
+    def _check_thread(self) -> None:
+        if self._thread not in (None, threading.get_ident()):
+            raise ModelError("two threads run this pipeline at once: give each a pipeline (or scheduler) of its own")
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -52,10 +72,12 @@ class StepTracker:
     def _set_timesteps(self, original: Any, **arguments: Any) -> Any:
         result = original(**arguments)
         self._calls.clear()
+        self._thread = threading.get_ident()
         self.on_start()
         self.step_index = 0
         found, expected = fingerprint(self.scheduler), self.expected
-        if not found.matches(expected):
+        # an image-to-image run begins late, so that it was planned for the last timesteps only
+        if not dataclasses.replace(found, timesteps=found.timesteps[-len(expected.timesteps) :]).matches(expected):
             self.step_index = None
             if len(found.timesteps) != len(expected.timesteps):
                 difference = (
@@ -67,6 +89,7 @@ class StepTracker:
         return result
 
     def _step(self, original: Any, **arguments: Any) -> Any:
+        self._check_thread()
         if self.step_index is not None:
             if not self._is_expected(arguments.get("timestep")):
                 self.step_index = None
@@ -80,7 +103,8 @@ class StepTracker:
         if timestep is None or self.step_index >= len(self.expected.timesteps):
             return False
         planned = self.expected.timesteps[self.step_index]
-        return abs(float(timestep) - planned) <= 1e-3 * max(1.0, abs(planned))
+        found = timestep.flatten()[0] if hasattr(timestep, "flatten") else timestep  # some hand one per sample
+        return abs(float(found) - planned) <= 1e-3 * max(1.0, abs(planned))
 
 
 class AnySamplerTracker(StepTracker):

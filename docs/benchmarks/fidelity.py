@@ -7,19 +7,16 @@ does; writes fidelity.md and fidelity.json beside itself. About 6 minutes on 2 C
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import diffusers
-import torch
 
 import cemq
+from cemq.bench.machine import describe_machine, one_line
 from cemq.bundle import PRIOR, read_bundle
 from cemq.evaluation import measure_fidelity, run_batch
 from cemq.models import locate, open_pipeline
@@ -32,16 +29,6 @@ MODELS = ("builtin:dit-digits", "builtin:sd3-digits")
 SCHEMES = ("none", "w8a8", "w4a8")
 BUDGETS = (50, 25, 15, 10)
 SOLVERS = ("segment", "cem", "uniform")
-
-
-def machine() -> str:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers")
-    )
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads; {versions}"
 
 
 def budget_wall_share(bundle: Path, rounds: int = 7) -> float:
@@ -134,15 +121,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     samples = parser.parse_args().samples
     diffusers.utils.logging.disable_progress_bar()
+    machine = describe_machine()
     rows, shares = measure(samples)
     sizes = sorted({(r["model"], r["scheme"], r["model_bytes"], r["reference_bytes"]) for r in rows if "seeds" in r})
     here = Path(__file__).with_suffix("")
-    record = {"machine": machine(), "rows": rows, "wall_share_10_of_50": shares}
+    record = {"machine": machine, "rows": rows, "wall_share_10_of_50": shares}
     here.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     here.with_suffix(".md").write_text(
         f"""# Fidelity by scheme and budget
 
-{datetime.date.today()}, {machine()}.
+{machine["date"][:10]}, {one_line(machine)}.
 Command: `make bench` ({samples} samples a cell, seeds from 1000000 on, none of them profiled; 50 steps; predictor
 taylor1; combined prior of 16 samples). Reference: full precision, uncached, same
 seeds. The denoiser ran exactly as often as the budget says in every timed run (asserted).

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes import matmul_4bit
 
-from cemq.errors import SchemeError
+from cemq.quantize.backends import refuse_one_feature
 from cemq.quantize.linear import InputStatistics, Layout, QuantizedLinear
 from cemq.quantize.schemes import Scheme
 
@@ -37,8 +37,7 @@ class Int8Linear(QuantizedLinear):
     def quantize(
         cls, weight: torch.Tensor, scheme: Scheme, statistics: InputStatistics | None
     ) -> dict[str, torch.Tensor]:
-        if weight.shape[1] == 1:
-            raise SchemeError("w8a8 of bitsandbytes needs two input features or more: leave this layer as it is")
+        refuse_one_feature(weight, "w8a8 of bitsandbytes")
         quantized, absmax, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         return {"weight": quantized, "weight_absmax": absmax}
 

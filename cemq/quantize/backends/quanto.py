@@ -20,6 +20,7 @@ from optimum.quanto import (
 from optimum.quanto.tensor.packed import PackedTensor
 
 from cemq.errors import SchemeError
+from cemq.quantize.backends import refuse_one_feature
 from cemq.quantize.linear import InputStatistics, Layout, QuantizedLinear
 from cemq.quantize.schemes import Scheme
 
@@ -69,9 +70,8 @@ class QuantoLinear(QuantizedLinear):
                     f"{scheme.name} of quanto multiplies with fixed activation scales, and no inputs were recorded for "
                     f"this layer: calibrate first, or take w{scheme.weight_bits}a16 or another backend"
                 )
+            refuse_one_feature(weight, f"{scheme.name} of quanto")
             tensors["input_scale"] = torch.tensor([input_scale(statistics.largest)], device=weight.device)
-        if scheme.activation_bits == 8 and weight.shape[1] == 1:
-            raise SchemeError(f"{scheme.name} of quanto needs two input features or more: leave this layer as it is")
         weight = weight.float()
         if scheme.weight_bits == 8:
             scale = AbsmaxOptimizer()(weight, qint8, axis=0).clamp_min(_TINY)  # quanto divides a row of zeros by zero

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, quantize_
 
-from cemq.errors import SchemeError
+from cemq.quantize.backends import refuse_one_feature
 from cemq.quantize.linear import InputStatistics, Layout, QuantizedLinear
 from cemq.quantize.schemes import Scheme
 
@@ -30,8 +30,7 @@ class TorchaoLinear(QuantizedLinear):
     def quantize(
         cls, weight: torch.Tensor, scheme: Scheme, statistics: InputStatistics | None
     ) -> dict[str, torch.Tensor]:
-        if weight.shape[1] == 1:
-            raise SchemeError("w8a8 of torchao needs two input features or more: leave this layer as it is")
+        refuse_one_feature(weight, "w8a8 of torchao")
         quantized = _int8_tensor(weight)
         return {"weight": quantized.qdata, "weight_scale": quantized.scale}
 

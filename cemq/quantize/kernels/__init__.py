@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,9 @@ def integer_linear(
     weight_sum: torch.Tensor,
     bias: torch.Tensor | None,
     smooth: torch.Tensor | None = None,
+    gelu: bool = False,
 ) -> torch.Tensor:
-    """Quantize each token, multiply integers, scale back.
+    """Quantize each token, multiply integers, scale back; with ``gelu``, apply its tanh form to the result.
 
     Args:
         values: (tokens, in) in any float dtype.
@@ -42,19 +44,22 @@ def integer_linear(
         (tokens, out) in the dtype of ``values``.
     """
     if torch.compiler.is_compiling() and values.device.type == "cpu":
-        return _integer_linear_op(values, weight, group_scale, weight_scale, weight_sum, bias, smooth)
+        return _integer_linear_op(values, weight, group_scale, weight_scale, weight_sum, bias, smooth, gelu)
     values, bias = values.contiguous(), _as(bias, values.dtype)
     if values.is_cuda and (fused := _triton()):
         if smooth is not None:
             values = (values * smooth).to(values.dtype)
         if group_scale is None:
-            return fused.linear_w8a8(values, weight, weight_scale, weight_sum, bias)
-        group_size = 2 * weight.shape[1] // group_scale.shape[1]
-        return fused.linear_w4a8(values, weight, group_scale, weight_scale, weight_sum, bias, group_size)
+            output = fused.linear_w8a8(values, weight, weight_scale, weight_sum, bias)
+        else:
+            group_size = 2 * weight.shape[1] // group_scale.shape[1]
+            output = fused.linear_w4a8(values, weight, group_scale, weight_scale, weight_sum, bias, group_size)
+        return F.gelu(output, approximate="tanh") if gelu else output
     compiled = _cpu_kernels(values)
     quantized, scale, zero_point = (compiled or integers).quantize_tokens(values, smooth)
     product = integers.integer_matmul(quantized, integer_weight(weight, group_scale, values.shape[1]))
-    return (compiled or integers).rescale(product, scale, zero_point, weight_scale, weight_sum, bias, values.dtype)
+    scales = scale, zero_point, weight_scale, weight_sum
+    return (compiled or integers).rescale(product, *scales, bias, values.dtype, gelu)
 
 
 def weight_only_linear(
@@ -104,7 +109,7 @@ def _has_memory(tensor: torch.Tensor) -> bool:
     return plain and tensor.device.type == "cpu" and not torch.jit.is_tracing()
 
 
-def _rows_by_outputs(values: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+def _rows_by_outputs(values: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return values.new_empty(values.shape[0], weight.shape[0])
 
 
@@ -113,7 +118,7 @@ _integer_linear_op = torch.library.custom_op(
     integer_linear,
     mutates_args=(),
     schema="(Tensor values, Tensor weight, Tensor? group_scale, Tensor weight_scale, Tensor weight_sum, Tensor? bias, "
-    "Tensor? smooth) -> Tensor",
+    "Tensor? smooth, bool gelu=False) -> Tensor",
 )
 _weight_only_linear_op = torch.library.custom_op(
     "cemq::weight_only_linear",

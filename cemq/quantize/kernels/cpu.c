@@ -62,22 +62,42 @@ static inline bfloat16 to_bfloat16(float value) { /* to nearest, ties to even; N
 QUANTIZE_TOKENS(quantize_tokens_float32, float, IDENTITY)
 QUANTIZE_TOKENS(quantize_tokens_bfloat16, bfloat16, from_bfloat16)
 
+/* x * sigmoid(2u), which is gelu's tanh form; e to the -2u from a power of two and a polynomial */
+static inline float gelu(float x) {
+  float power = -x * (1.5957691216f + 0.0713548163f * (x * x));
+  power = power < -87.0f ? -87.0f : power;
+  power = power > 87.0f ? 87.0f : power;
+  float whole = rintf(power * 1.44269504f), rest = power - whole * 0.693145752f - whole * 1.42860677e-6f;
+  float series = 1.0f + rest * (1.0f + rest * (0.5f + rest * (1.66666667e-1f + rest * (4.16666667e-2f +
+                 rest * (8.33333333e-3f + rest * 1.38888889e-3f)))));
+  int32_t bits = ((int32_t)whole + 127) << 23;
+  float scale;
+  memcpy(&scale, &bits, 4);
+  return x / (1.0f + series * scale);
+}
+
 /* integers.rescale; bias may be null */
+#define RESCALE_ROW(AFTER, STORE, BIAS)                                                                                \
+  SIMD for (int64_t i = 0; i < columns; i++) out[i] =                                                                  \
+      STORE(AFTER((float)(in[i] - zero * weight_sum[i]) * (scale * weight_scale[i]) BIAS));
+
 #define RESCALE(NAME, TYPE, LOAD, STORE)                                                                               \
   void NAME(const int32_t *restrict product, const float *restrict scales, const int32_t *restrict zeros,              \
             const float *restrict weight_scale, const int32_t *restrict weight_sum, const TYPE *restrict bias,         \
-            TYPE *restrict output, int64_t rows, int64_t columns) {                                                    \
+            TYPE *restrict output, int64_t rows, int64_t columns, int64_t with_gelu) {                                 \
     PARALLEL for (int64_t row = 0; row < rows; row++) {                                                                \
       const int32_t *in = product + row * columns;                                                                     \
       TYPE *out = output + row * columns;                                                                              \
       float scale = scales[row];                                                                                       \
       int32_t zero = zeros[row];                                                                                       \
-      if (bias) {                                                                                                      \
-        SIMD for (int64_t i = 0; i < columns; i++) out[i] =                                                            \
-            STORE((float)(in[i] - zero * weight_sum[i]) * (scale * weight_scale[i]) + LOAD(bias[i]));                  \
+      if (bias && with_gelu) {                                                                                         \
+        RESCALE_ROW(gelu, STORE, +LOAD(bias[i]))                                                                       \
+      } else if (bias) {                                                                                               \
+        RESCALE_ROW(IDENTITY, STORE, +LOAD(bias[i]))                                                                   \
+      } else if (with_gelu) {                                                                                          \
+        RESCALE_ROW(gelu, STORE, )                                                                                     \
       } else {                                                                                                         \
-        SIMD for (int64_t i = 0; i < columns; i++) out[i] =                                                            \
-            STORE((float)(in[i] - zero * weight_sum[i]) * (scale * weight_scale[i]));                                  \
+        RESCALE_ROW(IDENTITY, STORE, )                                                                                 \
       }                                                                                                                \
     }                                                                                                                  \
   }

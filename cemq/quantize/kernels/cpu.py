@@ -30,8 +30,8 @@ _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES = {
     "quantize_tokens_float32": (5, 2),
     "quantize_tokens_bfloat16": (5, 2),
-    "rescale_float32": (7, 2),
-    "rescale_bfloat16": (7, 2),
+    "rescale_float32": (7, 3),
+    "rescale_bfloat16": (7, 3),
     "expand_int4": (3, 3),
     "few_rows": (6, 4),
 }
@@ -74,8 +74,9 @@ class Kernels:
         weight_sum: torch.Tensor,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
+        gelu: bool = False,
     ) -> torch.Tensor:
-        """As `integers.rescale`, bit for bit."""
+        """As `integers.rescale`, bit for bit; with ``gelu`` to float32's rounding."""
         rows, columns = product.shape
         output = torch.empty(rows, columns, dtype=dtype)
         function = getattr(self._library, f"rescale_{DTYPES[dtype]}")
@@ -89,6 +90,7 @@ class Kernels:
             output.data_ptr(),
             rows,
             columns,
+            gelu,
         )
         return output
 
@@ -214,6 +216,7 @@ def _agrees(loaded: Kernels) -> bool:
         all(torch.equal(a, b) for a, b in zip(loaded.quantize_tokens(values, None), tokens, strict=True))
         and torch.equal(loaded.expand_int4(packed, group_scale, weight.shape[1]), expanded)
         and torch.equal(loaded.rescale(*arguments), integers.rescale(*arguments))
+        and torch.allclose(loaded.rescale(*arguments, gelu=True), integers.rescale(*arguments, gelu=True), 1e-4, 1e-5)
         and torch.allclose(
             loaded.few_rows(values, packed, group_scale, scale, None),
             values @ (expanded * scale).T,

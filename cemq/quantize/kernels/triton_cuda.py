@@ -77,11 +77,21 @@ def _store(product, rows, columns, scale, zero_point, weight_scale, weight_sum, 
 _INTERPRETED = not isinstance(_store, triton.JITFunction)
 
 
-def _tuned(inner: str, choices: list[tuple[int, int, int, int, int]], smallest: int):
-    """Autotuning over (BLOCK_M, BLOCK_N, inner, warps, stages); a choice too large for the GPU's memory drops out."""
+# (rows, columns, depth, warps, stages); depth in steps of 64 columns of the weight, the usual group of int4
+_BLOCKS = [
+    (128, 256, 1, 8, 3), (128, 128, 2, 8, 3), (128, 128, 1, 4, 4),
+    (128, 64, 2, 4, 3), (64, 128, 2, 4, 3), (64, 64, 2, 4, 4),
+]  # fmt: skip
+
+
+def _tuned(inner: str, step: int, largest: tuple[int, int, int, int, int]):
+    """Autotuning over `_BLOCKS` and one of the kernel's own; a block too large for the GPU's memory drops out.
+
+    ``step`` is what the kernel's ``inner`` calls 64 columns.
+    """
     configs = [
-        triton.Config({"BLOCK_M": rows, "BLOCK_N": columns, inner: depth}, num_warps=warps, num_stages=stages)
-        for rows, columns, depth, warps, stages in ([(16, 32, smallest, 1, 1)] if _INTERPRETED else choices)
+        triton.Config({"BLOCK_M": rows, "BLOCK_N": columns, inner: depth * step}, num_warps=warps, num_stages=stages)
+        for rows, columns, depth, warps, stages in ([(16, 32, 2, 1, 1)] if _INTERPRETED else [largest, *_BLOCKS])
     ]
     return triton.autotune(configs, key=["n", "k", "size"])
 
@@ -91,14 +101,7 @@ def _tuned(inner: str, choices: list[tuple[int, int, int, int, int]], smallest: 
 # ahead byte by byte on Ampere and Ada, at thrice the instructions.
 
 
-@_tuned(
-    "BLOCK_K",
-    [
-        (128, 256, 128, 8, 3), (128, 256, 64, 8, 3), (128, 128, 128, 8, 3), (128, 128, 64, 4, 4),
-        (128, 64, 128, 4, 3), (64, 128, 128, 4, 3), (64, 64, 128, 4, 4),
-    ],
-    smallest=64,
-)  # fmt: skip
+@_tuned("BLOCK_K", 64, largest=(128, 256, 2, 8, 3))
 @triton.jit(do_not_specialize=["m", "size"])
 def _w8_kernel(
     tokens, scale, zero_point, weight, weight_scale, weight_sum, bias, output, m, n, k, size,
@@ -127,14 +130,7 @@ def _scaled(nibbles, factor):
     return ((nibbles & 0x0F0F0F0F) * factor + (_SIGN_BITS - 0x08080808 * factor)) ^ _SIGN_BITS
 
 
-@_tuned(
-    "GROUPS",
-    [
-        (256, 128, 1, 8, 3), (128, 256, 1, 8, 3), (128, 128, 2, 8, 3), (128, 128, 1, 4, 4),
-        (128, 64, 2, 4, 3), (64, 128, 2, 4, 3), (64, 64, 2, 4, 4),
-    ],
-    smallest=2,
-)  # fmt: skip
+@_tuned("GROUPS", 1, largest=(256, 128, 1, 8, 3))
 @triton.jit(do_not_specialize=["m", "size"])
 def _w4_kernel(
     tokens, scale, zero_point, words, group_scale, weight_scale, weight_sum, bias, output, m, n, k, size, groups,
