@@ -240,7 +240,8 @@ bfloat16; weights: {weights}. A CPU has no memory of its own beside the host's, 
 here was taken on a GPU**.
 
 Resident memory above that of the imports, in MB, each row in a process of its own that loads and draws one picture.
-`vram=` is what the plan says the placement needs. `peak` counts mapped files, `anonymous` leaves out pages that merely mirror
+`vram=` is what the plan says the placement needs. `peak` counts mapped files, `anonymous` leaves out pages that
+merely mirror
 a file and can be dropped at any time. A `first` load writes the files that a later one finds: it reads the whole bundle
 through a mapping.
 
