@@ -35,7 +35,7 @@ from cemq.schedule import parse_budget
 _ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # What the device's libraries take: on CUDA context, workspaces and fragmentation, which is an assumption; on a CPU what
-# oneDNN packs and keeps, at most 35 MB beyond the plan in docs/benchmarks/placement.md.
+# oneDNN packs and keeps, about 30 MB beyond the sums in docs/benchmarks/placement.md.
 RESERVE = {"cuda": GIB // 2, "cpu": 48 << 20}
 _FEW_ROWS = (*EIGHT_BIT, "*embed*", "*shared*", "*head*", "*pooler*")  # layers that do not see every token
 _MULTIPLY_IN_FLOATS = ("a16", "a16-fp4")

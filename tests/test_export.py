@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import huggingface_hub
 import numpy as np
@@ -257,8 +258,8 @@ def test_saving_after_the_bundle_is_gone_is_refused(copy, tmp_path):
 class FakeApi:
     """Takes what huggingface_hub's does, and keeps it."""
 
-    repositories: dict[str, dict[str, bytes]] = {}
-    calls: list[dict] = []
+    repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
+    calls: ClassVar[list[dict]] = []
 
     def __init__(self, token=None):
         self.token = token

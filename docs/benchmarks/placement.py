@@ -225,9 +225,9 @@ def main(quick: bool) -> None:
         for row in memories
     ]
     timed = [
-        f"| {row['scheme']} | {row['placement']} | {row['seconds'][str(STEPS)]:.1f} | {row['seconds'][str(BUDGET)]:.1f} | "
-        f"{row['ratio']:.3f} | {megabytes(row['moved_50_of_50'])} | {megabytes(row['moved_10_of_50'])} | "
-        f"{megabytes(row['moved_on_skipped_steps'])} |"
+        f"| {row['scheme']} | {row['placement']} | {row['seconds'][str(STEPS)]:.1f} | "
+        f"{row['seconds'][str(BUDGET)]:.1f} | {row['ratio']:.3f} | {megabytes(row['moved_50_of_50'])} | "
+        f"{megabytes(row['moved_10_of_50'])} | {megabytes(row['moved_on_skipped_steps'])} |"
         for row in timings
     ]
     weights = ", ".join(f"{scheme} {megabytes(found)} MB" for scheme, found in sizes.items())
@@ -235,19 +235,21 @@ def main(quick: bool) -> None:
         f"""# Memory and time under vram=
 
 {machine["date"][:10]}, {one_line(machine)}.
-Command: `python docs/benchmarks/placement.py`. `builtin:sd3-digits` with an SD3 transformer of random weights in bfloat16;
-weights: {weights}. A CPU has no memory of its own beside the host's, so weights rest on disk; **nothing
+Command: `python docs/benchmarks/placement.py`. `builtin:sd3-digits` with an SD3 transformer of random weights in
+bfloat16; weights: {weights}. A CPU has no memory of its own beside the host's, so weights rest on disk; **nothing
 here was taken on a GPU**.
 
-Resident memory above that of the imports, in MB, each row in a process of its own that loads and draws one picture. `vram=` is
-what the plan says the placement needs. `peak` counts mapped files, `anonymous` leaves out pages that merely mirror a file and
-can be dropped at any time. A `first` load writes the files that a later one finds: it reads the whole bundle through a mapping.
+Resident memory above that of the imports, in MB, each row in a process of its own that loads and draws one picture.
+`vram=` is what the plan says the placement needs. `peak` counts mapped files, `anonymous` leaves out pages that
+merely mirror
+a file and can be dropped at any time. A `first` load writes the files that a later one finds: it reads the whole bundle
+through a mapping.
 
 | scheme | placement | load | planned | peak | anonymous | peak of loading |
 |---|---|---|---|---|---|---|
 {chr(10).join(shown)}
 
-Seconds of one picture, means of {ROUNDS} rounds taken in turn in one process; weights of the transformer that were moved, MB.
+Seconds of one picture, means of {ROUNDS} rounds taken in turn in one process; transformer weights moved, MB.
 
 | scheme | placement | 50 of 50 | {BUDGET} of 50 | ratio | moved, 50 | moved, {BUDGET} | on skipped steps |
 |---|---|---|---|---|---|---|---|
