@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 import warnings
+import weakref
 from contextlib import contextmanager
 
 import diffusers as D
@@ -820,6 +821,29 @@ def test_a_setting_of_the_sampler_changed_in_place_computes_in_full():
         assert hook.skipped_evaluations == 0
         pipe.scheduler.set_shift(3.0)
         assert np.array_equal(draw(pipe, family), expected)
+
+
+def test_a_denoiser_that_was_replaced_computes_in_full(flux):
+    twin, old = FLUX.pipeline().transformer, flux.transformer
+    with scheduled(flux, FLUX) as (_, plain, expected):
+        flux.transformer = twin
+        with pytest.warns(UserWarning, match="denoiser was replaced"):
+            assert np.array_equal(draw(flux, FLUX), plain)
+        flux.transformer = old
+        assert np.array_equal(draw(flux, FLUX), expected)
+        flux.transformer = twin
+    assert not any("forward" in vars(denoiser) for denoiser in (old, twin))
+    assert not vars(flux.scheduler).keys() & {"step", "set_timesteps"}
+
+
+def test_a_scheduled_pipeline_is_freed_like_any_other():
+    pipe = FLUX.pipeline()
+    _, trajectory = plain_run(pipe, FLUX)
+    attach(pipe, few_steps(trajectory), trajectory.sampler)
+    draw(pipe, FLUX)
+    gone = weakref.ref(pipe)
+    del pipe
+    assert gone() is None
 
 
 def test_timesteps_set_twice_start_the_run_once(flux):

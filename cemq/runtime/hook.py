@@ -171,12 +171,17 @@ def attach(pipe: Any, schedule: CacheSchedule, sampler: SamplerFingerprint | Non
     Raises:
         ModelError: A cemq schedule or another cache is active on the denoiser already.
     """
-    found = denoisers(pipe)
-    run, hooks = Run(), []
+    found, run, reference = denoisers(pipe), Run(), weakref.ref(pipe)
+    hooks: list[ScheduleHook] = []
 
     def start() -> None:
         run.histories, run.full_evaluations, run.skipped_evaluations = {}, 0, 0
-        for (_, denoiser), hook in zip(found, hooks, strict=True):
+        pipe = reference()
+        for _, denoiser in denoisers(pipe) if pipe is not None else ():
+            hook = HookRegistry.check_if_exists_or_initialize(denoiser).get_hook(HOOK)
+            if hook not in hooks:
+                tracker.warn_once("the pipeline's denoiser was replaced after the schedule was attached")
+                continue
             refuse_other_caches(pipe, denoiser)
             keep_outermost(denoiser, hook)
 
@@ -231,8 +236,10 @@ def schedule_hook(pipe: Any) -> ScheduleHook:
 @contextmanager
 def attached(pipe: Any, schedule: CacheSchedule, sampler: SamplerFingerprint | None) -> Iterator[ScheduleHook]:
     """`attach` for the length of a ``with`` block; undone on exit, also after an exception."""
-    hook = attach(pipe, schedule, sampler)
+    found, hook = denoisers(pipe), attach(pipe, schedule, sampler)
     try:
         yield hook
-    finally:
-        detach(pipe)
+    finally:  # on what it was attached to, whatever the pipeline holds by now
+        hook.tracker.release()
+        for _, denoiser in found:
+            uninstall(denoiser)
