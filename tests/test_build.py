@@ -226,7 +226,7 @@ def test_every_setting_reaches_the_bundle(tmp_path):
 def test_text_encoders_are_quantized_where_they_are_named(tmp_path):
     cemq.quantize_and_schedule(
         "builtin:sd3-digits", tmp_path / "bundle", scheme="w4a8", rounding="nearest", steps=4, budget=2, samples=1,
-        sensitivity_points=0, components=["transformer", "text_encoder_2"],
+        solver="segment", components=["transformer", "text_encoder_2"],
     )  # fmt: skip
     pictures = []
     for _ in range(2):

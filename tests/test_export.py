@@ -23,7 +23,7 @@ from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
-SETTINGS = {"steps": 8, "budget": 4, "samples": 2, "sensitivity_points": 0, "call": {"guidance_scale": 2.0}}
+SETTINGS = {"steps": 8, "budget": 4, "samples": 2, "solver": "uniform", "call": {"guidance_scale": 2.0}}
 
 
 def build(root: Path, scheme: str) -> Path:

@@ -137,7 +137,7 @@ def test_the_command_line_makes_videos_and_audio(tmp_path, name, suffix):
     family = FAMILIES[name]
     family.pipeline().save_pretrained(tmp_path / "pipeline")
     cemq.quantize_and_schedule(
-        str(tmp_path / "pipeline"), tmp_path / "bundle", steps=4, samples=1, budget=2, sensitivity_points=0,
+        str(tmp_path / "pipeline"), tmp_path / "bundle", steps=4, samples=1, budget=2, solver="segment",
         calib="prompts.txt", call=family.call,
     )  # fmt: skip
     arguments = ["generate", str(tmp_path / "bundle"), "--prompt", "a cat", "-o"]

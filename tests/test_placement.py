@@ -252,7 +252,7 @@ PROMPT = Batch(conditions=("a bold seven",), seeds=(3,))
 def build(folder, model, scheme, **settings):
     cemq.quantize_and_schedule(
         f"builtin:{model}", folder, scheme=scheme, rounding="nearest", steps=6, budget=3, samples=1,
-        sensitivity_points=0, overwrite=True, **settings,
+        solver="segment", overwrite=True, **settings,
     )  # fmt: skip
     return folder
 

@@ -44,7 +44,7 @@ def bundle(source: Path, target: Path, scheme: str) -> None:
 
     cemq.quantize_and_schedule(
         str(source), target, scheme=scheme, rounding="nearest", steps=STEPS, budget=BUDGET, samples=1, solver="uniform",
-        sensitivity_points=0, dtype="bfloat16", call=CALL,
+        solver="segment", dtype="bfloat16", call=CALL,
     )  # fmt: skip
 
 
