@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint fix wheel bench train clean
+.PHONY: demo test lint fix wheel bench families train clean
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,10 @@ bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; about 25 min
 	$(BIN)/python docs/benchmarks/fidelity.py
 	$(BIN)/python docs/benchmarks/memory.py
 	$(BIN)/python docs/benchmarks/speed.py
+	$(BIN)/python docs/benchmarks/placement.py
+
+families: .venv/installed-dev  ## the table of docs/families.md anew; about five minutes
+	$(BIN)/python docs/families.py
 
 train: .venv/installed-dev  ## train the built-in models anew, into out/trained
 	$(BIN)/python -m cemq.builtin.training.train dit-digits sd3-digits -o out/trained

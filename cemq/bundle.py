@@ -24,6 +24,7 @@ FORMAT_VERSION = 3
 MANIFEST = "cemq.json"
 PRIOR = "prior.safetensors"
 EVIDENCE = "evidence.json"
+CARD = "README.md"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -113,7 +114,7 @@ def staging(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def write_pipeline(pipe: Any, folder: Path, source: Path) -> None:
     """``save_pretrained``, plus what it forgets: plain entries of the source's model_index.json (DiT's id2label)."""
-    pipe.save_pretrained(folder, safe_serialization=True)
+    type(pipe).save_pretrained(pipe, folder, safe_serialization=True)  # a loaded bundle's own writes a bundle
     index = folder / "model_index.json"
     written, original = (json.loads((f / index.name).read_text(encoding="utf-8")) for f in (folder, source))
     forgotten = {name: value for name, value in original.items() if name not in written and not name.startswith("_")}
@@ -131,14 +132,16 @@ def forget_paths(folder: Path) -> None:
 
 def seal(folder: Path, manifest: Manifest) -> None:
     """Write the model card and, last, cemq.json with the sizes and checksums of everything else."""
-    (folder / "README.md").write_text(_model_card(manifest), encoding="utf-8")
+    (folder / CARD).write_text(_model_card(manifest), encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         if path.suffix in _PICKLED:
             raise BundleError(f"'{path.relative_to(folder)}' may hold a pickle: bundles hold safetensors and text only")
     content = dataclasses.asdict(manifest)
     content["files"] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
+        if path != folder / CARD  # people edit it, on the Hub with a button
     }
     content["checksum"] = _checksum(content)
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -165,6 +168,8 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
     if checksum != _checksum(content):
         raise BundleError(f"bundle '{folder}': {MANIFEST} was edited or damaged; write the bundle again")
     for name, expected in files.items():
+        if name == CARD:
+            continue  # bundles of before listed it
         file = folder / name
         if not file.is_file():
             raise BundleError(f"bundle '{folder}': file '{name}' is missing; write the bundle again")

@@ -191,7 +191,7 @@ def quantize_and_schedule(
 @_one_line_errors
 def generate(
     bundle: Bundle,
-    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .png, .gif, .mp4, .wav, ...")],
     prompt: Annotated[str | None, typer.Option(help="What to draw, for text-to-image models.")] = None,
     label: Annotated[str | None, typer.Option(help="Class name or number, for class-conditional models.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the bundle's.")] = None,
@@ -200,7 +200,7 @@ def generate(
     call: Call = None,
     device: Device = None,
 ) -> None:
-    """Draw one picture with a bundle.
+    """Make one picture, video or piece of audio with a bundle.
 
     Example: cemq generate digits --label seven -o seven.png
     """
@@ -208,13 +208,14 @@ def generate(
         raise InputError("give either --prompt or --label")
     arguments = _call_arguments(call)
     from cemq import workflow
-    from cemq.evaluation.compare import check_picture_path
+    from cemq.outputs import check_path
 
-    check_picture_path(output)
+    check_path(output)
     _quiet()
     condition = label if prompt is None else prompt
-    image = workflow.generate(bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device)
-    image.save(output)
+    workflow.generate_sample(
+        bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device, output=output
+    ).save(output)
     print(output)
 
 
@@ -398,6 +399,103 @@ def doctor(
         _print_json(found)
     else:
         print_doctor(found)
+
+
+@app.command()
+@_one_line_errors
+def plan_memory(
+    bundle: Bundle,
+    vram: Annotated[str, typer.Option(help="Device memory to stay within, e.g. 8GiB.")],
+    device: Annotated[str, typer.Option(help="Kind of device: cuda or cpu; it need not be here.")] = "cuda",
+    budget: Budget = None,
+    samples: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
+    call: Call = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Host memory that weights may rest in, e.g. 16GiB; default: enough.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show where a bundle's weights would lie on a device, and what every other placement would cost.
+
+    Bytes of weights are read from the files, those of activations are estimated; nothing is loaded.
+
+    Example: cemq plan-memory digits --vram 8GiB --call height=1024
+    """
+    from cemq.footprint import plan_memory as run_plan
+    from cemq.placement import format_bytes
+
+    _quiet()
+    plan = run_plan(
+        bundle, vram, device=device, budget=budget, samples=samples, call=_call_arguments(call),
+        host_memory=host_memory,
+    )  # fmt: skip
+    if as_json:
+        _print_json(plan.to_dict())
+        return
+    print(plan.summary())
+    print(f"\n{'component':<16}{'weights':>12}{'activations':>14}")
+    for component in plan.components:
+        sizes = [format_bytes(size) for size in (component.weight_bytes, component.activation_bytes)]
+        print(f"{component.name:<16}{sizes[0]:>12}{sizes[1]:>14}")
+    width = max(len(candidate.name) for candidate in plan.estimates) + 2
+    print(f"\n{'placement':<{width}}{'on device':>12}{'in host':>12}{'moved a run':>14}")
+    for candidate in plan.estimates:
+        sizes = [
+            format_bytes(size) if size else "-"
+            for size in (candidate.device_bytes + plan.reserve_bytes, candidate.host_bytes, candidate.moved_bytes)
+        ]
+        verdict = "chosen" if candidate is plan.chosen else "fits" if plan.fits(candidate) else candidate.obstacle
+        row = f"{candidate.name:<{width}}{sizes[0]:>12}{sizes[1]:>12}{sizes[2]:>14}  {verdict or 'too large'}"
+        print(row)
+    if plan.reserve_bytes:
+        print(f"\non device: with {format_bytes(plan.reserve_bytes)} for the device's libraries")
+
+
+@app.command()
+@_one_line_errors
+def export(
+    bundle: Bundle,
+    format: Annotated[str, typer.Option("--format", help="json, for cemq.apply_schedule, or cache-dit.")] = "json",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; default: stdout.")] = None,
+) -> None:
+    """Write a bundle's schedule for another program, or for a pipeline that someone else quantized.
+
+    Example: cemq export digits --format cache-dit -o digits.yaml
+    """
+    from cemq.exporting import export as run_export
+
+    text = run_export(bundle, format)
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output '{output}' cannot be written: {error.strerror or error}") from None
+    print(output)
+
+
+@app.command()
+@_one_line_errors
+def push(
+    bundle: Bundle,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; created if need be.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository; default: the owner's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; default: main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
+    message: Annotated[str | None, typer.Option("-m", "--message", help="Commit message.")] = None,
+) -> None:
+    """Upload a bundle to the Hugging Face Hub, with its model card; from_pretrained("owner/name") loads it there.
+
+    Example: cemq push digits someone/digits-w8a8
+    """
+    from cemq.hub import push_to_hub
+
+    print(
+        push_to_hub(bundle, repository, private=private, revision=revision, create_pr=create_pr, commit_message=message)
+    )
 
 
 def _version(value: bool) -> None:

@@ -30,6 +30,14 @@ class BundleError(CemqError):
     """A bundle is incomplete, edited, of another format, or cannot be written."""
 
 
+class PlacementError(CemqError):
+    """No placement of the weights fits in the memory that was allowed."""
+
+
+class HubError(CemqError):
+    """The Hub cannot be reached, or refuses."""
+
+
 class InputError(CemqError):
     """A calibration file, recipe or call argument is missing or malformed."""
 

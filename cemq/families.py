@@ -13,13 +13,18 @@ FULL_PRECISION = (
     "context_embedder*",
     "caption_projection*",
     "proj_in*",
+    "condition_embedder.time_embedder*",  # Wan and its kin cast the timestep to the dtype of its first parameter
 )
 
 # What the same parts are called in denoisers that use other names, by class.
 FAMILY_FULL_PRECISION = {
     "ChromaTransformer2DModel": ("distilled_guidance_layer.in_proj*", "distilled_guidance_layer.out_proj*"),
+    "HiDreamImageTransformer2DModel": ("final_layer*",),
+    "HunyuanDiT2DModel": ("time_extra_emb.pooler*",),  # multi-head attention of torch, which reads the weights itself
     "Lumina2Transformer2DModel": ("time_caption_embed.caption_embedder*",),
+    "MochiTransformer3DModel": ("time_embed.caption_proj",),
     "QwenImageTransformer2DModel": ("img_in*", "txt_in*"),
+    "StableAudioDiTModel": ("cross_attention_proj*", "global_proj*"),
     "WanTransformer3DModel": ("condition_embedder.text_embedder*", "condition_embedder.image_embedder*"),
     "ZImageTransformer2DModel": ("all_x_embedder*", "all_final_layer*", "cap_embedder*"),
 }
@@ -28,7 +33,21 @@ FAMILY_FULL_PRECISION = {
 EIGHT_BIT = ("*norm*.linear*", "*adaln*", "*modulation*", "*mod.*", "*time*embed*", "*time_proj*", "proj_out_1")
 
 # Denoisers in the order they are looked for.
-DENOISERS = ("transformer", "unet")
+DENOISERS = ("transformer", "transformer_2", "unet")
+
+# Pipeline arguments that take a picture: a call names its file, so that it can be written down.
+PICTURE_ARGUMENTS = ("image", "control_image", "mask_image", "ip_adapter_image", "last_image")
+
+# Frames a second that video models were trained for, by pipeline class, from their pipelines' own examples.
+FRAME_RATES = {
+    "CogVideoXPipeline": 8,
+    "HunyuanVideoPipeline": 15,
+    "LTXPipeline": 24,
+    "LattePipeline": 8,
+    "MochiPipeline": 30,
+    "WanPipeline": 16,
+}
+DEFAULT_FRAME_RATE = 16
 
 
 def full_precision_patterns(denoiser_class: str) -> tuple[str, ...]:

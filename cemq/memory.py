@@ -8,6 +8,7 @@ import mmap
 
 import torch
 
+_M_MMAP_THRESHOLD = -3  # of mallopt
 _MADV_PAGEOUT = 21  # Linux 5.4; takes pages out of memory without losing what they hold
 
 
@@ -28,12 +29,25 @@ def give_back(used: torch.Tensor) -> None:
     libc.malloc_trim(0)
 
 
+def map_large_allocations() -> None:
+    """Have glibc map every allocation from 1 MiB on by itself, for the rest of the process.
+
+    diffusers replaces weights that it moved to disk by empty tensors. Mapped, these take no memory; taken from the heap
+    they lie on pages that something else has written to before, and a model on disk was as large as one in memory.
+    Does nothing where the system has no such call.
+    """
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
 @functools.cache
 def _libc() -> ctypes.CDLL | None:
     try:
         libc = ctypes.CDLL(None)
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         libc.malloc_trim.argtypes = [ctypes.c_size_t]
+        libc.mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
     except (OSError, AttributeError, TypeError):  # not Linux, or not glibc
         return None
     return libc

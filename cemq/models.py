@@ -55,8 +55,10 @@ def locate(name: str) -> ModelSource:
     return ModelSource(name=name, folder=downloaded, revision=downloaded.name)
 
 
-def open_pipeline(folder: Path, *, dtype: str, device: str) -> Any:
+def open_pipeline(folder: Path, *, dtype: str, device: str, align: bool = True) -> Any:
     """Load a pipeline folder in its own class.
+
+    Without ``align``, tensors stay in the memory-mapped file until they are moved.
 
     Raises:
         ModelError: The folder cannot be loaded.
@@ -69,16 +71,28 @@ def open_pipeline(folder: Path, *, dtype: str, device: str) -> Any:
     place = check_device(device)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        check_known(str(index.get("_class_name")))
         # a component that is absent on purpose (SD3 without its T5) must be named, or diffusers misses it
         absent = {name: None for name, kind in index.items() if kind == [None, None]}
         pipe = DiffusionPipeline.from_pretrained(
             folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, **absent
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {first_line(error)}") from error
     pipe = pipe.to(place)
-    _align(pipe)
+    if align:
+        _align(pipe)
     return pipe
+
+
+def check_known(pipeline_class: str) -> None:
+    """Raises ModelError for a pipeline class that the installed diffusers does not have."""
+    import diffusers
+
+    if not hasattr(diffusers, pipeline_class):
+        raise ModelError(
+            f"the installed diffusers {diffusers.__version__} has no {pipeline_class}: install one that does"
+        )
 
 
 def _align(pipe: Any) -> None:
@@ -120,8 +134,9 @@ def default_dtype(device: str) -> str:
 
 
 def denoisers(pipe: Any) -> list[tuple[str, Any]]:
-    """The (component name, model) pairs that denoise. Raises ModelError if there is none."""
+    """The (component name, model) pairs that denoise, without `torch.compile`'s wrapper. Raises ModelError for none."""
     found = [(name, getattr(pipe, name)) for name in DENOISERS if getattr(pipe, name, None) is not None]
+    found = [(name, getattr(model, "_orig_mod", model)) for name, model in found]
     if not found:
         raise ModelError(f"{type(pipe).__name__} has no {' or '.join(DENOISERS)}: cemq does not know what to quantize")
     return found

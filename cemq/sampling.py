@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cemq.errors import InputError, choose
+from cemq.errors import InputError, ModelError, choose
+from cemq.families import PICTURE_ARGUMENTS
+from cemq.models import denoisers
+from cemq.outputs import output_kind
 from cemq.sampler import intercepted
 
 Progress = Callable[[str, float], None]  # told a stage's name and the share of it done
@@ -118,6 +121,21 @@ def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
         choose(f"argument of {type(pipe).__name__}", name, [n for n in known if n not in ours])
 
 
+def check_drivable(pipe: Any) -> None:
+    """Raises ModelError or InputError, before any run, for a pipeline that cemq cannot drive, and says why."""
+    name, known = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+    denoisers(pipe)
+    condition_argument(pipe)
+    output_kind(pipe)
+    scheduler = getattr(pipe, "scheduler", None)
+    for method in ("set_timesteps", "step"):
+        if not callable(getattr(scheduler, method, None)):
+            raise ModelError(f"{name} has no scheduler with {method}(): cemq has nothing to count its steps by")
+    for argument in ("num_inference_steps", "generator", "output_type"):
+        if argument not in known:
+            raise InputError(f"{name} takes no {argument}: cemq cannot run it yet")
+
+
 def run(
     pipe: Any,
     batch: Batch,
@@ -127,7 +145,11 @@ def run(
     output_type: str = "np",
     on_step: Callable[[], None] | None = None,
 ) -> Any:
-    """Run one batch and return what the pipeline calls images (or frames); arrays (n, height, width, 3) in [0, 1]."""
+    """Run one batch and return what the pipeline calls images, frames or audios (`cemq.outputs` knows their shapes).
+
+    Two runs of one batch are identical, even where the pipeline forgets to hand its generator on and draws from torch's
+    global one: that is seeded too, and left as it was afterwards.
+    """
 
     def step(original: Any, **arguments: Any) -> Any:
         result = original(**arguments)
@@ -135,15 +157,55 @@ def run(
         return result
 
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]  # CPU noise: the same on every device
-    with intercepted(pipe.scheduler, "step", step) if on_step else nullcontext():
-        output = pipe(
-            **{condition_argument(pipe): list(batch.conditions)},
-            num_inference_steps=steps,
-            generator=generators,
-            output_type=output_type,
-            **call,
-        )
+    with ExitStack() as around:
+        around.enter_context(torch.random.fork_rng(devices=_cuda_devices(pipe)))
+        torch.manual_seed(batch.seeds[0])
+        if on_step:
+            around.enter_context(intercepted(pipe.scheduler, "step", step))
+        arguments = _for_batch(call, len(batch.conditions))
+        try:
+            output = pipe(
+                **{condition_argument(pipe): list(batch.conditions)},
+                num_inference_steps=steps,
+                generator=generators,
+                output_type=output_type,
+                **arguments,
+            )
+        except (IndexError, RuntimeError, ValueError) as error:
+            if len(batch.conditions) == 1 or not arguments.keys() & set(PICTURE_ARGUMENTS):
+                raise
+            found = f"{type(pipe).__name__} fails on {len(batch.conditions)} samples of one picture ({error})"
+            raise InputError(
+                f"{found}: some pipelines want a picture for each; set batch_size: 1 in a recipe"
+            ) from error
     return output[0] if isinstance(output, tuple) else next(iter(output.values()))
+
+
+def _cuda_devices(pipe: Any) -> list[torch.device]:
+    device = getattr(pipe, "_execution_device", torch.device("cpu"))
+    return [torch.device("cuda", device.index or 0)] if device.type == "cuda" else []
+
+
+def _for_batch(call: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """Call arguments from what JSON can hold: pictures are read, and one negative prompt becomes one per sample."""
+    arguments = dict(call)
+    for name, value in call.items():
+        if not isinstance(value, str):
+            continue
+        if name in PICTURE_ARGUMENTS:
+            arguments[name] = _read_picture(name, value)
+        elif name.startswith("negative_prompt"):  # some pipelines want the type and the length of the prompts
+            arguments[name] = [value] * samples
+    return arguments
+
+
+def _read_picture(name: str, path: str) -> Any:
+    from diffusers.utils import load_image
+
+    try:
+        return load_image(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--call {name}={path}: no picture can be read there ({error})") from None
 
 
 def iterate(batches: Sequence[Batch], stage: str, progress: Progress | None, steps: int) -> Iterator:

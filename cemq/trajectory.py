@@ -7,6 +7,7 @@ after learned-sigma splitting, so none of this knows a model family.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,12 +45,14 @@ def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
         measure_steps: Also measure the step sizes, by handing copies of the scheduler a scaled model output. Works for
             any sampler, multistep and stochastic ones too, and leaves the run as it was.
     """
-    trajectory, scheduler = Trajectory(), pipe.scheduler
+    trajectory, scheduler, timesteps = Trajectory(), pipe.scheduler, []
 
     def step(original: Any, **arguments: Any) -> Any:
         if measure_steps:
             trajectory.step_sizes.append(_step_size(scheduler, arguments))
         trajectory.sampler = trajectory.sampler or fingerprint(scheduler)
+        if "timestep" in arguments:
+            timesteps.append(float(torch.as_tensor(arguments["timestep"]).flatten()[0]))
         result = original(**arguments)
         trajectory.predictions.append(arguments["model_output"].detach().cpu())
         trajectory.samples.append(next_sample(result).detach().cpu())
@@ -57,6 +60,9 @@ def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
 
     with intercepted(scheduler, "step", step):
         yield trajectory
+    late = trajectory.sampler and len(timesteps) == trajectory.num_steps < len(trajectory.sampler.timesteps)
+    if late:  # image to image begins so
+        trajectory.sampler = dataclasses.replace(trajectory.sampler, timesteps=tuple(timesteps))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from cemq.bundle import EVIDENCE, MANIFEST, PRIOR, Manifest, read_bundle, seal, 
 from cemq.errors import InputError, ModelError, choose
 from cemq.evaluation import measure_fidelity, run_batch
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
+from cemq.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
 from cemq.planning import EFFORTS, ClosedLoop, check_planning, plan
 from cemq.prior import VIEWS
 from cemq.profiling import profile, record_references
@@ -26,6 +27,7 @@ from cemq.sampling import (
     Progress,
     check_call,
     check_conditions,
+    check_drivable,
     condition_argument,
     iterate,
     make_batches,
@@ -111,6 +113,7 @@ def quantize_and_schedule(
         steps = settled.steps or _default_steps(pipe)
         check_planning(**_planning(settled, steps))
         check_call(pipe, settled.call)
+        check_drivable(pipe)
         quantization.check_pipeline(pipe)
         profiled, held_out = _conditions(pipe, settled)
         # three sets of samples, with seeds of their own: to profile, to plan on, to check the plan
@@ -208,18 +211,39 @@ def generate(
     call: dict[str, Any] | None = None,
     device: str | None = None,
 ) -> Any:
-    """One PIL image from a bundle, for a prompt or a class label.
+    """One sample from a bundle, for a prompt or a class label: a PIL image, a list of them for a video, or audio.
+
+    Audio, which PIL cannot hold, comes as a `cemq.outputs.Sample`.
 
     Raises:
         CemqError: The bundle, the condition or an argument cannot be used.
     """
+    sample = generate_sample(bundle, condition, seed=seed, steps=steps, budget=budget, call=call, device=device)
+    return sample if sample.kind == "audio" else sample.to_pil()
+
+
+def generate_sample(
+    bundle: str | Path,
+    condition: str | int,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    budget: int | str | None = None,
+    call: dict[str, Any] | None = None,
+    device: str | None = None,
+    output: Path | None = None,
+) -> Sample:
+    """`generate` as a `cemq.outputs.Sample`, which knows how to save itself; ``output`` is checked beforehand."""
     manifest = read_bundle(Path(bundle))
     pipe = from_pretrained(bundle, device=device, budget=budget)
+    if output is not None:
+        check_path(output, output_kind(pipe))
     arguments = manifest.call | (call or {})
     check_call(pipe, arguments)
     batch = Batch(conditions=check_conditions(pipe, [condition]), seeds=(seed,))
     steps = steps or manifest.num_inference_steps
-    return run(pipe, batch, steps=steps, call=arguments, output_type="pil")[0]
+    values = as_array(run(pipe, batch, steps=steps, call=arguments))
+    return Sample(kind=kind_of(values), values=values[0], rate=rate_of(pipe, arguments))
 
 
 def _conditions(pipe: Any, plan: Recipe) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:

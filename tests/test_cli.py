@@ -218,9 +218,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     fails("exists already", *BUILD, "-o", tmp_path)
 
 
-def test_generate_wants_one_condition_and_a_png(bundle, tmp_path):
+def test_generate_wants_one_condition_and_a_picture_file(bundle, tmp_path):
     fails("either --prompt or --label", "generate", bundle, "-o", tmp_path / "a.png")
-    fails("must end in .png", "generate", bundle, "--label", "1", "-o", tmp_path / "a.jpg")
+    fails("written to a file that ends in .png", "generate", bundle, "--label", "1", "-o", tmp_path / "a.txt")
+    fails("an image is written to a file that ends in", "generate", bundle, "--label", "1", "-o", tmp_path / "a.wav")
     fails("does not exist", "generate", bundle, "--label", "1", "-o", tmp_path / "none" / "a.png")
 
 

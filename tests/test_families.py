@@ -1,8 +1,54 @@
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
+from family_checks import CHECKS
+from tiny_pipelines import FAMILIES
 from torch import nn
 
-from cemq.families import FAMILY_FULL_PRECISION, full_precision_patterns
+from cemq.families import FAMILY_FULL_PRECISION, FRAME_RATES, full_precision_patterns
+from cemq.models import denoisers
 from cemq.quantize import CemqConfig
+
+# One of every kind by default; the others with --slow, and `docs/families.py` runs them all.
+FEW = ("dit", "flux", "hunyuan_dit", "sd15", "stable_audio", "wan22", "z_image", "hidream")
+COMPILED = ("dit", "wan22", "z_image")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning",  # diffusers' own names, in Chroma and the ControlNets
+    "ignore:In CPU autocast",  # Mochi asks for float32
+)
+
+
+def cells(column, quick):
+    for name in FAMILIES:
+        yield pytest.param(name, column, marks=[] if name in quick else [pytest.mark.slow], id=f"{name}-{column}")
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        *cells("output cache", FAMILIES),
+        *cells("W8A8", FAMILIES),
+        *cells("W4A8", FEW),
+        *cells("bundle", FAMILIES),
+        *cells("offload", FEW),
+        *cells("compile", COMPILED),
+    ],
+)
+def test_every_family_keeps_every_promise(name, column):
+    CHECKS[column](FAMILIES[name])
+
+
+def test_the_page_of_families_is_whole():
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    table = page.split("<!-- table")[1].split("<!-- end")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    assert rows[0][-len(CHECKS) :] == list(CHECKS)
+    assert [row[0] for row in rows[2:]] == list(FAMILIES)
+    assert all(cell and not cell.startswith("FAILED") for row in rows for cell in row)
 
 
 def kept_linears(model):
@@ -13,7 +59,21 @@ def kept_linears(model):
 def test_every_family_is_a_class_of_diffusers():
     import diffusers
 
-    assert all(hasattr(diffusers, name) for name in FAMILY_FULL_PRECISION)
+    assert all(hasattr(diffusers, name) for name in (*FAMILY_FULL_PRECISION, *FRAME_RATES))
+
+
+def test_every_pattern_of_a_family_keeps_a_layer():
+    unused = {name: set(patterns) for name, patterns in FAMILY_FULL_PRECISION.items()}
+    for family in FAMILIES.values():
+        for _, denoiser in denoisers(family.pipeline()):
+            patterns = unused.get(type(denoiser).__name__, set())
+            patterns -= {
+                pattern
+                for pattern in patterns
+                if any(fnmatchcase(n, pattern) for n, m in denoiser.named_modules() if isinstance(m, nn.Linear))
+            }
+    assert unused.pop("WanTransformer3DModel") <= {"condition_embedder.image_embedder*"}  # image to video only
+    assert not any(unused.values())
 
 
 def test_the_ends_of_a_denoiser_stay_in_full_precision_and_its_blocks_do_not():
@@ -27,5 +87,6 @@ def test_the_ends_of_a_denoiser_stay_in_full_precision_and_its_blocks_do_not():
         ffn_dim=32, num_layers=1,
     )  # fmt: skip
     assert kept_linears(wan) == {
-        "condition_embedder.text_embedder.linear_1", "condition_embedder.text_embedder.linear_2", "proj_out",
+        "condition_embedder.text_embedder.linear_1", "condition_embedder.text_embedder.linear_2",
+        "condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.linear_2", "proj_out",
     }  # fmt: skip

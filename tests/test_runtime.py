@@ -153,7 +153,7 @@ def test_a_scheduler_swapped_after_attaching_computes_in_full(dit):
         with pytest.warns(UserWarning, match="scheduler was replaced"):
             run(dit, BATCH, steps=STEPS, call=CALL)
         assert hook.full_evaluations == STEPS
-        assert not hook._histories
+        assert not hook.run.histories
 
 
 def test_a_run_that_starts_in_the_middle_computes_in_full(dit):

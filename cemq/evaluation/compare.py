@@ -17,6 +17,7 @@ from cemq.bundle import read_bundle
 from cemq.errors import InputError
 from cemq.evaluation.metrics import psnr_db, relative_l2, ssim
 from cemq.models import default_device, locate, open_pipeline, weight_bytes
+from cemq.outputs import as_array, as_levels, as_pictures
 from cemq.runtime import from_pretrained, schedule_hook
 from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches, run
 from cemq.trajectory import final_sample
@@ -58,7 +59,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """Images (n, height, width, 3) and final latents of one batch, and the seconds it took."""
+    """Images, videos or audio (`cemq.outputs` knows the shapes) and latents of one batch, and the seconds it took."""
 
     images: np.ndarray
     latents: torch.Tensor
@@ -68,28 +69,33 @@ class Outcome:
 def run_batch(
     pipe: Any, batch: Batch, *, steps: int, call: Mapping[str, Any], on_step: Callable[[], None] | None = None
 ) -> Outcome:
-    """Run one batch to images and keep its final latents."""
+    """Run one batch to images, frames or audio, and keep its final latents."""
     with final_sample(pipe) as held:
         started = time.perf_counter()
         images = run(pipe, batch, steps=steps, call=call, on_step=on_step)
         if held[0].is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    images = np.asarray(images)
-    return Outcome(images=images.reshape(-1, *images.shape[-3:]), latents=held[0], seconds=seconds)
+    return Outcome(images=as_array(images), latents=held[0], seconds=seconds)
 
 
 def measure_fidelity(references: Sequence[Outcome], outcomes: Sequence[Outcome]) -> Fidelity:
     """Fidelity of outcomes to references, batch by batch."""
     pairs = list(zip(references, outcomes, strict=True))
-    quality = np.concatenate([psnr_db(a.images, b.images) for a, b in pairs])
+    quality = np.concatenate([psnr_db(as_levels(a.images), as_levels(b.images)) for a, b in pairs])
     return Fidelity(
         psnr_db=float(quality.mean()),
         psnr_db_std=float(quality.std()),
-        ssim=float(np.concatenate([ssim(a.images, b.images) for a, b in pairs]).mean()),
+        ssim=float(np.concatenate([_likeness(a.images, b.images) for a, b in pairs]).mean()),
         relative_l2=float(np.concatenate([relative_l2(a.latents, b.latents) for a, b in pairs]).mean()),
         samples=len(quality),
     )
+
+
+def _likeness(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """SSIM of each sample: the mean over a video's frames, or over the spectrograms of the channels of audio."""
+    left, right = as_pictures(reference), as_pictures(other)
+    return ssim(left.reshape(-1, *left.shape[2:]), right.reshape(-1, *right.shape[2:])).reshape(len(left), -1).mean(1)
 
 
 def evaluate(
@@ -99,7 +105,7 @@ def evaluate(
     samples: int = 16,
     seed: int = 0,
     budget: int | str | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     picture: str | Path | None = None,
     device: str | None = None,
     progress: Progress | None = None,
@@ -110,7 +116,9 @@ def evaluate(
         reference: The original; None takes the model the bundle was made from.
         seed: Samples use the seeds 1000000 + seed, 1000000 + seed + 1, ...; profiling used others.
         budget: Full-compute steps or a ratio such as ``"3x"``; None takes the bundle's own schedule.
-        picture: Write a PNG, full precision on the left and the bundle on the right.
+        batch_size: Samples run together; None takes that of the bundle's recipe, or 4.
+        picture: Write a PNG, full precision on the left and the bundle on the right; four frames of each video, the
+            spectrograms of audio.
 
     Raises:
         CemqError: The bundle or the reference cannot be used, or a seed was used for profiling.
@@ -120,7 +128,7 @@ def evaluate(
         manifest.held_out_conditions,
         samples=samples,
         first_seed=EVALUATION_SEED_OFFSET + seed,
-        batch_size=batch_size,
+        batch_size=batch_size or (manifest.recipe or {}).get("batch_size", 4),
     )
     seeds = tuple(seed for batch in batches for seed in batch.seeds)
     if used := set(seeds) & set(manifest.profiled_seeds):
@@ -169,6 +177,7 @@ def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, r
     """A PNG with one row a sample: full precision | other; tiny images are enlarged without smoothing."""
     from PIL import Image
 
+    references, images = (_in_a_row(as_pictures(values)) for values in (references, images))
     gap, zoom = 4, max(1, 128 // references.shape[1])
     lines = []
     for left, right in list(zip(references, images, strict=True))[:rows]:
@@ -177,3 +186,9 @@ def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, r
         lines.append(np.ones((gap, lines[0].shape[1], 3)))
     sheet = np.concatenate(lines[:-1])
     Image.fromarray((sheet * 255).round().astype(np.uint8)).save(path)
+
+
+def _in_a_row(pictures: np.ndarray, most: int = 4) -> np.ndarray:
+    """Up to four pictures of each sample, spread evenly over all of them, side by side: (n, height, width, 3)."""
+    chosen = np.unique(np.linspace(0, pictures.shape[1] - 1, most).round().astype(int))
+    return np.concatenate([pictures[:, number] for number in chosen], axis=2)

@@ -23,7 +23,7 @@ def ssim(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
     smallest = min(left.shape[-2:])
     window = min(11, smallest - (smallest + 1) % 2)
     values = structural_similarity_index_measure(
-        right, left, data_range=1.0, kernel_size=window, gaussian_kernel=True, reduction="none"
+        right, left, data_range=1.0, kernel_size=window, sigma=1.5 * window / 11, gaussian_kernel=True, reduction="none"
     )
     return values.double().numpy()
 

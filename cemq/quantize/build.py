@@ -12,7 +12,7 @@ from cemq.errors import InputError, SchemeError, choose
 from cemq.families import DENOISERS, EIGHT_BIT, full_precision_patterns
 from cemq.models import denoisers
 from cemq.quantize.allocate import choose_eight_bit, least_bits
-from cemq.quantize.calibrate import Call, quantize_calibrated
+from cemq.quantize.calibrate import Call, quantize_calibrated, weights_read_elsewhere
 from cemq.quantize.quantizer import CemqConfig, quantizable, quantize_in_place
 from cemq.quantize.schemes import NO_SCHEME, SCHEMES, check_scheme
 
@@ -124,6 +124,8 @@ def quantize_pipeline(
             quantize_text_encoder(model, TextEncoderConfig(f"w{SCHEMES[plan.scheme].weight_bits}a16"))
             continue
         config = plan.config(model)
+        if calls.get(name):
+            config = config.with_full_precision(weights_read_elsewhere(model, config, calls[name][0]))
         if plan.bits_budget is not None:
             chosen = choose_eight_bit(model, config, calls[name], plan.bits_budget, progress=report("bits per layer"))
             config = config.with_eight_bit(chosen)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cemq.quantize.linear import InputStatistics
-from cemq.quantize.quantizer import CemqConfig, mark_quantized, nothing_to_quantize, quantizable
+from cemq.quantize.quantizer import CemqConfig, mark_quantized, nothing_to_quantize, quantizable, refuse_adapters
 from cemq.quantize.schemes import Scheme
 
 HESSIAN_BYTES = 2 << 30  # of Hessians held at once; layers beyond it wait for another pass over the calls
@@ -101,6 +101,7 @@ def quantize_calibrated(
     Raises:
         SchemeError: The patterns leave nothing to quantize.
     """
+    refuse_adapters(denoiser)
     layers = {name: scheme for name, _, scheme in quantizable(denoiser, config)}
     if not layers:
         raise nothing_to_quantize(denoiser)
@@ -129,6 +130,40 @@ def quantize_calibrated(
             denoiser.set_submodule(name, layer)
     mark_quantized(denoiser, config)
     return len(layers)
+
+
+class _Watched(nn.Linear):
+    """A linear layer that notes whether its weight is read by anyone but itself."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.__dict__["busy"] = True
+        try:
+            return super().forward(input)
+        finally:
+            del self.__dict__["busy"]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "busy" not in self.__dict__:
+            self.__dict__["read"] = True
+        return super().__getattr__(name)
+
+
+def weights_read_elsewhere(denoiser: nn.Module, config: CemqConfig, call: Call) -> tuple[str, ...]:
+    """Names of the layers whose weight the model reads past their forward, so that it cannot be replaced by integers.
+
+    Torch's own multi-head attention is one such reader; a cast of inputs to ``layer.weight.dtype`` is another.
+    """
+    names = [name for name, _, _ in quantizable(denoiser, config)]
+    layers = [denoiser.get_submodule(name) for name in names]
+    for layer in layers:
+        layer.__class__ = _Watched
+    try:
+        replay(denoiser, call)
+    finally:
+        read = tuple(name for name, layer in zip(names, layers, strict=True) if layer.__dict__.pop("read", False))
+        for layer in layers:
+            layer.__class__ = nn.Linear
+    return read
 
 
 class _Inputs:

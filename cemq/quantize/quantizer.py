@@ -20,7 +20,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import get_module_from_name
 from torch import nn
 
-from cemq.errors import BundleError, SchemeError
+from cemq.errors import BundleError, ModelError, SchemeError
 from cemq.families import EIGHT_BIT, FULL_PRECISION
 from cemq.quantize.linear import InputStatistics, QuantizedLinear, fuse_gelu
 from cemq.quantize.schemes import BACKENDS, SCHEMES, Scheme, check_scheme
@@ -87,6 +87,10 @@ class CemqConfig(QuantizationConfigMixin):
         """The same, with other layers at 8 bits."""
         return CemqConfig(**{**self.to_dict(), "eight_bit": eight_bit})
 
+    def with_full_precision(self, names: Sequence[str]) -> CemqConfig:
+        """The same, with more layers left as they are."""
+        return CemqConfig(**{**self.to_dict(), "full_precision": [*self.full_precision, *names]})
+
     def layer_class(self, scheme: Scheme) -> type[QuantizedLinear]:
         """The class of the layers that this backend makes for a scheme."""
         module, _, name = BACKENDS[self.backend].layers[scheme.name].partition(":")
@@ -132,6 +136,7 @@ def quantize_in_place(
     Raises:
         SchemeError: The patterns leave nothing to quantize.
     """
+    refuse_adapters(model)
     replaced = 0
     for name, module, scheme in quantizable(model, config):
         known = statistics.get(name) if statistics else None
@@ -141,6 +146,14 @@ def quantize_in_place(
         raise nothing_to_quantize(model)
     mark_quantized(model, config)
     return replaced
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ModelError for LoRA layers that are not fused: they would be quantized apart from what they adapt."""
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} holds LoRA layers: call fuse_lora() and unload_lora_weights() before quantizing it"
+        )
 
 
 def nothing_to_quantize(model: nn.Module) -> SchemeError:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from cemq.bundle import PRIOR, read_bundle
 from cemq.correction import make_correction
-from cemq.errors import BundleError, CemqError
-from cemq.models import default_device, open_pipeline
+from cemq.errors import BundleError, CemqError, choose
+from cemq.footprint import plan_memory
+from cemq.hub import find_bundle
+from cemq.models import DTYPES, check_device, default_device, open_pipeline
 from cemq.prior import ErrorPrior
 from cemq.runtime.hook import attach
+from cemq.runtime.place import disk_folder, free_host_memory, place
 from cemq.runtime.plan import Plan
+from cemq.runtime.save import save_as_bundle
 
 
 def from_pretrained(
@@ -20,24 +25,36 @@ def from_pretrained(
     device: str | None = None,
     torch_dtype: Any = None,
     budget: int | str | None = None,
+    vram: str | int | None = None,
+    offload_folder: str | Path | None = None,
+    revision: str | None = None,
     verify: bool = True,
 ) -> Any:
     """Load a bundle as its own diffusers pipeline class, quantized and scheduled.
 
+    ``pipe.save_pretrained(folder)`` writes a bundle again.
+
     Args:
-        path: The bundle's folder.
+        path: The bundle's folder, or ``owner/name`` on the Hub.
         device: Where it runs; None takes CUDA where there is one.
         torch_dtype: Of everything that is not quantized, as a torch dtype or its name; None takes the bundle's.
         budget: Full-compute steps, or a ratio such as ``"3x"``: solve the schedule anew from the bundle's prior.
             None takes the schedule the bundle was built with. A run with another ``num_inference_steps`` gets a
             schedule of its own, of the same compute ratio.
+        vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: the cheapest placement that fits is
+            applied, ``pipe.cemq_memory_plan`` says which. On a CPU it is the memory of weights and activations.
+        offload_folder: For placements that keep weights on disk; None takes ``~/.cache/cemq/offload``.
+        revision: Branch, tag or commit on the Hub.
         verify: Compare the checksums of all files first.
 
     Raises:
         BundleError: The bundle is incomplete, damaged or of another format.
         InfeasibleBudgetError: The budget is out of range.
+        PlacementError: No placement fits in ``vram``; says how much the least one needs.
+        HubError: There is no such folder, and nothing of that name can be fetched.
+        InputError: Unknown dtype or device, or ``vram`` is no size.
     """
-    folder = Path(path)
+    folder = find_bundle(path, revision)
     manifest = read_bundle(folder, verify=verify)
     prior, schedule = ErrorPrior.load(folder / PRIOR), manifest.schedule
     correction = manifest.correction and make_correction(manifest.correction, prior, schedule)
@@ -45,11 +62,26 @@ def from_pretrained(
     if budget is not None:
         plan = plan.with_budget(budget)
     dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype
+    choose("dtype", dtype, DTYPES)
+    where = check_device(device or default_device())
+    memory = None
+    if vram is not None:
+        free = free_host_memory()
+        memory = plan_memory(
+            folder, vram, device=where.type, budget=plan.schedule.budget, dtype=dtype, host_memory=free
+        )
+    offloads = memory is not None and memory.chosen.placement.unit != "nothing"
     try:
-        pipe = open_pipeline(folder, dtype=dtype, device=device or default_device())
+        pipe = open_pipeline(folder, dtype=dtype, device="cpu" if offloads else str(where), align=not offloads)
     except BundleError as error:
         raise BundleError(f"bundle '{folder}': {error}") from error
     if type(pipe).__name__ != manifest.pipeline_class:
         raise CemqError(f"bundle '{folder}' loaded as {type(pipe).__name__}, expected {manifest.pipeline_class}")
+    if memory is not None:
+        root = Path(offload_folder) if offload_folder is not None else None
+        place(pipe, memory, device=where, offload_folder=disk_folder(folder, memory, dtype, root))
+        pipe.cemq_memory_plan = memory
+        logging.getLogger("cemq").info("%s: %s", folder, memory.summary())
     attach(pipe, plan)
+    save_as_bundle(pipe, folder, manifest, dtype=dtype)
     return pipe

@@ -12,10 +12,10 @@ from cemq.schedule import AUTO, SOLVERS, CacheSchedule, plan_schedule
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """``prior`` was measured under ``sampler``; without one nothing can be planned anew."""
+    """``prior`` was measured under ``sampler``; without one nothing can be planned anew. No sampler means any."""
 
     schedule: CacheSchedule
-    sampler: SamplerFingerprint
+    sampler: SamplerFingerprint | None
     prior: ErrorPrior | None = None
     correction: Correction | None = None
     view: str = "combined"
@@ -27,13 +27,13 @@ class Plan:
             ModelError: There is no prior to plan from.
             InfeasibleBudgetError: The budget is out of range.
         """
-        if self.prior is None:
+        if self.prior is None or self.sampler is None:
             raise ModelError("this schedule came without an error prior: load a bundle to plan another budget")
         return self._planned(self.prior, self.sampler, budget)
 
     def carried_over(self, sampler: SamplerFingerprint) -> Plan | None:
         """The plan for other timesteps of the same sampler, at the same compute ratio; None where it says nothing."""
-        if self.prior is None or not self.sampler.carries_over(sampler):
+        if self.prior is None or self.sampler is None or not self.sampler.carries_over(sampler):
             return None
         prior = self.prior.resampled(sampler)
         budget = min(max(2, round(prior.num_steps / self.schedule.compute_ratio)), prior.num_steps)

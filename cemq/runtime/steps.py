@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from cemq.errors import ModelError
+from cemq.prior import SamplerFingerprint
 from cemq.runtime.plan import Plan
 from cemq.sampler import fingerprint, intercepted
 from cemq.schedule import CacheSchedule
@@ -25,12 +29,13 @@ class StepTracker:
 
     def __init__(self, plan: Plan, on_start: Callable[[CacheSchedule], None]):
         self.plan, self.on_start = plan, on_start
-        self._current = plan  # of the latest run
+        self._current = plan  # that of the latest run
         self.scheduler: Any = None
         self.step_index: int | None = None
         self._calls: Counter[str | None] = Counter()
         self._warned: set[str] = set()
         self._undo = ExitStack()
+        self._thread: int | None = None  # that of the run: a second one at once would mix up both
 
     def follow(self, scheduler: Any) -> None:
         """Intercept ``set_timesteps`` and ``step`` of this scheduler until `release`."""
@@ -43,9 +48,25 @@ class StepTracker:
 
     def enter_call(self, context: str | None) -> Stream:
         """The stream of this denoiser call: its cache context, and how many calls of that name the step has had."""
+        if self.step_index is None or self.step_index < self._current.schedule.num_steps:  # the run is not over yet
+            self._check_thread()
         stream = (context, self._calls[context])
         self._calls[context] += 1
         return stream
+
+    def agrees(self, step_index: int | None, sigma: float | None) -> bool:
+        """Whether this is the step that the pipeline's cache context says it is, where it says so."""
+        if step_index is not None and step_index != self.step_index:
+            return False
+        sigmas = getattr(self.scheduler, "sigmas", None)
+        if sigma is None or sigmas is None or self.step_index >= len(sigmas):
+            return True
+        expected = float(sigmas[self.step_index + (getattr(self.scheduler, "begin_index", None) or 0)])
+        return abs(sigma - expected) <= 1e-3 * max(1.0, abs(expected))
+
+    def _check_thread(self) -> None:
+        if self._thread not in (None, threading.get_ident()):
+            raise ModelError("two threads run this pipeline at once: give each a pipeline (or scheduler) of its own")
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -55,11 +76,12 @@ class StepTracker:
     def _set_timesteps(self, original: Any, **arguments: Any) -> Any:
         result = original(**arguments)
         self._calls.clear()
+        self._thread = threading.get_ident()
         self.step_index = 0
         found, expected = fingerprint(self.scheduler), self.plan.sampler
-        if found.matches(expected):
+        if _ends_like(found, expected):
             self._current = self.plan
-        elif not found.matches(self._current.sampler):  # else it was carried over already
+        elif self._current is self.plan or not found.matches(self._current.sampler):  # else carried over already
             carried = self.plan.carried_over(found)
             self._current = carried or self.plan
             self.step_index = None if carried is None else 0
@@ -75,6 +97,7 @@ class StepTracker:
         return result
 
     def _step(self, original: Any, **arguments: Any) -> Any:
+        self._check_thread()
         if self.step_index is not None:
             if not self._is_expected(arguments.get("timestep")):
                 self.step_index = None
@@ -92,4 +115,29 @@ class StepTracker:
         if timestep is None or self.step_index >= len(timesteps):
             return False
         planned = timesteps[self.step_index]
-        return abs(float(timestep) - planned) <= 1e-3 * max(1.0, abs(planned))
+        found = timestep.flatten()[0] if hasattr(timestep, "flatten") else timestep  # some hand one per sample
+        return abs(float(found) - planned) <= 1e-3 * max(1.0, abs(planned))
+
+
+def _ends_like(found: SamplerFingerprint, expected: SamplerFingerprint) -> bool:
+    """An image-to-image run begins late, so that it was planned for the last timesteps only."""
+    return dataclasses.replace(found, timesteps=found.timesteps[-len(expected.timesteps) :]).matches(expected)
+
+
+class AnySamplerTracker(StepTracker):
+    """For plans that do not say which sampler they were made for: every sampler with as many steps is theirs."""
+
+    def __init__(self, plan: Plan, on_start: Callable[[CacheSchedule], None]):
+        num_steps = plan.schedule.num_steps
+        unknown = SamplerFingerprint(scheduler="", config={}, timesteps=(0.0,) * num_steps)
+        super().__init__(dataclasses.replace(plan, sampler=unknown), on_start)
+
+    def _set_timesteps(self, original: Any, **arguments: Any) -> Any:
+        def learn(**arguments: Any) -> Any:
+            result = original(**arguments)
+            found = fingerprint(self.scheduler)
+            if len(found.timesteps) == self.plan.schedule.num_steps:
+                self.plan = dataclasses.replace(self.plan, sampler=found)
+            return result
+
+        return super()._set_timesteps(learn, **arguments)

@@ -1,0 +1,375 @@
+"""How many bytes a pipeline folder takes on a device, by its configs and the headers of its weights: nothing is loaded.
+
+Weights are exact. Activations are estimates: fitted for transformers and for AutoencoderKL, rough for UNets and for
+other autoencoders.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from cemq.bundle import read_bundle
+from cemq.errors import BundleError, InputError, ModelError, choose
+from cemq.families import DENOISERS, EIGHT_BIT
+from cemq.placement import (
+    GIB,
+    ComponentMemory,
+    MemoryPlan,
+    Role,
+    parse_bytes,
+    plan_placement,
+    transformer_activation_bytes,
+    vae_activation_bytes,
+)
+from cemq.schedule import parse_budget
+
+_ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# What the device's libraries take: on CUDA context, workspaces and fragmentation, which is an assumption; on a CPU what
+# oneDNN packs and keeps, about 30 MB beyond the sums in docs/benchmarks/placement.md.
+RESERVE = {"cuda": GIB // 2, "cpu": 48 << 20}
+_FEW_ROWS = (*EIGHT_BIT, "*embed*", "*shared*", "*head*", "*pooler*")  # layers that do not see every token
+_MULTIPLY_IN_FLOATS = ("a16", "a16-fp4")
+_DEFAULT_SIZE = 1024  # pixels, where neither the call nor the pipeline says
+_TEXT_TOKENS = 512
+_CLIP_TOKENS = 77  # beside those of a second encoder (SD3)
+_CHANNELS = (128, 256, 512, 512)  # of an autoencoder whose config says nothing cemq knows
+_TILE = 512
+_FRAMES_PER_LATENT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One entry of a safetensors header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * _ITEMSIZE.get(self.dtype, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What is drawn at once: pixels, frames of a video, tokens of text, samples and guidance branches run together."""
+
+    height: int
+    width: int
+    frames: int
+    text_tokens: int
+    samples: int
+    branches: int
+
+    def latent_frames(self, vae: Mapping[str, Any]) -> int:
+        return 1 + (self.frames - 1) // (vae.get("scale_factor_temporal") or _FRAMES_PER_LATENT)
+
+
+def plan_memory(
+    bundle: str | Path,
+    vram: str | int,
+    *,
+    device: str = "cuda",
+    budget: int | str | None = None,
+    samples: int = 1,
+    call: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    host_memory: str | int | None = None,
+) -> MemoryPlan:
+    """Where a bundle's weights would lie on a device with so much memory, and what every other placement would cost.
+
+    Args:
+        bundle: The bundle's folder. Nothing of it is loaded.
+        vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes.
+        device: ``cuda``, ``cpu``, ...; it need not be there.
+        budget: Full-compute steps or a ratio; None takes the bundle's. Only they move weights.
+        samples: Pictures drawn at once.
+        call: Arguments of the pipeline such as height and width, over the bundle's.
+        dtype: Of everything that is not quantized; None takes the bundle's.
+        host_memory: That weights may rest in; None leaves it out of account.
+
+    Raises:
+        PlacementError: Nothing fits; says how much the least placement needs, and for what.
+        BundleError: The bundle is incomplete or damaged.
+        InputError: A size cannot be read.
+    """
+    folder = Path(bundle)
+    manifest = read_bundle(folder)
+    limit = parse_bytes(vram)
+    if samples < 1:
+        raise InputError(f"samples={samples}: at least one sample is needed")
+    full_steps = manifest.schedule.budget
+    if budget is not None:
+        full_steps = parse_budget(budget, manifest.schedule.num_steps)
+    components = read_footprint(
+        folder,
+        dtype=dtype or manifest.dtype,
+        stored_dtype=manifest.dtype,
+        call=manifest.call | dict(call or {}),
+        full_steps=full_steps,
+        samples=samples,
+    )
+    kind = choose("device", device.partition(":")[0], ("cuda", "cpu", "mps", "xpu", "npu"))
+    return plan_placement(
+        components,
+        limit,
+        device=kind,
+        reserve_bytes=RESERVE.get(kind, 0),
+        host_limit=None if host_memory is None else parse_bytes(host_memory),
+        samples=samples,
+    )
+
+
+def read_footprint(
+    folder: Path,
+    *,
+    dtype: str,
+    call: Mapping[str, Any],
+    full_steps: int,
+    samples: int = 1,
+    stored_dtype: str | None = None,
+) -> tuple[ComponentMemory, ...]:
+    """Bytes of every model in a pipeline folder, a bundle's or any other.
+
+    Args:
+        dtype: Of everything that is not quantized, once it is loaded.
+        call: Arguments of the pipeline; height, width, num_frames, max_sequence_length and guidance matter.
+        full_steps: Steps of a run that are computed in full.
+        samples: Pictures drawn at once.
+        stored_dtype: Of what is not quantized, in the folder; None: ``dtype``.
+
+    Raises:
+        ModelError: The folder is not a pipeline's.
+        BundleError: A file of weights is damaged.
+    """
+    index = _json(folder / "model_index.json")
+    pipeline = _diffusers_class(index.get("_class_name"))
+    kinds = {name: kind for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2 and all(kind)}
+    weights = {name: tensors for name in kinds if (tensors := tuple(_tensors(folder / name)))}
+    configs = {name: _json(folder / name / "config.json") for name in weights}
+    if not set(weights) & set(DENOISERS):
+        raise ModelError(f"'{folder}' holds no {' or '.join(DENOISERS)}: cemq cannot plan its memory")
+    picture = _picture(pipeline, configs, call, samples)
+    sequence = (getattr(pipeline, "model_cpu_offload_seq", None) or "").split("->")
+    excluded = getattr(pipeline, "_exclude_from_cpu_offload", ())
+
+    found = []
+    for name, tensors in weights.items():
+        role: Role = "denoiser" if name in DENOISERS else "vae" if name.startswith("vae") else "other"
+        known = _diffusers_class(kinds[name][1]) if kinds[name][0] == "diffusers" else None
+        loaded = [_as_loaded(tensor, stored_dtype or dtype, dtype) for tensor in tensors]
+        itemsize = _ITEMSIZE[_DTYPES[dtype]]
+        if role == "vae":
+            whole, *reduced = _vae_activations(configs[name], picture, dtype)
+        elif name == "unet":
+            whole, reduced = _unet_activations(configs[name], configs.get("vae", {}), picture, itemsize), []
+        else:
+            whole, reduced = _transformer_activations(role, tensors, configs, name, picture, itemsize), []
+        found.append(
+            ComponentMemory(
+                name=name,
+                role=role,
+                weight_bytes=sum(tensor.bytes for tensor in loaded),
+                activation_bytes=whole,
+                calls=full_steps if role == "denoiser" else 1,
+                blocks=_blocks(loaded),
+                largest_leaves=_largest_leaves(loaded),
+                in_sequence=name in sequence and name not in excluded,
+                groups=getattr(known, "_supports_group_offloading", True),
+                vae_activation_bytes=tuple(reduced) or None,
+            )
+        )
+    return tuple(found)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{path}' cannot be read: {error}") from None
+
+
+def _tensors(folder: Path) -> Iterator[Tensor]:
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(size).ljust(size, b"-"))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    yield Tensor(name=name, dtype=entry["dtype"], shape=tuple(entry["shape"]))
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise BundleError(f"'{path}' is not a whole safetensors file ({error}): copy or write it again") from None
+
+
+def _as_loaded(tensor: Tensor, stored: str, dtype: str) -> Tensor:
+    """The tensor in the dtype it is loaded in; what a quantized layer stores in float32 stays so."""
+    if tensor.dtype == _DTYPES[stored] and not tensor.name.endswith("_scale"):
+        return Tensor(name=tensor.name, dtype=_DTYPES[dtype], shape=tensor.shape)
+    return tensor
+
+
+def _diffusers_class(name: str | None) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name or "", None)
+
+
+def _blocks(tensors: list[Tensor]) -> tuple[int, ...]:
+    """Bytes of the children of every list of modules at the top, as block-level offloading takes them."""
+    sizes: dict[tuple[str, int], int] = {}
+    for tensor in tensors:
+        parts = tensor.name.split(".")
+        if len(parts) > 2 and parts[1].isdigit():
+            key = (parts[0], int(parts[1]))
+            sizes[key] = sizes.get(key, 0) + tensor.bytes
+    return tuple(size for _, size in sorted(sizes.items()))
+
+
+def _largest_leaves(tensors: list[Tensor]) -> tuple[int, int]:
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.name.rpartition(".")[0]] += tensor.bytes
+    first, second = [*sorted(sizes.values(), reverse=True), 0, 0][:2]
+    return first, second
+
+
+def _default(pipeline: Any, argument: str, call: Mapping[str, Any]) -> Any:
+    """What the call says, else the pipeline's own default; None where neither says."""
+    if call.get(argument) is not None:
+        return call[argument]
+    parameter = inspect.signature(pipeline.__call__).parameters.get(argument) if pipeline else None
+    return parameter.default if parameter is not None and isinstance(parameter.default, (int, float)) else None
+
+
+def _picture(pipeline: Any, configs: Mapping[str, dict], call: Mapping[str, Any], samples: int) -> Picture:
+    denoiser = next(configs[name] for name in DENOISERS if name in configs)
+    native = denoiser.get("sample_size")
+    if isinstance(native, (list, tuple)):
+        native = native[-1]
+    size = native * _vae_scale(configs.get("vae", {})) if native else _DEFAULT_SIZE
+    texts = [config for name, config in configs.items() if "text_encoder" in name]
+    longest = [config.get("max_position_embeddings") or _TEXT_TOKENS + 1 for config in texts]
+    if longest and max(longest) <= _TEXT_TOKENS:  # CLIP's: they cannot take more
+        tokens = max(longest)
+    else:
+        tokens = int(_default(pipeline, "max_sequence_length", call) or _TEXT_TOKENS) + _CLIP_TOKENS
+    guided = (_default(pipeline, "guidance_scale", call) or 0) > 1 and not denoiser.get("guidance_embeds")
+    guided = guided or (_default(pipeline, "true_cfg_scale", call) or 0) > 1
+    return Picture(
+        height=int(_default(pipeline, "height", call) or size),
+        width=int(_default(pipeline, "width", call) or size),
+        frames=int(_default(pipeline, "num_frames", call) or 1),
+        text_tokens=tokens if texts else 0,
+        samples=samples * int(_default(pipeline, "num_images_per_prompt", call) or 1),
+        branches=2 if guided else 1,
+    )
+
+
+def _vae_scale(vae: Mapping[str, Any]) -> int:
+    """Pixels a latent stands for, along one side."""
+    if isinstance(vae.get("scale_factor_spatial"), int):
+        return vae["scale_factor_spatial"]
+    return 2 ** (len(_channels(vae)) - 1)
+
+
+def _channels(vae: Mapping[str, Any]) -> tuple[int, ...]:
+    for name in ("decoder_block_out_channels", "block_out_channels"):
+        if vae.get(name):
+            return tuple(vae[name])
+    if vae.get("base_dim") and vae.get("dim_mult"):
+        return tuple(vae["base_dim"] * factor for factor in vae["dim_mult"])
+    return _CHANNELS
+
+
+def _vae_activations(vae: Mapping[str, Any], picture: Picture, dtype: str) -> tuple[int, int, int]:
+    """Of the whole batch at once, sample by sample, and in tiles."""
+    itemsize = 4 if vae.get("force_upcast") and dtype == "float16" else _ITEMSIZE[_DTYPES[dtype]]
+    channels, frames = _channels(vae), picture.frames
+
+    def decode(samples: int, height: int, width: int) -> int:
+        return vae_activation_bytes(
+            samples=samples, height=height, width=width, channels=channels, itemsize=itemsize, frames=frames
+        )
+
+    sizes = vae.get("sample_size") or _TILE
+    tile = max(sizes) if isinstance(sizes, (list, tuple)) else sizes
+    outputs = 6 * picture.samples * frames * picture.height * picture.width * itemsize  # decoded, and joined
+    sliced = decode(1, picture.height, picture.width) + (outputs if picture.samples > 1 else 0)
+    tiled = decode(1, min(tile, picture.height), min(tile, picture.width)) + 2 * outputs
+    whole = decode(picture.samples, picture.height, picture.width)
+    return whole, min(whole, sliced), min(whole, sliced, tiled)
+
+
+def _transformer_activations(
+    role: Role,
+    tensors: tuple[Tensor, ...],
+    configs: Mapping[str, dict],
+    name: str,
+    picture: Picture,
+    itemsize: int,
+) -> int:
+    config, quantization = configs[name], configs[name].get("quantization_config") or {}
+    layers = [
+        tensor
+        for tensor in tensors
+        if len(tensor.shape) in (2, 3)
+        and tensor.name.endswith(".weight")
+        and not any(fnmatchcase(tensor.name.removesuffix(".weight"), pattern) for pattern in _FEW_ROWS)
+    ]
+    if not layers:
+        return 0
+    inputs = [tensor.shape[1] * (2 if tensor.dtype == "U8" else 1) for tensor in layers]
+    hidden = Counter(inputs).most_common(1)[0][0]
+    widest = max(*inputs, *(tensor.shape[0] for tensor in layers))
+    tokens = picture.text_tokens
+    if role == "denoiser":
+        tokens += picture.latent_frames(configs.get("vae", {})) * _picture_tokens(config, configs, picture)
+    scheme = str(quantization.get("scheme", ""))
+    quantized = [prod(t.shape) * (2 if t.dtype == "U8" else 1) for t in tensors if t.dtype in ("I8", "U8")]
+    expanded = 0  # the largest weight, as it is multiplied
+    if quantized and scheme.endswith(_MULTIPLY_IN_FLOATS):
+        expanded = max(quantized) * (5 + itemsize)
+    elif quantized and any(t.dtype == "U8" for t in tensors):
+        expanded = max(quantized)
+    return expanded + transformer_activation_bytes(
+        rows=picture.samples * picture.branches * tokens,
+        hidden=hidden,
+        widest=widest,
+        itemsize=itemsize,
+        integer_activations=scheme.endswith("a8"),
+    )
+
+
+def _picture_tokens(config: Mapping[str, Any], configs: Mapping[str, dict], picture: Picture) -> int:
+    """Tokens of one latent frame: one for each patch."""
+    vae = configs.get("vae", {})
+    patch = config.get("patch_size") or 1
+    side = patch[-1] if isinstance(patch, (list, tuple)) else patch
+    if side == 1 and vae.get("latent_channels") and config.get("in_channels") == 4 * vae["latent_channels"]:
+        side = 2  # the pipeline packs two by two latents into one token (FLUX)
+    pixels = _vae_scale(vae) * side
+    return -(-picture.height // pixels) * -(-picture.width // pixels)
+
+
+def _unet_activations(unet: Mapping[str, Any], vae: Mapping[str, Any], picture: Picture, itemsize: int) -> int:
+    """A guess: as a decoder's of the latents, with the skip connections twice as much."""
+    scale = _vae_scale(vae)
+    return 2 * vae_activation_bytes(
+        samples=picture.samples * picture.branches,
+        height=picture.height // scale,
+        width=picture.width // scale,
+        channels=_channels(unet),
+        itemsize=itemsize,
+        frames=picture.frames,
+    )

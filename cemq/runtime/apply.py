@@ -1,0 +1,33 @@
+"""A schedule on top of any pipeline, whoever quantized it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cemq.exporting import read_schedule
+from cemq.runtime.hook import ScheduleHook, attach
+from cemq.schedule import CacheSchedule
+
+
+def apply_schedule(pipe: Any, schedule: str | Path | CacheSchedule, *, any_sampler: bool = False) -> ScheduleHook:
+    """Have a diffusers pipeline follow a schedule, until `cemq.detach`.
+
+    Only a hook on the denoiser is added, so it does not matter what computes the full steps: SDNQ, torchao, GGUF,
+    nunchaku, or nothing that quantizes at all. The hook lies above offloading, whether that was applied before or is
+    applied later. A run with another step count or sampler than the schedule was planned for computes in full.
+
+    Args:
+        pipe: Anything with a ``scheduler`` and a ``transformer`` or ``unet``.
+        schedule: A file of ``cemq export --format json``, a bundle's folder, or a `CacheSchedule`.
+        any_sampler: Follow it under every sampler with as many steps. A `CacheSchedule` names no sampler: it always is.
+
+    Returns:
+        The hook, which counts full and skipped evaluations of the latest run.
+
+    Raises:
+        ModelError: The pipeline has no denoiser, or another cache is active on it.
+        InputError, BundleError: The schedule cannot be read.
+    """
+    found, sampler = read_schedule(schedule)
+    return attach(pipe, found, None if any_sampler else sampler)

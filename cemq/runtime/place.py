@@ -1,0 +1,167 @@
+"""Carrying out a placement, with diffusers' and accelerate's own offloading.
+
+Only what `cemq.placement` planned is applied here; `runtime.registration` keeps the schedule above all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from diffusers.hooks import apply_group_offloading
+from torch import nn
+
+from cemq.bundle import MANIFEST
+from cemq.errors import PlacementError
+from cemq.families import DENOISERS
+from cemq.memory import give_back, map_large_allocations
+from cemq.placement import MemoryPlan
+
+_COMPLETE = "complete.json"
+
+
+def free_host_memory() -> int | None:
+    """Bytes that this process could still take; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def place(pipe: Any, plan: MemoryPlan, *, device: torch.device, offload_folder: Path | None = None) -> None:
+    """Put a pipeline that lies in host memory where the plan wants it.
+
+    Args:
+        offload_folder: Where weights rest that the plan keeps on disk, see `disk_folder`.
+
+    Raises:
+        PlacementError: The pipeline has parts that this offloading cannot follow.
+    """
+    chosen = plan.chosen
+    vae = getattr(pipe, "vae", None)
+    if vae is not None and chosen.vae != "whole":
+        for enable in ("enable_slicing", *(["enable_tiling"] if chosen.vae == "tiled" else [])):
+            _enable(vae, enable)
+    placement, models = chosen.placement, _models(pipe)
+    if placement.unit == "nothing":
+        pipe.to(device)
+    elif placement.unit == "component":
+        pipe.enable_model_cpu_offload(device=device)
+    elif placement.hooks == "accelerate" and not placement.disk:
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif placement.disk:
+        if device.type == "cpu":
+            map_large_allocations()
+        with _written(offload_folder) as folder:
+            for name, model in models.items():
+                _to_disk(name, model, plan, device, folder / name)
+    else:
+        for name, model in models.items():
+            _in_groups(name, model, plan, device)
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _enable(vae: Any, name: str) -> None:
+    try:
+        getattr(vae, name)()
+    except (AttributeError, NotImplementedError) as error:
+        raise PlacementError(f"the plan wants {type(vae).__name__}.{name}(), which it does not have") from error
+
+
+def _in_groups(name: str, model: nn.Module, plan: MemoryPlan, device: torch.device, **options: Any) -> None:
+    placement, component = plan.chosen.placement, next(c for c in plan.components if c.name == name)
+    _check_leaves(name, model, placement.unit == "block" and name in DENOISERS)
+    if not component.groups:
+        model.to(device)
+        return
+    # only the denoiser is worth prefetching, and only there the order of layers is traced: decoding is no forward
+    blocks = placement.unit == "block" and name in DENOISERS
+    apply_group_offloading(
+        model,
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="block_level" if blocks else "leaf_level",
+        num_blocks_per_group=1 if blocks else None,
+        use_stream=placement.streams and name in DENOISERS,
+        **options,
+    )
+
+
+def _check_leaves(name: str, model: nn.Module, blocks: bool) -> None:
+    if not blocks and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        raise PlacementError(
+            f"{name}: its attention uses weights of a layer without running it, so layers cannot be offloaded one by "
+            "one: allow more memory"
+        )
+
+
+def _to_disk(name: str, model: nn.Module, plan: MemoryPlan, device: torch.device, folder: Path) -> None:
+    component = next(c for c in plan.components if c.name == name)
+    mapped = [tensor.data for tensor in (*model.parameters(), *model.buffers())]
+    if plan.chosen.placement.hooks == "groups" or (name not in DENOISERS and component.groups):
+        _in_groups(name, model, plan, device, offload_to_disk_path=str(folder))
+    else:
+        accelerate.disk_offload(model, folder, execution_device=device)
+    for tensor in mapped:
+        give_back(tensor)
+
+
+def disk_folder(bundle: Path, plan: MemoryPlan, dtype: str, root: Path | None = None) -> Path:
+    """Where the weights of a bundle rest when they are offloaded to disk.
+
+    Its name is a hash of everything that decides what the files hold: diffusers takes any file that lies there for its
+    own, whatever model wrote it.
+
+    Args:
+        root: None takes ``cemq/offload`` in the user's cache folder.
+    """
+    checksum = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))["checksum"]
+    parts = (checksum, dtype, plan.chosen.placement.name, version("diffusers"), version("accelerate"))
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (root or cache / "cemq" / "offload").expanduser().absolute() / key
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[Path]:
+    """A folder that is either whole or begun anew; one process at a time writes it."""
+    from filelock import FileLock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not _is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+            yield folder
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+            (folder / _COMPLETE).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise PlacementError(
+            f"offload folder '{folder.parent}' cannot be written: {error.strerror or error}"
+        ) from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _COMPLETE)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return sizes == {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}

@@ -1,0 +1,83 @@
+"""Putting the hook on a denoiser and taking it off again, whatever else replaces forwards there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from cemq.errors import ModelError
+
+HOOK = "cemq_schedule"
+_CUSHION = "cemq_schedule_cushion"
+
+# How the hooks of diffusers' own step caches are named, and the mark that cache-dit leaves on what it changes.
+_CACHE_HOOKS = ("fbc_", "mag_cache", "sea_cache", "taylorseer", "pyramid_attention", "faster_cache", "text_kv_cache")
+_CACHE_DIT_MARK = "_is_cached"
+
+
+class _Cushion(ModelHook):
+    """Lies right below the schedule and does nothing.
+
+    A hook that removes itself while it runs (diffusers' tracing of the order in which groups are loaded) makes its
+    registry overwrite what the hook above calls; a hook with a ``new_forward``, such as the schedule, would be cut off.
+    """
+
+
+def install(denoiser: nn.Module, hook: ModelHook) -> None:
+    """Have ``hook`` called in place of the denoiser's forward, above everything that wraps it now, until `uninstall`.
+
+    Raises:
+        ModelError: A cemq schedule is attached already.
+    """
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    if registry.get_hook(HOOK) is not None:
+        raise ModelError("a cemq schedule is attached to this pipeline already: detach it first")
+    registry.register_hook(_Cushion(), _CUSHION)
+    registry.register_hook(hook, HOOK)
+    hook.installed = denoiser.forward
+
+
+def uninstall(denoiser: nn.Module) -> ModelHook | None:
+    """Take the hook off and return it; what was put around it later, or in its place, stays as it is."""
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    hook = registry.get_hook(HOOK)
+    if hook is None:
+        return None
+    found = denoiser.forward
+    below_accelerate = denoiser.__dict__.get("_old_forward") is hook.installed
+    for name in (HOOK, _CUSHION):
+        registry.remove_hook(name, recurse=False)  # sets forward to what lay below, if this was the last hook
+    if below_accelerate:  # accelerate came later, and calls what it keeps there
+        denoiser._old_forward = denoiser.forward
+    if found is not hook.installed:
+        denoiser.forward = found
+    elif denoiser.forward == type(denoiser).forward.__get__(denoiser):
+        denoiser.__dict__.pop("forward", None)  # as it was: the class's own
+    return hook
+
+
+def keep_outermost(denoiser: nn.Module, hook: ModelHook) -> None:
+    """Put the hook back on top if something was wrapped around it, or if it was lost.
+
+    Whatever lies above it moves weights on skipped steps: diffusers' group offloading, applied later, and accelerate's
+    hooks, which come off and on again after every run.
+    """
+    if denoiser.__dict__.get("forward") is not hook.installed:
+        uninstall(denoiser)
+        install(denoiser, hook)
+
+
+def refuse_other_caches(pipe: Any, denoiser: nn.Module) -> None:
+    """Raises ModelError if something else skips work in this denoiser: two caches would feed on each other."""
+    if getattr(pipe, _CACHE_DIT_MARK, False) or getattr(denoiser, _CACHE_DIT_MARK, False):
+        raise ModelError("cache-dit is active on this pipeline: call cache_dit.disable_cache(pipe) first")
+    active = getattr(denoiser, "is_cache_enabled", False) or any(
+        name.startswith(_CACHE_HOOKS)
+        for module in denoiser.modules()
+        if "_diffusers_hook" in module.__dict__
+        for name in module._diffusers_hook.hooks
+    )
+    if active:
+        raise ModelError("a diffusers cache is enabled on this denoiser: call its disable_cache() first")

@@ -1,0 +1,394 @@
+import json
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import FLUX_CALL, make_dit, make_flux
+from diffusers import DDIMScheduler, DiTPipeline
+from torch import nn
+from typer.testing import CliRunner
+
+import cemq
+from cemq import cli
+from cemq.bundle import MANIFEST, read_bundle
+from cemq.errors import BundleError, HubError, InputError
+from cemq.exporting import read_schedule
+from cemq.runtime import schedule_hook
+from cemq.sampling import Batch, run
+from cemq.schedule import CacheSchedule
+
+BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
+SETTINGS = {"steps": 8, "budget": 4, "samples": 2, "solver": "uniform", "call": {"guidance_scale": 2.0}}
+
+
+def build(root: Path, scheme: str) -> Path:
+    make_dit().save_pretrained(root / "pipeline")
+    (root / "labels.txt").write_text("1\n2\n")
+    cemq.quantize_and_schedule(
+        str(root / "pipeline"), root / "bundle", scheme=scheme, calib=str(root / "labels.txt"), **SETTINGS
+    )
+    return root / "bundle"
+
+
+@pytest.fixture(scope="module", params=["w8a8", "none"])
+def bundle(request, tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def copy(bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+def images(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return run(pipe, BATCH, steps=8, call=SETTINGS["call"])
+
+
+def load(folder, **options):
+    return cemq.from_pretrained(folder, device="cpu", **options)
+
+
+def full_steps(bundle):
+    return list(read_bundle(bundle).schedule.full_steps)
+
+
+# --- export
+
+
+def test_json_holds_what_apply_schedule_needs(bundle, tmp_path):
+    file = tmp_path / "schedule.json"
+    file.write_text(cemq.export(bundle))
+    manifest = read_bundle(bundle)
+    assert read_schedule(file) == (manifest.schedule, manifest.sampler)
+    assert read_schedule(bundle) == (manifest.schedule, manifest.sampler)
+    assert json.loads(file.read_text())["made_for"]["scheme"] == manifest.scheme
+
+
+def test_the_cache_dit_mask_is_the_schedule(bundle):
+    text = cemq.export(bundle, "cache-dit")
+    (section,) = yaml.safe_load(text).values()
+    assert [step for step, mark in enumerate(section["steps_computation_mask"]) if mark] == full_steps(bundle)
+    assert section["steps_computation_policy"] == "static"
+    assert section["num_inference_steps"] == len(section["steps_computation_mask"]) == 8
+    assert section["taylorseer_order"] == 1
+    assert all(len(line) < 400 for line in text.splitlines())
+
+
+def test_cache_dit_itself_computes_these_steps(bundle, tmp_path):
+    cache_dit = pytest.importorskip("cache_dit")
+    (tmp_path / "cache.yaml").write_text(cemq.export(bundle, "cache-dit"))
+    pipe = make_dit()
+    steps, computed = [], []
+    pipe.transformer.transformer_blocks[-1].register_forward_pre_hook(lambda *_: computed.append(len(steps)))
+    cache_dit.enable_cache(pipe, **cache_dit.load_configs(str(tmp_path / "cache.yaml")))
+    run(pipe, BATCH, steps=8, call=SETTINGS["call"], on_step=lambda: steps.append(1))
+    assert computed == full_steps(bundle)
+
+
+def test_the_command_writes_a_file_or_prints(bundle, tmp_path):
+    invoke = CliRunner().invoke
+    shown = invoke(cli.app, ["export", str(bundle)])
+    assert shown.stdout == cemq.export(bundle)
+    file = tmp_path / "a.yaml"
+    assert invoke(cli.app, ["export", str(bundle), "--format", "cache-dit", "-o", str(file)]).exit_code == 0
+    assert file.read_text() == cemq.export(bundle, "cache-dit")
+    wrong = invoke(cli.app, ["export", str(bundle), "--format", "cachedit"])
+    assert (wrong.exit_code, wrong.stderr.strip()) == (
+        1, "cemq: unknown export format 'cachedit': choose from json, cache-dit; did you mean 'cache-dit'?",
+    )  # fmt: skip
+    nowhere = invoke(cli.app, ["export", str(bundle), "-o", str(tmp_path / "none" / "a.json")])
+    assert "cannot be written: No such file or directory" in nowhere.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ("[]", "is not one: write it with cemq export"),
+        ('{"kind": "cemq-schedule", "version": 9}', "has version 9, this cemq reads 1"),
+        ('{"kind": "cemq-schedule", "version": 1, "more": 1}', "expected the keys"),
+    ],
+)
+def test_a_file_that_is_no_schedule_is_refused(tmp_path, text, message):
+    file = tmp_path / "a.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        cemq.apply_schedule(make_dit(), file)
+
+
+def test_a_damaged_schedule_is_refused(bundle, tmp_path):
+    content = json.loads(cemq.export(bundle))
+    del content["sampler"]["timesteps"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="is damaged"):
+        read_schedule(tmp_path / "a.json")
+
+
+# --- apply_schedule
+
+
+def torchao_int8(model):
+    quantization = pytest.importorskip("torchao.quantization")
+    config = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    quantization.quantize_(model, config)
+
+
+def quanto_int8(model):
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+
+
+def bitsandbytes_int8(model):
+    bnb = pytest.importorskip("bitsandbytes")
+    for name, layer in [(name, part) for name, part in model.named_modules() if type(part) is nn.Linear]:
+        replaced = bnb.nn.Linear8bitLt(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, has_fp16_weights=False
+        )
+        replaced.load_state_dict(layer.state_dict())
+        model.set_submodule(name, replaced)
+    model.to("cpu")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantize", [lambda model: None, torchao_int8, quanto_int8, bitsandbytes_int8])
+def test_a_schedule_runs_on_what_other_libraries_quantized(quantize):
+    pipe, schedule = make_flux(), CacheSchedule(num_steps=6, full_steps=(0, 2, 4))
+    quantize(pipe.transformer)
+    batch = Batch(conditions=("a bold seven",), seeds=(3,))
+    full = run(pipe, batch, steps=6, call=FLUX_CALL)
+    calls = []
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    hook = cemq.apply_schedule(pipe, schedule)
+    found = run(pipe, batch, steps=6, call=FLUX_CALL)
+    assert len(calls) == hook.full_evaluations == 2 * schedule.budget
+    assert np.isfinite(found).all()
+    assert not np.array_equal(found, full)
+    cemq.detach(pipe)
+    assert np.array_equal(run(pipe, batch, steps=6, call=FLUX_CALL), full)
+
+
+def test_an_exported_schedule_gives_the_bundles_own_pictures(bundle, tmp_path):
+    file = tmp_path / "schedule.json"
+    file.write_text(cemq.export(bundle))
+    plain = DiTPipeline.from_pretrained(bundle)
+    cemq.apply_schedule(plain, file)
+    assert np.allclose(images(plain), images(load(bundle)), atol=1e-5)
+    assert schedule_hook(plain).full_evaluations == 4
+
+
+def test_another_sampler_computes_in_full_unless_any_will_do(bundle):
+    pipe = make_dit(DDIMScheduler(beta_end=0.03))
+    hook = cemq.apply_schedule(pipe, bundle)
+    with pytest.warns(UserWarning, match="settings or timesteps are not those"):
+        images(pipe)
+    assert hook.skipped_evaluations == 0
+    cemq.detach(pipe)
+    hook = cemq.apply_schedule(pipe, bundle, any_sampler=True)
+    images(pipe)
+    assert (hook.full_evaluations, hook.skipped_evaluations) == (4, 4)
+    with pytest.warns(UserWarning, match="this run has 5 steps, the schedule was planned for 8"):
+        run(pipe, BATCH, steps=5, call=SETTINGS["call"])
+    assert hook.skipped_evaluations == 0
+    images(pipe)
+    assert hook.skipped_evaluations == 4
+
+
+# --- save_pretrained
+
+
+def test_saving_a_loaded_bundle_gives_a_bundle_again(bundle, tmp_path):
+    pipe = load(bundle)
+    expected = images(pipe)
+    pipe.save_pretrained(tmp_path / "again")
+    assert read_bundle(tmp_path / "again", verify=True) == read_bundle(bundle)
+    assert np.array_equal(images(load(tmp_path / "again")), expected)
+    (tmp_path / "empty").mkdir()
+    pipe.save_pretrained(str(tmp_path / "empty"), safe_serialization=True)
+    pipe.save_pretrained(tmp_path / "empty")  # over the bundle of before
+    assert read_bundle(tmp_path / "empty", verify=True) == read_bundle(bundle)
+
+
+def test_only_this_object_saves_bundles(bundle, tmp_path):
+    pipe = load(bundle)
+    plain = make_dit()
+    plain.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / MANIFEST).exists()
+    assert "save_pretrained" not in vars(DiTPipeline)
+    type(pipe).save_pretrained(pipe, tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline" / MANIFEST).exists()
+
+
+def test_saving_what_the_fidelity_was_not_measured_on_is_refused(bundle, tmp_path):
+    with pytest.raises(BundleError, match="follows 2 full-compute steps instead of 4"):
+        load(bundle, budget=2).save_pretrained(tmp_path / "again")
+    plan = cemq.plan_memory(bundle, "1GiB", device="cpu")
+    least = min(e.device_bytes for e in plan.estimates if not e.obstacle) + plan.reserve_bytes
+    with pytest.raises(BundleError, match="was loaded in bfloat16 instead of float32"):
+        load(bundle, torch_dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
+    with pytest.raises(BundleError, match=r"weights of transformer are offloaded: load the bundle without vram="):
+        load(bundle, vram=least, offload_folder=tmp_path / "offload").save_pretrained(tmp_path / "again")
+    with pytest.raises(BundleError, match=r"safe_serialization=False\): a bundle is written in one way"):
+        load(bundle).save_pretrained(tmp_path / "again", safe_serialization=False)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("")
+    with pytest.raises(BundleError, match="is not a cemq bundle: it will not be overwritten"):
+        load(bundle).save_pretrained(tmp_path / "photos")
+    assert not (tmp_path / "again").exists()
+
+
+def test_saving_after_the_bundle_is_gone_is_refused(copy, tmp_path):
+    pipe = load(copy)
+    shutil.rmtree(copy)
+    with pytest.raises(BundleError, match="that this pipeline came from is gone"):
+        pipe.save_pretrained(tmp_path / "again")
+
+
+# --- the Hub
+
+
+class FakeApi:
+    """Takes what huggingface_hub's does, and keeps it."""
+
+    repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
+    calls: ClassVar[list[dict]] = []
+
+    def __init__(self, token=None):
+        self.token = token
+
+    def create_repo(self, repo_id, *, private=None, exist_ok=False):
+        self.calls.append({"created": repo_id, "private": private, "exist_ok": exist_ok})
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def create_commit(self, repo_id, operations, *, commit_message, revision=None, create_pr=None):
+        assert repo_id != "someone/forbidden", "403 Forbidden: not yours"
+        self.calls.append({"message": commit_message, "revision": revision, "create_pr": create_pr})
+        files = self.repositories.setdefault(repo_id, {})
+        for operation in operations:
+            with operation.as_file() as file:
+                files[operation.path_in_repo] = file.read()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(FakeApi, "repositories", {})
+    monkeypatch.setattr(FakeApi, "calls", [])
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    downloads = []
+
+    def snapshot_download(repo_id, *, revision=None, allow_patterns=None):
+        downloads.append((repo_id, revision, allow_patterns))
+        folder = tmp_path / "cache" / repo_id.replace("/", "--")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in FakeApi.repositories[repo_id].items():
+            if allow_patterns is None or name in allow_patterns:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return downloads
+
+
+def test_a_pushed_bundle_loads_from_the_hub(bundle, hub):
+    assert cemq.push_to_hub(bundle, "someone/digits", private=True) == "https://huggingface.co/someone/digits"
+    created, committed = FakeApi.calls
+    assert created == {"created": "someone/digits", "private": True, "exist_ok": True}
+    scheme = read_bundle(bundle).scheme
+    assert committed["message"] == f"cemq bundle: {scheme}, 4 of 8 steps in full"
+    card = FakeApi.repositories["someone/digits"]["README.md"].decode()
+    assert 'cemq.from_pretrained("someone/digits")' in card
+    assert "base_model" not in card  # a folder on this machine, which the Hub does not know
+    pipe = load("someone/digits", revision="v1")
+    assert hub == [("someone/digits", "v1", [MANIFEST]), ("someone/digits", "v1", None)]
+    assert np.array_equal(images(pipe), images(load(bundle)))
+
+
+def test_the_card_keeps_a_base_model_that_the_hub_knows():
+    from cemq.hub import _card
+
+    text = '---\nbase_model: "owner/base"\ntags: [cemq]\n---\ncemq.from_pretrained("this-folder")\n'
+    assert _card(text, "a/b", "owner/base") == text.replace("this-folder", "a/b")
+    assert "base_model" not in _card(text, "a/b", "builtin:dit-digits")
+
+
+def test_an_edited_card_leaves_the_bundle_whole(copy):
+    (copy / "README.md").write_text("Edited on the Hub.\n")
+    assert read_bundle(copy, verify=True)
+    (copy / "README.md").unlink()
+    assert read_bundle(copy, verify=True)
+
+
+def test_what_is_on_the_hub_but_no_bundle_is_not_downloaded(hub):
+    FakeApi.repositories["someone/model"] = {"model_index.json": b"{}", "huge.safetensors": b"0"}
+    with pytest.raises(HubError, match=r"no cemq bundle: make one with cemq quantize-and-schedule someone/model"):
+        load("someone/model")
+    assert hub == [("someone/model", None, [MANIFEST])]
+
+
+def test_without_a_network_the_failure_is_one_line():
+    with pytest.raises(HubError, match=r"'someone/digits' is no folder here and cannot be fetched from the Hub: .+"):
+        load("someone/digits")
+
+
+def test_what_is_neither_folder_nor_hub_id_is_named(tmp_path):
+    with pytest.raises(BundleError, match="no such folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="no such folder"):
+        load("nowhere")
+
+
+def test_a_refusal_of_the_hub_is_one_line(bundle, copy, hub):
+    run_cli = CliRunner().invoke
+    refused = run_cli(cli.app, ["push", str(bundle), "someone/forbidden"])
+    assert (refused.exit_code, refused.stderr) == (
+        1, "cemq: 'someone/forbidden' cannot be written on the Hub: 403 Forbidden: not yours\n",
+    )  # fmt: skip
+    done = run_cli(cli.app, ["push", str(bundle), "someone/digits", "--public", "--create-pr", "-m", "First"])
+    assert done.stdout == "https://huggingface.co/someone/digits\n"
+    assert FakeApi.calls[-1] == {"message": "First", "revision": None, "create_pr": True}
+    with pytest.raises(InputError, match="write owner/name"):
+        cemq.push_to_hub(bundle, "digits")
+    weights = next((copy / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"has \d+ bytes instead of"):
+        cemq.push_to_hub(copy, "someone/damaged")
+    assert "someone/damaged" not in FakeApi.repositories
+
+
+def test_diffusers_own_push_of_a_loaded_bundle_uploads_a_bundle(bundle, monkeypatch, tmp_path):
+    uploaded = {}
+
+    def upload_folder(self, folder, repo_id, **options):
+        shutil.copytree(folder, tmp_path / "hub")
+        uploaded[repo_id] = read_bundle(tmp_path / "hub", verify=True)
+
+    class Repository:
+        repo_id = "someone/digits"
+
+    class Card:
+        def save(self, path):
+            Path(path).write_text("a card of diffusers\n")
+
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda *_, **__: Repository)
+    monkeypatch.setattr("diffusers.utils.hub_utils.load_or_create_model_card", lambda *_, **__: Card())
+    monkeypatch.setattr("diffusers.utils.hub_utils.populate_model_card", lambda card: card)
+    monkeypatch.setattr(DiTPipeline, "_upload_folder", upload_folder)
+    load(bundle).push_to_hub("digits")
+    assert uploaded == {"someone/digits": read_bundle(bundle)}
+
+
+@pytest.mark.parametrize("name", ["export", "push", "plan-memory"])
+def test_every_new_command_is_documented_with_an_example(name):
+    shown = CliRunner().invoke(cli.app, [name, "--help"])
+    assert f"Example: cemq {name}" in " ".join(shown.output.split())
+    docs = "".join(path.read_text() for path in (Path(__file__).parents[1] / "docs").glob("*.md"))
+    assert f"cemq {name}" in docs
