@@ -93,10 +93,10 @@ def analyze(
     manifest, prior = read_bundle(Path(bundle)), ErrorPrior.load(Path(bundle) / PRIOR)
     if schedules < 5:
         raise InputError(f"schedules={schedules}: a rank correlation needs at least 5")
-    steps = manifest.num_inference_steps
-    budget = max(2, budget or round(0.3 * steps))
-    if schedules > (possible := math.comb(steps - 1, budget - 1)):
-        raise InputError(f"schedules={schedules}: {budget} of {steps} steps can be chosen in {possible} ways only")
+    steps, num_steps = manifest.num_inference_steps, prior.num_steps
+    budget = max(2, budget or round(0.3 * num_steps))
+    if schedules > (possible := math.comb(num_steps - 1, budget - 1)):
+        raise InputError(f"schedules={schedules}: {budget} of {num_steps} steps can be chosen in {possible} ways only")
     batches = make_batches(
         manifest.held_out_conditions, samples=samples, first_seed=EVALUATION_SEED_OFFSET + seed, batch_size=8
     )
@@ -116,7 +116,7 @@ def analyze(
     result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
     result |= {"samples": samples, "spearman": {}, "points": {}}
     for name in predictors:
-        tested = test_schedules(steps, schedules, name, budget)
+        tested = test_schedules(num_steps, schedules, name, budget)
         trials: list[Trial] = []
         for schedule in tested:
             trials.append(loop.run(schedule))

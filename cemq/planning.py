@@ -91,6 +91,7 @@ class ClosedLoop:
         prior: Its error prior.
         batches: The planning samples.
         references: What the full-precision pipeline made of them.
+        steps: ``num_inference_steps`` of every run.
     """
 
     pipe: Any
@@ -102,6 +103,11 @@ class ClosedLoop:
     progress: Callable[[float], None] | None = None
     trials: list[Trial] = field(default_factory=list)
     spent: float = 0.0  # runs at full compute
+
+    @property
+    def num_steps(self) -> int:
+        """What the sampler makes of ``steps``: PNDM adds one, image-to-image strength takes some away."""
+        return self.prior.num_steps
 
     def run(self, schedule: CacheSchedule, correction: Correction | None = None) -> Trial:
         """The trial of a schedule, run unless it was run before."""
@@ -181,12 +187,12 @@ def plan(
         InfeasibleBudgetError: The budget is out of range, or no budget reaches the target.
     """
     effort_limits = EFFORTS[effort]
-    full = loop.run(CacheSchedule(num_steps=loop.steps, full_steps=range(loop.steps), solver="full"))
+    full = loop.run(CacheSchedule(num_steps=loop.num_steps, full_steps=range(loop.num_steps), solver="full"))
     loop.spent = 0.0  # its error is what all others are measured by, not part of the search
     if budget == AUTO_BUDGET and target_psnr is None and not full.relative_l2:
         raise InputError("budget=auto: full compute has no error without quantization, so give a target PSNR")
     taught = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
-    samples = sample_schedules(loop.steps, effort_limits.fitted_to, taught, seed=0)
+    samples = sample_schedules(loop.num_steps, effort_limits.fitted_to, taught, seed=0)
     taught_for = 0.0
     for schedule in samples:
         if taught_for < _FIT_SHARE * effort_limits.full_runs:
@@ -200,8 +206,8 @@ def plan(
         steps = best.schedule.budget
     else:
         wanted = None
-        steps = check_budget(budget, loop.steps, "segment" if solver == SEARCH else solver)
-        if steps == loop.steps:
+        steps = check_budget(budget, loop.num_steps, "segment" if solver == SEARCH else solver)
+        if steps == loop.num_steps:
             best = full
         elif solver == SEARCH:
             best = search.best(steps)
@@ -286,7 +292,7 @@ class _Search:
     def best(self, budget: int, limit: float | None = None) -> Trial:
         """The best trial of a budget once the effort is spent."""
         limit, loop = limit or self.limit, self.loop
-        cost = budget / loop.steps
+        cost = budget / loop.num_steps
         reserved = 0.0 if loop.spent + 2 * cost > limit else cost
         prior = loop.fit(self.view).prior
         for number, schedule in enumerate(self.candidates(prior, budget)):
@@ -328,8 +334,8 @@ class _Search:
                 f"target_psnr={wanted.psnr_db}: full compute reaches {full.psnr_db:.1f} dB; choose less, or a scheme "
                 "with more bits"
             )
-        low, high, found = 2, loop.steps, full
-        rounds = max(1, math.ceil(math.log2(loop.steps)))
+        low, high, found = 2, loop.num_steps, full
+        rounds = max(1, math.ceil(math.log2(loop.num_steps)))
         while low < high:
             middle = self._likely(low, high, wanted, full)
             share = loop.spent + (self.limit - loop.spent) / rounds
@@ -359,8 +365,8 @@ class _Search:
 
     def curve(self, prior: ErrorPrior) -> list[dict[str, Any]]:
         """For every budget, the predicted error of the plan relative to that of full compute, and what was measured."""
-        planned = plan_all(prior, self.loop.steps - 1, predictor=self.predictor, view=self.view)
-        base = prior.final_error(np.eye(self.loop.steps), self.view)
+        planned = plan_all(prior, self.loop.num_steps - 1, predictor=self.predictor, view=self.view)
+        base = prior.final_error(np.eye(self.loop.num_steps), self.view)
         full = self.loop.trials[0]
         points = []
         for budget, schedule in enumerate(planned, start=2):
@@ -376,7 +382,7 @@ class _Search:
             )
         points.append(
             {
-                "budget": self.loop.steps,
+                "budget": self.loop.num_steps,
                 "predicted_error": base,
                 "measured_psnr_db": full.psnr_db,
                 "measured_relative_l2": full.relative_l2,

@@ -209,7 +209,7 @@ def outputs_kept(pipe, schedule):
     with attached(pipe, plan_of(pipe, schedule)) as hook:
         run(
             pipe, BATCH, steps=STEPS, call=CALL,
-            on_step=lambda: kept.append({step for each in hook._histories.values() for step in each.outputs}),
+            on_step=lambda: kept.append({step for each in hook.run.histories.values() for step in each.outputs}),
         )  # fmt: skip
     return kept
 

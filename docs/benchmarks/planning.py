@@ -367,9 +367,8 @@ plan has seen; PSNR in dB to full precision at 50 of 50 with the same seeds.
 ## Which cost ranks schedules
 
 Spearman's correlation of predicted cost and error found in closed loop over 60 schedules with 15 full-compute steps,
-half of them random, half near uniform, none of them fitted to, on the evaluation samples. `fitted` is what plans are made
-with;
-`unweighted` is the same with step sizes as the only weights; `cem` is CEM's published cost.
+half of them random, half near uniform, none of them fitted to, on the evaluation samples. `fitted` is what plans are
+made with; `unweighted` is the same with step sizes as the only weights; `cem` is CEM's published cost.
 
 {table(["model", "scheme", "predictor", *costs], ranking)}
 
