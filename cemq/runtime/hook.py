@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -221,7 +221,11 @@ def attach(pipe: Any, plan: Plan | CacheSchedule, sampler: SamplerFingerprint | 
 
 def detach(pipe: Any) -> None:
     """Undo `attach`; does nothing if no schedule is attached."""
-    for _, denoiser in denoisers(pipe):
+    _take_off(denoisers(pipe))
+
+
+def _take_off(found: Iterable[tuple[str, Any]]) -> None:
+    for _, denoiser in found:
         hook = uninstall(denoiser)
         if hook is not None:
             hook.tracker.release()
@@ -274,5 +278,4 @@ def attached(
         yield hook
     finally:  # on what it was attached to, whatever the pipeline holds by now
         hook.tracker.release()
-        for _, denoiser in found:
-            uninstall(denoiser)
+        _take_off(found)  # `set_budget` may have put another hook in
