@@ -17,6 +17,7 @@ from cemq.models import default_device, locate, open_pipeline
 from cemq.planning import ClosedLoop, Trial
 from cemq.predict import check_predictor
 from cemq.prior import VIEWS, ErrorPrior
+from cemq.processes import ALONE, Processes
 from cemq.runtime import detach, from_pretrained
 from cemq.sampling import EVALUATION_SEED_OFFSET, Progress, iterate, make_batches
 from cemq.schedule import CacheSchedule, cem_costs, uniform_steps
@@ -74,12 +75,14 @@ def analyze(
     budget: int | None = None,
     device: str | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Run random and near-uniform schedules of a bundle on evaluation seeds and compare with what is predicted.
 
     Args:
         schedules: How many for each predictor, none of which the bundle was fitted to; half of them near uniform.
         budget: Full-compute steps of all of them; None takes 3 in 10 of the steps.
+        processes: Those that `cemq.processes.launched` gives, to run a share of the samples each; all return the same.
 
     Returns:
         ``spearman``: predictor to cost to Spearman's correlation with the error found; ``points``: predictor to one
@@ -108,10 +111,13 @@ def analyze(
         each.set_progress_bar_config(disable=True)
     references = [
         run_batch(original, batch, steps=steps, call=manifest.call, on_step=on_step)
-        for batch, on_step in iterate(batches, "reference", progress, steps)
+        for batch, on_step in iterate(processes.share(batches), "reference", progress, steps)
     ]
     del original
-    loop = ClosedLoop(pipe=pipe, prior=prior, batches=batches, references=references, steps=steps, call=manifest.call)
+    loop = ClosedLoop(
+        pipe=pipe, prior=prior, batches=batches, references=references, steps=steps, call=manifest.call,
+        processes=processes,
+    )  # fmt: skip
     costs = costs_of(prior)
     result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
     result |= {"samples": samples, "spearman": {}, "points": {}}

@@ -106,6 +106,11 @@ def _call_arguments(pairs: list[str] | None) -> dict[str, Any]:
     return arguments
 
 
+def _names(text: str) -> list[str]:
+    """Of a list separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _print_json(result: Any) -> None:
     print(json.dumps(result, indent=2))
 
@@ -158,33 +163,34 @@ def quantize_and_schedule(
 
     Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
     """
-    settings = {
-        "scheme": scheme, "backend": backend, "rounding": rounding, "low_rank": low_rank, "bits_budget": bits_budget,
-        "components": [name.strip() for name in components.split(",") if name.strip()] if components else None,
-        "steps": steps, "budget": budget, "solver": solver, "dtype": dtype,
-        "tolerance": tolerance, "target_psnr": target_psnr, "correction": correction, "effort": effort,
-        "predictor": predictor, "prior": prior, "calib": calib, "samples": samples, "seed": seed,
-        "call": _call_arguments(call),
-    }  # fmt: skip
-    if isinstance(budget, str) and budget.isdigit():
-        settings["budget"] = int(budget)
     from cemq import workflow
+    from cemq.processes import launched
 
-    _quiet()
-    with _progress() as progress:
-        manifest = workflow.quantize_and_schedule(
-            model, output, recipe=recipe, device=device, overwrite=overwrite, progress=progress, **settings
+    with launched() as processes:
+        settings = {
+            "scheme": scheme, "backend": backend, "rounding": rounding, "low_rank": low_rank,
+            "bits_budget": bits_budget, "components": _names(components) if components else None,
+            "steps": steps, "budget": int(budget) if budget and budget.isdigit() else budget, "solver": solver,
+            "dtype": dtype, "tolerance": tolerance, "target_psnr": target_psnr, "correction": correction,
+            "effort": effort, "predictor": predictor, "prior": prior, "calib": calib, "samples": samples, "seed": seed,
+            "call": _call_arguments(call),
+        }  # fmt: skip
+        _quiet()
+        with _progress() as progress:
+            manifest = workflow.quantize_and_schedule(
+                model, output, recipe=recipe, device=device, overwrite=overwrite, progress=progress,
+                processes=processes, **settings,
+            )  # fmt: skip
+        if as_json:
+            _print_json(dataclasses.asdict(manifest) | {"bundle": str(output)})
+            return
+        schedule, fidelity = manifest.schedule, manifest.fidelity
+        print(schedule.strip())
+        print(
+            f"{output}: {manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full, "
+            f"{fidelity['psnr_db']:.1f} dB to full precision on {fidelity['samples']} held-out samples, "
+            f"denoiser {manifest.model_bytes / 1e6:.1f} MB (was {manifest.reference_bytes / 1e6:.1f})"
         )
-    if as_json:
-        _print_json(dataclasses.asdict(manifest) | {"bundle": str(output)})
-        return
-    schedule, fidelity = manifest.schedule, manifest.fidelity
-    print(schedule.strip())
-    print(
-        f"{output}: {manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full, "
-        f"{fidelity['psnr_db']:.1f} dB to full precision on {fidelity['samples']} held-out samples, "
-        f"denoiser {manifest.model_bytes / 1e6:.1f} MB (was {manifest.reference_bytes / 1e6:.1f})"
-    )
 
 
 @app.command()
@@ -238,24 +244,26 @@ def evaluate(
     Example: cemq evaluate digits --samples 16 --picture side-by-side.png
     """
     from cemq import evaluate as run_evaluation
+    from cemq.processes import launched
 
-    _quiet()
-    with _progress() as progress:
-        found = run_evaluation(
-            bundle, reference=reference, samples=samples, seed=seed, budget=budget, picture=picture,
-            device=device, progress=progress,
-        )  # fmt: skip
-    if as_json:
-        _print_json(found.to_dict())
-        return
-    print(
-        f"PSNR {found.psnr_db:.1f} dB, SSIM {found.ssim:.4f}, relative L2 {found.relative_l2:.4f} "
-        f"over {found.samples} samples; {found.full_steps} of {found.num_steps} steps in full, "
-        f"compute ratio {found.compute_ratio:.2f}, wall ratio {found.wall_ratio:.2f} ({found.device}, {found.dtype}); "
-        f"denoiser {found.model_bytes:,} bytes, reference {found.reference_bytes:,}"
-    )
-    if picture:
-        print(picture)
+    with launched() as processes:
+        _quiet()
+        with _progress() as progress:
+            found = run_evaluation(
+                bundle, reference=reference, samples=samples, seed=seed, budget=budget, picture=picture,
+                device=device, progress=progress, processes=processes,
+            )  # fmt: skip
+        if as_json:
+            _print_json(found.to_dict())
+            return
+        print(
+            f"PSNR {found.psnr_db:.1f} dB, SSIM {found.ssim:.4f}, relative L2 {found.relative_l2:.4f} "
+            f"over {found.samples} samples; {found.full_steps} of {found.num_steps} steps in full, "
+            f"compute ratio {found.compute_ratio:.2f}, wall ratio {found.wall_ratio:.2f} ({found.device}, "
+            f"{found.dtype}); denoiser {found.model_bytes:,} bytes, reference {found.reference_bytes:,}"
+        )
+        if picture:
+            print(picture)
 
 
 @app.command()
@@ -293,26 +301,28 @@ def analyze(
     from cemq.analysis import analyze as run_analysis
     from cemq.analysis import draw
     from cemq.evaluation.compare import check_picture_path
+    from cemq.processes import launched
 
-    if plot:
-        check_picture_path(plot)
-    _quiet()
-    names = [name.strip() for name in predictors.split(",") if name.strip()]
-    with _progress() as progress:
-        found = run_analysis(
-            bundle, schedules=schedules, predictors=names, samples=samples, seed=seed, device=device, progress=progress
-        )
-    if plot:
-        draw(found, plot)
-    if as_json:
-        _print_json(found)
-        return
-    for name, costs in found["spearman"].items():
-        print(f"{name}: Spearman of predicted cost and measured error over {schedules} schedules")
-        for cost, value in sorted(costs.items(), key=lambda item: -item[1]):
-            print(f"  {cost:<22}{value:6.3f}")
-    if plot:
-        print(plot)
+    with launched() as processes:
+        if plot:
+            check_picture_path(plot)
+        _quiet()
+        with _progress() as progress:
+            found = run_analysis(
+                bundle, schedules=schedules, predictors=_names(predictors), samples=samples, seed=seed, device=device,
+                progress=progress, processes=processes,
+            )  # fmt: skip
+        if plot and processes.is_main:
+            draw(found, plot)
+        if as_json:
+            _print_json(found)
+            return
+        for name, costs in found["spearman"].items():
+            print(f"{name}: Spearman of predicted cost and measured error over {schedules} schedules")
+            for cost, value in sorted(costs.items(), key=lambda item: -item[1]):
+                print(f"  {cost:<22}{value:6.3f}")
+        if plot:
+            print(plot)
 
 
 @app.command()
@@ -361,7 +371,7 @@ def bench(
         "full_precision": not no_full_precision,
     }
     if not bundle:
-        names = [name.strip() for name in schemes.split(",") if name.strip()] if schemes is not None else None
+        names = _names(schemes) if schemes is not None else None
         given |= {"schemes": names, "compiled": compiled}
     settings = {name: value for name, value in given.items() if value is not None}
     with _progress() as progress:

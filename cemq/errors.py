@@ -38,6 +38,10 @@ class HubError(CemqError):
     """The Hub cannot be reached, or refuses."""
 
 
+class ProcessError(CemqError):
+    """Another process of the same job has failed or is gone, or does not do the same."""
+
+
 class InputError(CemqError):
     """A calibration file, recipe or call argument is missing or malformed."""
 

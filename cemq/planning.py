@@ -21,6 +21,7 @@ from cemq.evaluation import Outcome, run_batch
 from cemq.evaluation.metrics import PSNR_CEILING_DB, psnr_db, relative_l2
 from cemq.predict import PREDICTORS
 from cemq.prior import ErrorPrior
+from cemq.processes import ALONE, Processes
 from cemq.propagation import Fit, fit_propagation, sample_schedules
 from cemq.runtime import Plan, attached
 from cemq.sampling import Batch
@@ -90,7 +91,7 @@ class ClosedLoop:
         pipe: The quantized pipeline.
         prior: Its error prior.
         batches: The planning samples.
-        references: What the full-precision pipeline made of them.
+        references: What the full-precision pipeline made of this process's share of them.
         steps: ``num_inference_steps`` of every run.
     """
 
@@ -101,6 +102,7 @@ class ClosedLoop:
     steps: int
     call: Mapping[str, Any]
     progress: Callable[[float], None] | None = None
+    processes: Processes = ALONE
     trials: list[Trial] = field(default_factory=list)
     spent: float = 0.0  # runs at full compute
 
@@ -110,21 +112,26 @@ class ClosedLoop:
         return self.prior.num_steps
 
     def run(self, schedule: CacheSchedule, correction: Correction | None = None) -> Trial:
-        """The trial of a schedule, run unless it was run before."""
+        """The trial of a schedule, run unless it was run before.
+
+        Raises:
+            ProcessError: Another process has failed, or is about to run another schedule.
+        """
         method = None if correction is None else correction.method
         for known in self.trials:
             if _same(known.schedule, schedule) and known.correction == method:
                 return known
-        sampler = self.prior.metadata.sampler
+        # each process plans for itself, from the same numbers; on unequal machines they might come to differ
+        self.processes.agree("the schedule to run", (schedule.full_steps, schedule.predictors, method))
+        sampler, mine = self.prior.metadata.sampler, self.processes.share(self.batches)
         with attached(self.pipe, Plan(schedule=schedule, sampler=sampler, correction=correction)):
-            outcomes = [run_batch(self.pipe, batch, steps=self.steps, call=self.call) for batch in self.batches]
-        pairs = list(zip(self.references, outcomes, strict=True))
-        trial = Trial(
-            schedule=schedule,
-            correction=method,
-            relative_l2=float(np.concatenate([relative_l2(a.latents, b.latents) for a, b in pairs]).mean()),
-            psnr_db=float(np.concatenate([psnr_db(a.images, b.images) for a, b in pairs]).mean()),
-        )
+            outcomes = [run_batch(self.pipe, batch, steps=self.steps, call=self.call) for batch in mine]
+        scores = [
+            (relative_l2(reference.latents, outcome.latents), psnr_db(reference.images, outcome.images))
+            for reference, outcome in zip(self.references, outcomes, strict=True)
+        ]
+        errors, qualities = (np.concatenate(each).mean() for each in zip(*self.processes.gather(scores), strict=True))
+        trial = Trial(schedule=schedule, correction=method, relative_l2=float(errors), psnr_db=float(qualities))
         self.trials.append(trial)
         self.spent += schedule.budget / schedule.num_steps
         if self.progress:

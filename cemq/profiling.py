@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from cemq.correction import channel_axis
 from cemq.errors import PriorMismatchError
 from cemq.prior import ErrorPrior, PriorMetadata
+from cemq.processes import ALONE, Processes
 from cemq.sampling import Batch, Progress, iterate, run
 from cemq.trajectory import Trajectory, force, record
 
@@ -19,12 +21,18 @@ _LARGEST_CHANNEL_GRAMS = 1 << 18  # numbers; 16 channels at 128 steps
 
 
 def record_references(
-    pipe: Any, batches: Sequence[Batch], *, steps: int, call: Mapping[str, Any], progress: Progress | None = None
+    pipe: Any,
+    batches: Sequence[Batch],
+    *,
+    steps: int,
+    call: Mapping[str, Any],
+    progress: Progress | None = None,
+    watch: Callable[[Batch], AbstractContextManager[Any]] = lambda _: nullcontext(),
 ) -> list[Trajectory]:
-    """Run the full-precision pipeline once per batch and keep its trajectories."""
+    """Run the full-precision pipeline once per batch and keep its trajectories; ``watch`` is entered for each run."""
     references = []
     for batch, on_step in iterate(batches, "reference runs", progress, steps):
-        with record(pipe, measure_steps=True) as trajectory:
+        with watch(batch), record(pipe, measure_steps=True) as trajectory:
             run(pipe, batch, steps=steps, call=call, on_step=on_step)
         references.append(trajectory)
     return references
@@ -40,19 +48,22 @@ def profile(
     scheme: str,
     dtype: str,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> ErrorPrior:
     """Run the quantized pipeline along the references and return the combined error prior.
 
     Args:
         pipe: The pipeline with its quantized denoiser (or the full-precision one: then all views are equal).
-        batches: The batches that the references were recorded from.
-        references: Trajectories of the full-precision pipeline, with step sizes.
+        batches: All batches that references were recorded from.
+        references: Trajectories of the full-precision pipeline, with step sizes, of this process's share of them.
 
     Raises:
         PriorMismatchError: The two runs made different numbers of steps.
+        ProcessError: Another process has failed.
     """
-    found = []
-    for (batch, on_step), reference in zip(iterate(batches, "forced runs", progress, steps), references, strict=True):
+    mine = iterate(processes.share(batches), "forced runs", progress, steps)
+    measured = []
+    for (batch, on_step), reference in zip(mine, references, strict=True):
         with force(pipe, reference) as forced:
             run(pipe, batch, steps=steps, call=call, on_step=on_step)
         if forced.num_steps != reference.num_steps:
@@ -60,11 +71,13 @@ def profile(
                 f"the quantized run made {forced.num_steps} steps, its reference {reference.num_steps}: "
                 "profile both with the same sampler and step count"
             )
-        found.append((len(batch.seeds), _statistics(forced.predictions, reference.predictions)))
-    total = sum(count for count, _ in found)
-    averages = {name: sum(count / total * each[name] for count, each in found) for name in found[0][1]}
+        statistics = _statistics(forced.predictions, reference.predictions)
+        measured.append((len(batch.seeds), statistics, reference.step_sizes, reference.sampler))
+    found = processes.gather(measured)
+    total = sum(count for count, *_ in found)
+    averages = {name: sum(count / total * each[name] for count, each, *_ in found) for name in found[0][1]}
     metadata = PriorMetadata(
-        sampler=references[0].sampler,
+        sampler=found[0][3],
         scheme=scheme,
         dtype=dtype,
         call=dict(call),
@@ -72,7 +85,7 @@ def profile(
         seeds=tuple(seed for batch in batches for seed in batch.seeds),
         conditions=tuple(condition for batch in batches for condition in batch.conditions),
     )
-    step_sizes = np.mean([reference.step_sizes for reference in references], axis=0)
+    step_sizes = np.mean([sizes for _, _, sizes, _ in found], axis=0)
     return ErrorPrior(**averages, step_sizes=step_sizes, metadata=metadata)
 
 

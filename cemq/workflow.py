@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cemq import __version__
 from cemq.bundle import EVIDENCE, MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
@@ -18,6 +22,7 @@ from cemq.models import check_device, default_device, default_dtype, denoisers, 
 from cemq.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
 from cemq.planning import EFFORTS, ClosedLoop, check_planning, plan
 from cemq.prior import VIEWS
+from cemq.processes import ALONE, Processes
 from cemq.profiling import profile, record_references
 from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
@@ -67,6 +72,7 @@ def quantize_and_schedule(
     device: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
     **settings: Any,
 ) -> Manifest:
     """Quantize a pipeline, plan its schedule for its own quantization noise, and write the bundle.
@@ -78,6 +84,8 @@ def quantize_and_schedule(
         device: Where to run; None takes CUDA where there is one.
         overwrite: Replace a bundle of that name once the new one is whole.
         progress: Called with the stage's name and the share of it done.
+        processes: Those that `cemq.processes.launched` gives, to run a share of the samples each. The main one writes
+            the bundle, which is there when this returns in any of them.
         **settings: Fields of `Recipe`, which win over the recipe's: scheme, steps, budget, solver, predictor, prior,
             calib, samples, seed, call, ...
 
@@ -107,7 +115,8 @@ def quantize_and_schedule(
     if (source.folder / MANIFEST).is_file():
         raise ModelError(f"'{settled.model}' is a cemq bundle already: give the full-precision model it was made from")
 
-    with staging(Path(output), overwrite=overwrite) as folder:
+    with staging(Path(output), overwrite=overwrite) if processes.is_main else nullcontext() as folder:
+        processes.agree("settings", (settled.model_dump(), _library_versions(), torch.get_num_threads()))
         pipe = open_pipeline(source.folder, dtype=dtype, device=place)
         pipe.set_progress_bar_config(disable=True)
         steps = settled.steps or _default_steps(pipe)
@@ -129,19 +138,27 @@ def quantize_and_schedule(
             for index, conditions in enumerate((profiled, held_out, held_out[turned:] + held_out[:turned]))
         )
 
-        calls: dict[str, Any] = {}
-        with ExitStack() as recording:
-            for name, denoiser in denoisers(pipe):
-                if quantization.needs_calls(denoiser):
-                    every = _stride(len(batches) * steps)
-                    calls[name] = recording.enter_context(record_calls(denoiser, every=every))
-            references = record_references(pipe, batches, steps=steps, call=settled.call, progress=progress)
-        aims = _outcomes(pipe, planning, "full-precision planning samples", steps, settled, progress)
-        wanted = _outcomes(pipe, check, "full-precision check", steps, settled, progress)
+        # Every process quantizes, from all calls: as long a wait as for one that does, and nothing to send afterwards.
+        recorded: list[dict[str, Any]] = []
+        every = _stride(len(batches) * steps)
+
+        def watch(batch: Batch) -> Any:
+            return _recorded_calls(pipe, quantization, recorded, every=every, before=batches.index(batch) * steps)
+
+        shares = [processes.share(each) for each in (batches, planning, check)]
+        references = record_references(
+            pipe, shares[0], steps=steps, call=settled.call, progress=progress, watch=watch
+        )  # fmt: skip
+        aims = _outcomes(pipe, shares[1], "full-precision planning samples", steps, settled, progress)
+        wanted = _outcomes(pipe, shares[2], "full-precision check", steps, settled, progress)
         reference_bytes = weight_bytes(pipe)
 
+        calls = _in_one(processes.gather(recorded))
+        recorded.clear()
         quantize_pipeline(pipe, quantization, calls, progress)
-        calls.clear()
+        del calls
+        if processes.count > 1:
+            processes.agree("the quantized weights", _digest(pipe))
         prior = profile(
             pipe,
             batches,
@@ -151,10 +168,11 @@ def quantize_and_schedule(
             scheme=settled.scheme,
             dtype=dtype,
             progress=progress,
+            processes=processes,
         )
         loop = ClosedLoop(
             pipe=pipe, prior=prior, batches=planning, references=aims, steps=steps, call=settled.call,
-            progress=_planning_progress(progress, EFFORTS[settled.effort].full_runs),
+            progress=_planning_progress(progress, EFFORTS[settled.effort].full_runs), processes=processes,
         )  # fmt: skip
         planned = plan(
             loop,
@@ -169,11 +187,8 @@ def quantize_and_schedule(
         )
         schedule, correction, sampler = planned.schedule, planned.correction, prior.metadata.sampler
         with attached(pipe, Plan(schedule=schedule, sampler=sampler, correction=correction)):
-            found = _outcomes(pipe, check, "scheduled check", steps, settled, progress)
+            found = _outcomes(pipe, shares[2], "scheduled check", steps, settled, progress)
 
-        write_pipeline(pipe, folder, source.folder)
-        planned.prior.save(folder / PRIOR)
-        (folder / EVIDENCE).write_text(json.dumps(planned.evidence, indent=1) + "\n", encoding="utf-8")
         manifest = Manifest(
             cemq_version=__version__,
             model=source.name,
@@ -191,13 +206,18 @@ def quantize_and_schedule(
             call=settled.call,
             profiled_seeds=tuple(seed for batch in (*batches, *planning, *check) for seed in batch.seeds),
             held_out_conditions=held_out[:MAX_HELD_OUT],
-            fidelity=dataclasses.asdict(measure_fidelity(wanted, found)),
+            fidelity=dataclasses.asdict(measure_fidelity(wanted, found, processes)),
             model_bytes=weight_bytes(pipe),
             reference_bytes=reference_bytes,
             libraries=_library_versions(),
             recipe=settled.model_dump(exclude_unset=True),
         )
-        seal(folder, manifest)
+        if folder is not None:
+            write_pipeline(pipe, folder, source.folder)
+            planned.prior.save(folder / PRIOR)
+            (folder / EVIDENCE).write_text(json.dumps(planned.evidence, indent=1) + "\n", encoding="utf-8")
+            seal(folder, manifest)
+    processes.wait()  # until the bundle is there
     return manifest
 
 
@@ -276,6 +296,37 @@ def _planning_progress(progress: Progress | None, full_runs: float) -> Any:
 def _stride(steps: int) -> int:
     """Which share of the calls to keep for calibration; odd, so that two calls a step (guidance) are kept alike."""
     return max(1, steps // CALIBRATION_CALLS) | 1
+
+
+@contextmanager
+def _recorded_calls(
+    pipe: Any, quantization: QuantizationPlan, found: list[dict[str, Any]], *, every: int, before: int
+) -> Iterator[None]:
+    """Add to ``found`` each ``every``-th call of a run, by denoiser; ``before`` steps were run in earlier batches."""
+    with ExitStack() as recording:
+        calls = {
+            name: recording.enter_context(record_calls(denoiser, every=every, first=-before % every))
+            for name, denoiser in denoisers(pipe)
+            if quantization.needs_calls(denoiser)
+        }
+        yield
+    found.append(calls)
+
+
+def _in_one(recorded: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The calls of every denoiser, from those of all batches."""
+    return {name: [call for calls in recorded for call in calls[name]] for name in recorded[0]}
+
+
+def _digest(pipe: Any) -> str:
+    """Of all weights, bit by bit."""
+    found = hashlib.sha256()
+    for name, component in sorted(pipe.components.items()):
+        for key, value in component.state_dict().items() if isinstance(component, torch.nn.Module) else ():
+            found.update(f"{name}.{key}".encode())
+            if torch.is_tensor(value):
+                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _outcomes(pipe: Any, batches: Any, stage: str, steps: int, plan: Recipe, progress: Progress | None) -> list[Any]:

@@ -18,6 +18,7 @@ from cemq.errors import InputError
 from cemq.evaluation.metrics import psnr_db, relative_l2, ssim
 from cemq.models import default_device, locate, open_pipeline, weight_bytes
 from cemq.outputs import as_array, as_levels, as_pictures
+from cemq.processes import ALONE, Processes
 from cemq.runtime import from_pretrained, schedule_hook
 from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches, run
 from cemq.trajectory import final_sample
@@ -79,15 +80,28 @@ def run_batch(
     return Outcome(images=as_array(images), latents=held[0], seconds=seconds)
 
 
-def measure_fidelity(references: Sequence[Outcome], outcomes: Sequence[Outcome]) -> Fidelity:
-    """Fidelity of outcomes to references, batch by batch."""
-    pairs = list(zip(references, outcomes, strict=True))
-    quality = np.concatenate([psnr_db(as_levels(a.images), as_levels(b.images)) for a, b in pairs])
+def measure_fidelity(
+    references: Sequence[Outcome], outcomes: Sequence[Outcome], processes: Processes = ALONE
+) -> Fidelity:
+    """Fidelity of outcomes to references, batch by batch; of all processes' samples, each giving its share.
+
+    Raises:
+        ProcessError: Another process has failed.
+    """
+    scores = [
+        (
+            psnr_db(as_levels(a.images), as_levels(b.images)),
+            _likeness(a.images, b.images),
+            relative_l2(a.latents, b.latents),
+        )
+        for a, b in zip(references, outcomes, strict=True)
+    ]
+    quality, likeness, errors = (np.concatenate(each) for each in zip(*processes.gather(scores), strict=True))
     return Fidelity(
         psnr_db=float(quality.mean()),
         psnr_db_std=float(quality.std()),
-        ssim=float(np.concatenate([_likeness(a.images, b.images) for a, b in pairs]).mean()),
-        relative_l2=float(np.concatenate([relative_l2(a.latents, b.latents) for a, b in pairs]).mean()),
+        ssim=float(likeness.mean()),
+        relative_l2=float(errors.mean()),
         samples=len(quality),
     )
 
@@ -109,6 +123,7 @@ def evaluate(
     picture: str | Path | None = None,
     device: str | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Compare a bundle with its full-precision, uncached original on seeds and prompts not used for profiling.
 
@@ -119,6 +134,7 @@ def evaluate(
         batch_size: Samples run together; None takes that of the bundle's recipe, or 4.
         picture: Write a PNG, full precision on the left and the bundle on the right; four frames of each video, the
             spectrograms of audio.
+        processes: Those that `cemq.processes.launched` gives, to run a share of the samples each; all return the same.
 
     Raises:
         CemqError: The bundle or the reference cannot be used, or a seed was used for profiling.
@@ -144,19 +160,20 @@ def evaluate(
 
     schedule = schedule_hook(scheduled).schedule
     settings = {"steps": manifest.num_inference_steps, "call": manifest.call}
-    pairs = []
-    for batch, on_step in iterate(batches, "reference and bundle", progress, 2 * schedule.num_steps):
-        pairs.append(tuple(run_batch(pipe, batch, on_step=on_step, **settings) for pipe in (original, scheduled)))
-    references, outcomes = zip(*pairs, strict=True)
-    fidelity = measure_fidelity(references, outcomes)
-    if picture is not None:
+    references, outcomes = [], []
+    for batch, on_step in iterate(processes.share(batches), "reference and bundle", progress, 2 * schedule.num_steps):
+        for pipe, made in ((original, references), (scheduled, outcomes)):
+            made.append(run_batch(pipe, batch, on_step=on_step, **settings))
+    fidelity = measure_fidelity(references, outcomes, processes)
+    wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
+    if picture is not None and processes.is_main:
         write_side_by_side(Path(picture), references[0].images, outcomes[0].images)
     return Evaluation(
         **dataclasses.asdict(fidelity),
         num_steps=schedule.num_steps,
         full_steps=schedule.budget,
         compute_ratio=schedule.compute_ratio,
-        wall_ratio=statistics.median(a.seconds / b.seconds for a, b in pairs),
+        wall_ratio=statistics.median(wall_ratios),
         model_bytes=weight_bytes(scheduled),
         reference_bytes=weight_bytes(original),
         seeds=seeds,
