@@ -4,6 +4,7 @@ Every part is measured on evaluation seeds that no plan has seen, against full p
 
 * ranking: Spearman of every predicted cost with the error found in closed loop (`cemq analyze`)
 * cells: the default plan against `uniform` and `cem`, for each scheme and budget
+* ceiling: what a closed-loop local search of ``--minutes`` for each budget finds (not measured by default)
 * ablation: the schedule planned on each view of the prior, run on the quantized model
 * auto: the budget that `--budget auto` finds, and its error on evaluation seeds
 * steps: a prior of 50 steps carried over to 20, 28 and 100, against one measured there
@@ -23,6 +24,7 @@ import math
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ from cemq.profiling import profile, record_references
 from cemq.propagation import fit_propagation, sample_schedules
 from cemq.runtime import Plan, attached, detach
 from cemq.sampling import EVALUATION_SEED_OFFSET, make_batches
-from cemq.schedule import CacheSchedule, plan_all, plan_schedule, segment_costs, solve_segments
+from cemq.schedule import CacheSchedule, neighbours, plan_all, plan_schedule, segment_costs, solve_segments
 
 MODELS = ("dit-digits", "sd3-digits")
 SCHEMES = ("w8a8", "w4a8")
@@ -86,9 +88,9 @@ class Lab:
         pairs = zip(self.references(steps), found, strict=True)
         return np.concatenate([psnr_db(a.images, b.images) for a, b in pairs])
 
-    def loop(self, steps: int = 50, prior: ErrorPrior | None = None) -> ClosedLoop:
+    def loop(self, steps: int = 50, prior: ErrorPrior | None = None, samples: int = 12) -> ClosedLoop:
         """The planning samples, with seeds after those that the bundle used."""
-        batches = self.batches(max(self.manifest.profiled_seeds) + 1, samples=12)
+        batches = self.batches(max(self.manifest.profiled_seeds) + 1, samples)
         return ClosedLoop(
             pipe=self.pipe,
             prior=prior or self.prior,
@@ -135,6 +137,34 @@ def measure_cells(lab: Lab) -> list[dict[str, Any]]:
             rows.append(
                 {"budget": budget, "plan": f"{solver}, {predictor}", "psnr_db": lab.psnr(lab.of(schedule)).tolist()}
             )
+    return rows
+
+
+def measure_ceiling(lab: Lab, minutes: float) -> list[dict[str, Any]]:
+    """Blind hill climbing from even spacing: one full-compute step moved at a time, kept where 10 samples say so."""
+    rows, loop = [], lab.loop(samples=10)
+    generator = np.random.default_rng(0)
+    for budget in BUDGETS[:3]:
+        until = time.perf_counter() + 60 * minutes
+        best = loop.run(plan_schedule(lab.prior, budget, solver="uniform", predictor="taylor1"))
+        moves, runs = [], 1
+        while time.perf_counter() < until:
+            if not moves:
+                moves = list(neighbours(best.schedule))
+                generator.shuffle(moves)
+            trial = loop.run(moves.pop())
+            runs += 1
+            if trial.psnr_db > best.psnr_db:
+                best, moves = trial, []
+        rows.append(
+            {
+                "budget": budget,
+                "minutes": minutes,
+                "runs": runs,
+                "psnr_db": lab.psnr(lab.of(best.schedule)).tolist(),
+                "schedule": best.schedule.to_dict(),
+            }
+        )
     return rows
 
 
@@ -244,11 +274,13 @@ MEASURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "ceiling"), default=PARTS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the ceiling search, for each budget")
     parser.add_argument("--bundles", type=Path, help="keep the bundles here, and take those that are there")
     wanted = parser.parse_args()
+    measures = MEASURES | {"ceiling": partial(measure_ceiling, minutes=wanted.minutes)}
     diffusers.utils.logging.disable_progress_bar()
     record = json.loads(HERE.with_suffix(".json").read_text()) if HERE.with_suffix(".json").is_file() else {}
     record["machine"] = describe_machine()
@@ -266,9 +298,9 @@ def main() -> None:
                 cell = record.setdefault(name, {})
                 cell["fit"] = evidence["fit"]
                 for part in wanted.parts:
-                    if part in MEASURES:
+                    if part in measures:
                         started = time.perf_counter()
-                        cell[part] = MEASURES[part](lab)
+                        cell[part] = measures[part](lab)
                         print(name, part, f"{time.perf_counter() - started:.0f} s", flush=True)
                         HERE.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     if "solver" in wanted.parts:
@@ -360,6 +392,17 @@ def page(record: dict[str, Any]) -> str:
         for model, scheme, found in rows_of(record, "steps")
         for row in found
     ]
+    ceiling = [
+        [
+            *(model, scheme, row["budget"], f"{row['minutes']:g}", row["runs"]),
+            *(mean(row["psnr_db"]), mean(own["psnr_db"])),
+            f"{statistics.mean(own['psnr_db']) - statistics.mean(row['psnr_db']):+.1f}",
+        ]
+        for model, scheme, found in rows_of(record, "ceiling")
+        for row in found
+        for own in record[f"{model}-{scheme}"]["cells"]
+        if own["budget"] == row["budget"] and own["plan"] == "search, taylor1"
+    ]
     solver = record.get("solver", {})
     return f"""# What plans are worth
 
@@ -400,6 +443,18 @@ best of both with either. "full steps" is what the default plan spends: it may l
                 "margin, default",
             ],
             cells,
+        )
+    }
+
+## How far from the ceiling
+
+A blind local search in closed loop, one full-compute step moved at a time from even spacing, kept where 10 samples say
+so, for as many minutes as given; `search, taylor1` is what the default search finds in 15 runs' worth.
+
+{
+        table(
+            ["model", "scheme", "budget", "minutes", "runs", "ceiling", "search, taylor1", "difference"],
+            ceiling,
         )
     }
 
