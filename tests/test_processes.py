@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import FLUX_CALL, make_dit, make_flux
 from typer.testing import CliRunner
 
 import cemq
@@ -16,11 +18,10 @@ from cemq import cli
 from cemq.analysis import analyze
 from cemq.processes import ALONE, Processes, launched
 from cemq.recipe import load_recipe
+from cemq.schedule import CacheSchedule
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
-model: builtin:dit-digits
-calib: digits_labels.txt
 scheme: w4a8
 steps: 6
 budget: 3
@@ -127,8 +128,11 @@ def test_results_come_in_order_and_what_fails_in_one_process_ends_all():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    file = tmp_path_factory.mktemp("processes") / "recipe.yaml"
-    file.write_text(RECIPE)
+    folder = tmp_path_factory.mktemp("processes")
+    make_dit().save_pretrained(folder / "model")
+    (folder / "labels.txt").write_text("\n".join(map(str, range(20))))
+    file = folder / "recipe.yaml"
+    file.write_text(f"model: {folder / 'model'}\ncalib: {folder / 'labels.txt'}{RECIPE}")
     return file
 
 
@@ -158,12 +162,15 @@ def test_two_launched_processes_write_the_bundle_of_one_bit_for_bit(recipe, bund
 
 
 SETTINGS = {"samples": 3, "batch_size": 3, "scheme": "w8a8", "solver": "uniform", "correction": "none"}  # one batch
-SHARED = """
+PAIR = """
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import cemq
+from cemq import cli, planning
 from cemq.analysis import analyze
 from cemq.processes import launched
 
@@ -175,41 +182,42 @@ with launched() as processes:
     few = cemq.evaluate(bundle, samples=2, **same).to_dict()  # one batch: the other process has nothing to do
     ranks = analyze(bundle, schedules=5, samples=9, predictors=["reuse"], **same)
     cemq.quantize_and_schedule(output=folder / "few-two", **settings, **same)
-    print(json.dumps([found, few, ranks]))
-"""
+
+# The same two processes now draw one picture together, each half of its tokens. torch.distributed is still set up.
+sys.path.insert(0, "tests")
+import torch
+from diffusers import ContextParallelConfig
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
+from test_processes import SCHEDULE, draw, quantized_flux
+
+torch.accelerator.device_count = lambda: 1  # without an accelerator diffusers 0.42 divides by it, and it is 0
+splits, split = [], ContextParallelSplitHook.pre_forward
+ContextParallelSplitHook.pre_forward = lambda *all, **named: (splits.append(None), split(*all, **named))[1]
 
 
-def untimed(evaluation):
-    return {name: value for name, value in evaluation.items() if name != "wall_ratio"}
+def enable(pipe):
+    pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
 
 
-def test_evaluation_and_analysis_find_what_one_process_finds_also_with_fewer_batches_than_processes(bundle):
-    folder = bundle.parent
-    settings = load_recipe(str(folder / "recipe.yaml")).model_dump(exclude_unset=True) | SETTINGS
-    done = together(SHARED, bundle, folder, json.dumps(settings))
-    assert [each.returncode for each in done] == [0, 0], done
-    evaluations = [
-        cemq.evaluate(bundle, samples=5, batch_size=2, picture=folder / "one.png", device="cpu"),
-        cemq.evaluate(bundle, samples=2, device="cpu"),
-    ]
-    found, few, ranks = json.loads(done[0].stdout)
-    for one, two in zip(evaluations, (found, few), strict=True):
-        assert untimed(two) == json.loads(json.dumps(untimed(one.to_dict())))
-        assert two["wall_ratio"] > 0
-    assert ranks == json.loads(json.dumps(analyze(bundle, schedules=5, samples=9, predictors=["reuse"], device="cpu")))
-    assert (folder / "one.png").read_bytes() == (folder / "two.png").read_bytes()
-    cemq.quantize_and_schedule(output=folder / "few-one", **settings, device="cpu")
-    assert content(folder / "few-one") == content(folder / "few-two")
+parallel = {}
+for order in ("schedule on top", "schedule below"):
+    pipe = quantized_flux()
+    if order == "schedule on top":
+        enable(pipe)
+    with cemq.attached(pipe, SCHEDULE) as hook:
+        if order == "schedule below":
+            enable(pipe)
+        drawn = draw(pipe)
+        counts = [hook.full_evaluations, hook.skipped_evaluations, len(splits)]
+    splits.clear()
+    full = draw(pipe)
+    parallel[order] = {"scheduled": drawn.tolist(), "counts": counts, "full": full.tolist(), "splits": len(splits)}
+    splits.clear()
+if processes.is_main:
+    print(json.dumps([found, few, ranks, parallel]), flush=True)
 
-
-FAIL = """
-import os
-import signal
-import sys
-
-from cemq import cli, planning
-
-kind, run_batch, runs = sys.argv.pop(1), planning.run_batch, []
+# One of them fails, as a command would; there is no launcher here that would end the other.
+runs, run_batch = [], planning.run_batch
 
 
 def interrupted(*arguments, **keywords):
@@ -219,27 +227,83 @@ def interrupted(*arguments, **keywords):
     return run_batch(*arguments, **keywords)
 
 
-if os.environ["RANK"] == "1":
-    if kind == "input":
-        sys.argv += ["--calib", "nowhere.txt"]
-    else:
+build = ["cemq", "quantize-and-schedule", "--recipe", str(folder / "recipe.yaml"), "--device", "cpu"]
+for bad in (["--calib", "nowhere.txt"], []):
+    sys.argv = [*build, "-o", str(folder / "failed")]
+    if processes.rank == 1:
+        sys.argv += bad
         planning.run_batch = interrupted
-cli.main()
+    try:
+        cli.main()
+    except SystemExit as end:
+        print(end.code)
 """
+STEPS = 6
+SCHEDULE = CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 4), predictor="taylor1")
 
 
-@pytest.mark.parametrize(
-    ("kind", "codes", "line"),
-    [
-        ("input", [1, 1], "cemq: process 1: calibration file 'nowhere.txt' cannot be read"),
-        ("Ctrl-C", [130, 1], "cemq: interrupted; nothing was written"),
-    ],
-)
-def test_bad_input_and_ctrl_c_in_one_process_end_both_and_leave_nothing(recipe, tmp_path, kind, codes, line):
-    build = ["quantize-and-schedule", "--recipe", recipe, "--device", "cpu", "-o", tmp_path / "bundle"]
-    done = together(FAIL, kind, *build)  # nobody ends the one that waits for the other
-    assert [each.returncode for each in done] == codes, done
-    assert done[0].stderr.splitlines()[-1].startswith(line)
-    assert "Traceback" not in done[0].stderr
-    assert (done[1].stdout, done[1].stderr) == ("", "")
-    assert list(tmp_path.iterdir()) == []
+def quantized_flux():
+    pipe = make_flux()
+    cemq.quantize_in_place(pipe.transformer, cemq.CemqConfig("w8a8"))
+    return pipe
+
+
+def draw(pipe):
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a seven", num_inference_steps=STEPS, generator=generator, output_type="np", **FLUX_CALL).images
+
+
+@pytest.fixture(scope="module")
+def pair(bundle):
+    """Two processes at work; both live through all of it."""
+    settings = load_recipe(str(bundle.with_name("recipe.yaml"))).model_dump(exclude_unset=True) | SETTINGS
+    done = together(PAIR, bundle, bundle.parent, json.dumps(settings))
+    assert [each.returncode for each in done] == [0, 0], done
+    cemq.quantize_and_schedule(output=bundle.with_name("few-one"), **settings, device="cpu")
+    return done
+
+
+@pytest.fixture(scope="module")
+def shared(pair):
+    """What they found together: two evaluations, an analysis, and pictures."""
+    return json.loads(pair[0].stdout.splitlines()[0])
+
+
+def same_but_for_time(found, expected):
+    expected = json.loads(json.dumps(expected.to_dict()))
+    assert found.pop("wall_ratio") > 0
+    assert found == {name: value for name, value in expected.items() if name != "wall_ratio"}
+
+
+def test_evaluation_and_analysis_find_what_one_process_finds(bundle, shared):
+    picture = bundle.with_name("one.png")
+    same_but_for_time(shared[0], cemq.evaluate(bundle, samples=5, batch_size=2, picture=picture, device="cpu"))
+    assert picture.read_bytes() == bundle.with_name("two.png").read_bytes()
+    alone = analyze(bundle, schedules=5, samples=9, predictors=["reuse"], device="cpu")
+    assert shared[2] == json.loads(json.dumps(alone))
+
+
+def test_more_processes_than_batches_find_the_same(bundle, shared):
+    same_but_for_time(shared[1], cemq.evaluate(bundle, samples=2, device="cpu"))
+    assert content(bundle.with_name("few-one")) == content(bundle.with_name("few-two"))
+
+
+@pytest.mark.parametrize("order", ["schedule on top", "schedule below"])
+def test_a_schedule_goes_with_context_parallelism_and_skipped_steps_exchange_nothing(shared, order):
+    parallel, pipe = shared[3][order], quantized_flux()
+    assert parallel["counts"] == [6, 6, 6]  # true guidance calls twice a step; inputs are split for full ones alone
+    np.testing.assert_allclose(parallel["full"], draw(pipe), atol=1e-5)
+    assert parallel["splits"] == 2 * STEPS  # detached: as without a schedule
+    with cemq.attached(pipe, SCHEDULE):
+        np.testing.assert_allclose(parallel["scheduled"], draw(pipe), atol=1e-5)
+
+
+def test_bad_input_and_ctrl_c_in_one_process_end_both_and_leave_nothing(pair, bundle):
+    codes = [each.stdout.splitlines()[-2:] for each in pair]
+    assert codes == [["1", "130"], ["1", "1"]]
+    main, other = ([line for line in each.stderr.splitlines() if line.startswith("cemq: ")] for each in pair)
+    assert main[0].startswith("cemq: process 1: calibration file 'nowhere.txt' cannot be read")
+    assert main[1:] == ["cemq: interrupted; nothing was written"]
+    assert other == []
+    assert "Traceback" not in pair[0].stderr + pair[1].stderr
+    assert [file.name for file in bundle.parent.iterdir() if "failed" in file.name] == []
