@@ -26,6 +26,7 @@ _PUBLIC = {
     "export": "cemq.exporting",
     "from_pretrained": "cemq.runtime",
     "generate": "cemq.workflow",
+    "launched": "cemq.processes",
     "plan_memory": "cemq.footprint",
     "plan_schedule": "cemq.schedule",
     "profile": "cemq.profiling",
