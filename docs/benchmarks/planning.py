@@ -177,7 +177,7 @@ def measure_ablation(lab: Lab) -> list[dict[str, Any]]:
         loop.run(schedule)
     for view in VIEWS:
         spread = [t for t in loop.trials if view == "combined" or t.schedule.budget < 50]
-        loop_view = loop.fit(view) if view == "combined" else _fit(loop.prior, spread, view)
+        loop_view = loop.fit(view).prior if view == "combined" else _fit(loop.prior, spread, view)
         for budget in BUDGETS[:3]:
             schedule = plan_schedule(loop_view, budget, predictor="taylor1", view=view)
             rows.append(
