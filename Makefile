@@ -35,8 +35,9 @@ wheel: .venv/installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --quiet --wheel --no-isolation
 
-bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; about 25 minutes
+bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; about 90 minutes
 	$(BIN)/python docs/benchmarks/quantization.py
+	$(BIN)/python docs/benchmarks/planning.py
 	$(BIN)/python docs/benchmarks/fidelity.py
 	$(BIN)/python docs/benchmarks/memory.py
 	$(BIN)/python docs/benchmarks/speed.py
