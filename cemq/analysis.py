@@ -111,7 +111,10 @@ def analyze(
         for batch, on_step in iterate(batches, "reference", progress, steps)
     ]
     del original
-    loop = ClosedLoop(pipe=pipe, prior=prior, batches=batches, references=references, steps=steps, call=manifest.call)
+    loop = ClosedLoop(
+        pipe=pipe, prior=prior, batches=batches, references=references, steps=steps, call=manifest.call,
+        cache=manifest.cache,
+    )  # fmt: skip
     costs = costs_of(prior)
     result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
     result |= {"samples": samples, "spearman": {}, "points": {}}

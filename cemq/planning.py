@@ -92,6 +92,7 @@ class ClosedLoop:
         batches: The planning samples.
         references: What the full-precision pipeline made of them.
         steps: ``num_inference_steps`` of every run.
+        cache: What skipped steps are predicted from; the prior's predictions are those of outputs all the same.
     """
 
     pipe: Any
@@ -100,6 +101,7 @@ class ClosedLoop:
     references: Sequence[Outcome]
     steps: int
     call: Mapping[str, Any]
+    cache: str = "output"
     progress: Callable[[float], None] | None = None
     trials: list[Trial] = field(default_factory=list)
     spent: float = 0.0  # runs at full compute
@@ -116,7 +118,7 @@ class ClosedLoop:
             if _same(known.schedule, schedule) and known.correction == method:
                 return known
         sampler = self.prior.metadata.sampler
-        with attached(self.pipe, Plan(schedule=schedule, sampler=sampler, correction=correction)):
+        with attached(self.pipe, Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)):
             outcomes = [run_batch(self.pipe, batch, steps=self.steps, call=self.call) for batch in self.batches]
         pairs = list(zip(self.references, outcomes, strict=True))
         trial = Trial(

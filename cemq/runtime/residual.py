@@ -8,9 +8,11 @@ added between blocks (ControlNets) come from the skipped step itself, and are in
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cemq.errors import ModelError
 from cemq.families import BLOCK_LISTS
+from cemq.models import denoisers
 from cemq.runtime.registration import Uncopied, install, keep_outermost, uninstall
 
 Forward = Callable[[], Any]
@@ -297,3 +300,36 @@ class ResidualCache:
     def _refuse(self, reason: str) -> None:
         name = type(self._denoiser).__name__
         raise ModelError(f"the residual of {name}'s blocks cannot be cached, for {reason}: use cache='output'")
+
+
+class _Probe(Uncopied, ModelHook):
+    """Takes the residual of every call, which checks it, and nothing more."""
+
+    def __init__(self, cache: ResidualCache):
+        super().__init__()
+        self.cache = cache
+        self.installed: Any = None
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = functools.partial(self.fn_ref.original_forward, *args, **kwargs)
+        return self.cache.compute(forward, wanted=True, shapes=None)[0]
+
+
+@contextmanager
+def residual_checked(pipe: Any) -> Iterator[None]:
+    """Find out in a run without a schedule whether the residual of the denoisers' blocks can be cached.
+
+    Outputs are unchanged. Each denoiser is checked at its first call.
+
+    Raises:
+        ModelError: It cannot, at once or at a denoiser's first call; says why.
+    """
+    routes: Routes = {}
+    with ExitStack() as undo:
+        for _, denoiser in denoisers(pipe):
+            cache = ResidualCache(denoiser, routes)
+            install(denoiser, _Probe(cache))
+            undo.callback(uninstall, denoiser)
+            undo.callback(cache.remove)
+            cache.install()
+        yield
