@@ -132,14 +132,14 @@ class Without(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Tapped, r"Tapped's blocks cannot be cached, for served on the very input .* \(relative error 0\.\d+\): use"),
+        (Tapped, r"Tapped's blocks cannot be cached: served on the very input .* \(relative error 0\.\d+\); use"),
         (
             Narrowing,
-            "Linear returns a shape that it is not given, so that no residual can be cached: use cache='output'",
+            "Linear returns a shape that it is not given, so that no residual can be cached; use cache='output'",
         ),
         (Idle, "it calls none of its blocks"),
         (Undecided, "which blocks it calls depends on what they return"),
-        (Without, "Without has no list of blocks to cache a residual of: use cache='output'"),
+        (Without, "Without has no list of blocks to cache a residual of; use cache='output'"),
     ],
 )
 def test_a_model_whose_blocks_have_no_such_residual_is_refused(kind, message):

@@ -86,7 +86,7 @@ def _route(block: nn.Module, arguments: dict[int | str, Any], output: Any) -> _R
         ]
         if torch.is_tensor(leaf) and not alike:
             raise ModelError(
-                f"{type(block).__name__} returns a shape that it is not given, so that no residual can be cached: "
+                f"{type(block).__name__} returns a shape that it is not given, so that no residual can be cached; "
                 "use cache='output'"
             )
         if len(alike) > 1:
@@ -172,7 +172,7 @@ def block_stack(denoiser: nn.Module) -> list[nn.Module]:
         for block in child
     ]
     if not blocks:
-        raise ModelError(f"{type(denoiser).__name__} has no list of blocks to cache a residual of: use cache='output'")
+        raise ModelError(f"{type(denoiser).__name__} has no list of blocks to cache a residual of; use cache='output'")
     return blocks
 
 
@@ -270,7 +270,7 @@ class ResidualCache:
         if full.called != bare.called:
             self._refuse("which blocks it calls depends on what they return")
         leaves = [
-            end.to(_wide(end)) - start.to(_wide(end)) if torch.is_tensor(end) else end
+            end.detach().to(_wide(end)) - start.detach().to(_wide(end)) if torch.is_tensor(end) else end
             for end, start in zip(full.end, bare.end, strict=True)
         ]
         return len(full.called), leaves
@@ -299,7 +299,7 @@ class ResidualCache:
 
     def _refuse(self, reason: str) -> None:
         name = type(self._denoiser).__name__
-        raise ModelError(f"the residual of {name}'s blocks cannot be cached, for {reason}: use cache='output'")
+        raise ModelError(f"the residual of {name}'s blocks cannot be cached: {reason}; use cache='output'")
 
 
 class _Probe(Uncopied, ModelHook):
