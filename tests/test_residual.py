@@ -1,5 +1,6 @@
 import copy
 import json
+import threading
 import warnings
 
 import accelerate
@@ -473,6 +474,34 @@ def test_another_pipeline_on_the_same_denoiser_runs_every_block(dit):
         with pytest.warns(UserWarning, match="another pipeline uses the denoiser"):
             assert np.array_equal(run_dit(other), plain)
         assert np.array_equal(run_dit(dit), found)
+
+
+@pytest.mark.filterwarnings("ignore:cemq. another pipeline")
+def test_another_thread_runs_every_block_while_this_one_hands_on(dit):
+    other = DiTPipeline(transformer=dit.transformer, vae=dit.vae, scheduler=copy.deepcopy(dit.scheduler))
+    other.set_progress_bar_config(disable=True)
+    plain, found = run_dit(dit), []
+
+    def meanwhile(*_):
+        current = schedule_hook(dit).cache.current
+        if current is not None and not current.blocks_run and not found:
+            thread = threading.Thread(target=lambda: found.append(run_dit(other)))
+            thread.start()
+            thread.join()
+
+    with attached(dit, plan_of(dit, cache="residual")):
+        dit.transformer.pos_embed.register_forward_pre_hook(meanwhile)
+        first, second = run_dit(dit), run_dit(dit)
+    assert np.array_equal(found[0], plain)
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, plain)
+
+
+def test_inference_mode_changes_nothing(dit):
+    with attached(dit, plan_of(dit, cache="residual")):
+        expected = run_dit(dit)
+        with torch.inference_mode():
+            assert np.array_equal(run_dit(dit), expected)
 
 
 def test_a_block_with_a_schedule_is_not_copied(dit):
