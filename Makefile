@@ -21,7 +21,7 @@ demo: .venv/installed  ## quantize and schedule the built-in digits model, compa
 	$(BIN)/cemq evaluate out/digits --samples 8 --picture out/side-by-side.png
 
 test: lint wheel  ## lint, build the wheel and look into it, run every test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -35,8 +35,9 @@ wheel: .venv/installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --quiet --wheel --no-isolation
 
-bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; about 25 minutes
+bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; about 90 minutes
 	$(BIN)/python docs/benchmarks/quantization.py
+	$(BIN)/python docs/benchmarks/planning.py
 	$(BIN)/python docs/benchmarks/fidelity.py
 	$(BIN)/python docs/benchmarks/memory.py
 	$(BIN)/python docs/benchmarks/speed.py

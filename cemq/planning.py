@@ -18,7 +18,7 @@ import numpy as np
 from cemq.correction import METHODS, Correction, make_correction
 from cemq.errors import InfeasibleBudgetError, InputError, choose
 from cemq.evaluation import Outcome, run_batch
-from cemq.evaluation.metrics import PSNR_CEILING_DB, psnr_db, relative_l2
+from cemq.evaluation.metrics import PSNR_CEILING_DB, psnr_db, psnr_of, relative_l2
 from cemq.predict import PREDICTORS
 from cemq.prior import ErrorPrior
 from cemq.propagation import Fit, fit_propagation, sample_schedules
@@ -28,10 +28,11 @@ from cemq.schedule import AUTO, SOLVERS, CacheSchedule, check_budget, improve, n
 
 SEARCH = "search"  # the solver that is all of this module
 AUTO_BUDGET = "auto"
+PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
+DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that the search gives to single segments
 WHOLE_PREDICTORS = ("taylor1", "taylor2", "mean-velocity")  # that candidates are made for
-_WORTH_DB = 0.02  # a correction must gain more than this on the planning samples
-_FIT_SHARE = 0.45  # of the effort goes into runs that only teach
+_FIT_SHARE = 0.6  # of the effort goes into runs that only teach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +45,23 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(full_runs=5, fitted_to=8),
-    "normal": Effort(full_runs=15, fitted_to=20),
-    "thorough": Effort(full_runs=60, fitted_to=32),
+    "normal": Effort(full_runs=15, fitted_to=27),
+    "thorough": Effort(full_runs=60, fitted_to=40),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One schedule that was run: relative L2 error of the final latents, and PSNR of the images, to full precision."""
+    """One schedule that was run: relative L2 error of the final latents, and PSNR of each image, to full precision."""
 
     schedule: CacheSchedule
     correction: str | None
     relative_l2: float
-    psnr_db: float
+    sample_psnr_db: np.ndarray
+
+    @property
+    def psnr_db(self) -> float:
+        return float(self.sample_psnr_db.mean())
 
     @property
     def error(self) -> float:
@@ -125,7 +130,7 @@ class ClosedLoop:
             schedule=schedule,
             correction=method,
             relative_l2=float(np.concatenate([relative_l2(a.latents, b.latents) for a, b in pairs]).mean()),
-            psnr_db=float(np.concatenate([psnr_db(a.images, b.images) for a, b in pairs]).mean()),
+            sample_psnr_db=np.concatenate([psnr_db(a.images, b.images) for a, b in pairs]),
         )
         self.trials.append(trial)
         self.spent += schedule.budget / schedule.num_steps
@@ -254,9 +259,18 @@ def _corrected(loop: ClosedLoop, best: Trial, correction: str) -> tuple[Trial, C
         except InputError:  # the prior has no statistics for it
             continue
         trial = loop.run(best.schedule, fix)
-        if trial.psnr_db > chosen.psnr_db + _WORTH_DB:
+        if trial.psnr_db > chosen.psnr_db and _is_certain(trial.sample_psnr_db - best.sample_psnr_db):
             chosen, kept = trial, fix
     return chosen, kept
+
+
+def _is_certain(gains: np.ndarray) -> bool:
+    """Whether a gain is greater than its own standard error; of a single sample there is none."""
+    return len(gains) == 1 or gains.mean() > _standard_error(gains)
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +294,7 @@ class _Search:
     def candidates(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
         """What the solvers propose, what was published first."""
         names = WHOLE_PREDICTORS if self.predictor == AUTO else (self.predictor,)
-        for solver in ("uniform", "cem"):
+        for solver in PUBLISHED:
             try:
                 yield plan_schedule(prior, budget, solver=solver, predictor=names[0], view=self.view)
             except InfeasibleBudgetError:  # the CEM rule has holes
@@ -316,9 +330,26 @@ class _Search:
         return self._incumbent(budget)
 
     def _incumbent(self, budget: int) -> Trial:
+        """The trial that is best by what was measured and what is predicted together.
+
+        The best of many measured on a few samples is partly lucky. Both are noisy estimates of the same thing, so each
+        weighs as much as the other is uncertain; but none is chosen that measured worse than what was published.
+        """
         tried = [trial for trial in self.loop.trials if trial.schedule.budget <= budget and trial.correction is None]
         allowed = [trial for trial in tried if self._is_allowed(trial.schedule)]
-        return max(allowed, key=lambda trial: trial.psnr_db)
+        published = [trial.psnr_db for trial in allowed if trial.schedule.solver in PUBLISHED]
+        allowed = [trial for trial in allowed if trial.psnr_db >= max(published, default=-math.inf)]
+        found = np.array([trial.sample_psnr_db for trial in allowed])
+        if found.size == len(found):  # one trial or one sample says nothing about its noise
+            return allowed[int(found.mean(1).argmax())]
+        fit = self.loop.fit(self.view)
+        predicted = np.array([psnr_of(fit.prior.final_error(trial.schedule.served, self.view)) for trial in allowed])
+        centered = found - found.mean(0)
+        noise = np.mean([_standard_error(row) for row in centered]) ** 2
+        misfit = (DB_PER_LOG * fit.rms_log_error) ** 2
+        share = noise / (noise + misfit) if noise + misfit else 0.0
+        measured = centered.mean(1)
+        return allowed[int(((1 - share) * measured + share * (predicted - predicted.mean())).argmax())]
 
     def _is_allowed(self, schedule: CacheSchedule) -> bool:
         return self.predictor == AUTO or set(schedule.predictors) == {self.predictor}

@@ -1,6 +1,7 @@
 """Plans that were run, on a tiny pipeline whose runs take a tenth of a second."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ from conftest import make_dit
 from cemq.correction import METHODS
 from cemq.errors import InfeasibleBudgetError, InputError
 from cemq.evaluation import run_batch
-from cemq.planning import EFFORTS, ClosedLoop, check_planning, plan
+from cemq.planning import EFFORTS, ClosedLoop, Trial, _Search, check_planning, plan
 from cemq.prior import ErrorPrior
 from cemq.profiling import profile, record_references
+from cemq.propagation import Fit
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.runtime import Plan, attached
 from cemq.sampling import make_batches
-from cemq.schedule import CacheSchedule
+from cemq.schedule import CacheSchedule, plan_schedule
 
 STEPS, BUDGET = 6, 3
 CALL = {"guidance_scale": 2.0}
@@ -137,12 +139,29 @@ def test_auto_keeps_a_correction_only_where_it_helps(searched):
     uncorrected = next(t for t in loop.trials if t.schedule == found.schedule and t.correction is None)
     tried = {t.correction: t for t in loop.trials if t.schedule == found.schedule and t.correction}
     assert set(tried) == set(METHODS)
-    if found.correction is None:
-        assert all(trial.psnr_db <= uncorrected.psnr_db + 0.02 for trial in tried.values())
-    else:
-        best = tried[found.correction.method]
-        assert best.psnr_db > uncorrected.psnr_db + 0.02
-        assert all(best.psnr_db >= trial.psnr_db - 0.02 for trial in tried.values())
+    gains = {method: trial.sample_psnr_db - uncorrected.sample_psnr_db for method, trial in tried.items()}
+    certain = {m: g.mean() for m, g in gains.items() if g.mean() > g.std(ddof=1) / len(g) ** 0.5}
+    assert (found.correction and found.correction.method) == max(certain, key=certain.get, default=None)
+
+
+def trial_of(schedule, samples):
+    return Trial(schedule=schedule, correction=None, relative_l2=0.1, sample_psnr_db=np.array(samples))
+
+
+@pytest.mark.parametrize(("lucky", "wins"), [([59.0, 59.0, 62.1], "steady"), ([60.1, 60.1, 60.1], "lucky")])
+def test_luck_on_few_samples_does_not_win(quantized, lucky, wins):
+    """What measures better because of one sample alone loses to what is predicted to be better; a steady gain wins."""
+    prior = quantized["prior"]
+    good, bad = sorted(
+        (plan_schedule(prior, BUDGET), CacheSchedule(num_steps=STEPS, full_steps=range(BUDGET), predictor="taylor1")),
+        key=lambda schedule: prior.final_error(schedule.served),
+    )
+    trials = {"steady": trial_of(good, [60.0, 60.0, 60.0]), "lucky": trial_of(bad, lucky)}
+    loop = SimpleNamespace(
+        trials=list(trials.values()), num_steps=STEPS, fit=lambda view: Fit(prior=prior, rms_log_error=0.1)
+    )
+    search = _Search(loop=loop, predictor="auto", view="combined", limit=0)
+    assert search._incumbent(BUDGET) is trials[wins]
 
 
 @pytest.mark.parametrize("method", ["none", "drift"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -26,6 +28,11 @@ def ssim(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
         right, left, data_range=1.0, kernel_size=window, sigma=1.5 * window / 11, gaussian_kernel=True, reduction="none"
     )
     return values.double().numpy()
+
+
+def psnr_of(error: float) -> float:
+    """PSNR in dB of a root mean square error, for a peak of 1."""
+    return min(-20 * math.log10(error), PSNR_CEILING_DB) if error > 0 else PSNR_CEILING_DB
 
 
 def relative_l2(reference: torch.Tensor, other: torch.Tensor) -> np.ndarray:

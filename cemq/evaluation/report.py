@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cemq.bundle import EVIDENCE, PRIOR, read_bundle
+from cemq.evaluation.metrics import psnr_of
 from cemq.prior import ErrorPrior
 
 
@@ -49,6 +50,12 @@ def describe(bundle: Path) -> dict[str, Any]:
     }
 
 
+def sparkline(values: list[float]) -> str:
+    """One character for each value, as high as it lies between the least and the greatest."""
+    low, high = min(values), max(values)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / ((high - low) or 1))] for value in values)
+
+
 def print_description(description: dict[str, Any]) -> None:
     """The same for people, on stdout."""
     from rich.console import Console
@@ -74,6 +81,7 @@ def print_description(description: dict[str, Any]) -> None:
         facts.add_row(name, value)
     console.print(facts)
     console.print(f"\n{schedule['strip']}", soft_wrap=True)
+    _print_curve(console, description["planning"]["curve"])
     table = Table("step", "timestep", "full", "quantization floor", "predicted error", box=None, padding=(0, 2))
     full, prior = set(schedule["full_steps"]), description["prior"]
     for step, timestep in enumerate(description["sampler"]["timesteps"][: schedule["num_steps"]]):
@@ -85,3 +93,20 @@ def print_description(description: dict[str, Any]) -> None:
             f"{prior['predicted_error'][step]:.4f}",
         )
     console.print(table)
+
+
+def _print_curve(console: Any, points: list[dict[str, Any]]) -> None:
+    """What every budget is expected to give, and what those that were run gave."""
+    from rich.table import Table
+
+    expected = [psnr_of(point["predicted_error"]) for point in points]
+    low, high = points[0]["budget"], points[-1]["budget"]
+    console.print("\nPSNR to full precision over full-compute steps, predicted:")
+    console.print(f"{low} {sparkline(expected)} {high}   {min(expected):.1f} to {max(expected):.1f} dB", soft_wrap=True)
+    table = Table("budget", "compute ratio", "predicted dB", "measured dB", box=None, padding=(0, 2))
+    for point, value in zip(points, expected, strict=True):
+        if point["measured_psnr_db"] is not None:
+            ratio, measured = high / point["budget"], point["measured_psnr_db"]
+            table.add_row(str(point["budget"]), f"{ratio:.2f}", f"{value:.1f}", f"{measured:.1f}")
+    console.print(table)
+    console.print()

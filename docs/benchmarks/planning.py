@@ -4,6 +4,7 @@ Every part is measured on evaluation seeds that no plan has seen, against full p
 
 * ranking: Spearman of every predicted cost with the error found in closed loop (`cemq analyze`)
 * cells: the default plan against `uniform` and `cem`, for each scheme and budget
+* ceiling: what a closed-loop local search of ``--minutes`` for each budget finds (not measured by default)
 * ablation: the schedule planned on each view of the prior, run on the quantized model
 * auto: the budget that `--budget auto` finds, and its error on evaluation seeds
 * steps: a prior of 50 steps carried over to 20, 28 and 100, against one measured there
@@ -17,11 +18,13 @@ About 40 minutes on 2 CPU cores of one's own.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +39,13 @@ from cemq.errors import InfeasibleBudgetError
 from cemq.evaluation import run_batch
 from cemq.evaluation.metrics import psnr_db
 from cemq.models import locate, open_pipeline
-from cemq.planning import ClosedLoop, plan
+from cemq.planning import PUBLISHED, ClosedLoop, plan
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.profiling import profile, record_references
 from cemq.propagation import fit_propagation, sample_schedules
 from cemq.runtime import Plan, attached, detach
 from cemq.sampling import EVALUATION_SEED_OFFSET, make_batches
-from cemq.schedule import CacheSchedule, plan_all, plan_schedule, segment_costs, solve_segments
+from cemq.schedule import CacheSchedule, neighbours, plan_all, plan_schedule, segment_costs, solve_segments
 
 MODELS = ("dit-digits", "sd3-digits")
 SCHEMES = ("w8a8", "w4a8")
@@ -50,6 +53,7 @@ BUDGETS = (25, 15, 10, 7)
 STEPS = (20, 28, 100)
 PARTS = ("ranking", "cells", "ablation", "auto", "steps", "solver")
 SAMPLES = 16
+RANKED = 32  # samples; on fewer, two halves of them do not agree on the ranking themselves
 HERE = Path(__file__).with_suffix("")
 
 
@@ -85,9 +89,9 @@ class Lab:
         pairs = zip(self.references(steps), found, strict=True)
         return np.concatenate([psnr_db(a.images, b.images) for a, b in pairs])
 
-    def loop(self, steps: int = 50, prior: ErrorPrior | None = None) -> ClosedLoop:
+    def loop(self, steps: int = 50, prior: ErrorPrior | None = None, samples: int = 12) -> ClosedLoop:
         """The planning samples, with seeds after those that the bundle used."""
-        batches = self.batches(max(self.manifest.profiled_seeds) + 1, samples=12)
+        batches = self.batches(max(self.manifest.profiled_seeds) + 1, samples)
         return ClosedLoop(
             pipe=self.pipe,
             prior=prior or self.prior,
@@ -102,8 +106,8 @@ class Lab:
 
 
 def measure_ranking(lab: Lab) -> dict[str, Any]:
-    found = analyze(lab.bundle, schedules=60, samples=SAMPLES)
-    return {"schedules": 60, "spearman": found["spearman"]}
+    found = analyze(lab.bundle, schedules=60, samples=RANKED)
+    return {"schedules": 60, "samples": RANKED, "spearman": found["spearman"]}
 
 
 def measure_cells(lab: Lab) -> list[dict[str, Any]]:
@@ -126,14 +130,42 @@ def measure_cells(lab: Lab) -> list[dict[str, Any]]:
                     "schedule": planned.schedule.to_dict(),
                 }
             )
-        for solver in ("uniform", "cem"):
+        for solver, predictor in itertools.product(PUBLISHED, ("taylor1", "taylor2")):
             try:
-                schedule = plan_schedule(lab.prior, budget, solver=solver, predictor="taylor1")
+                schedule = plan_schedule(lab.prior, budget, solver=solver, predictor=predictor)
             except InfeasibleBudgetError:
-                schedule = plan_schedule(lab.prior, budget, solver="cem-relaxed", predictor="taylor1")
+                schedule = plan_schedule(lab.prior, budget, solver="cem-relaxed", predictor=predictor)
             rows.append(
-                {"budget": budget, "plan": f"{solver}, taylor1", "psnr_db": lab.psnr(lab.of(schedule)).tolist()}
+                {"budget": budget, "plan": f"{solver}, {predictor}", "psnr_db": lab.psnr(lab.of(schedule)).tolist()}
             )
+    return rows
+
+
+def measure_ceiling(lab: Lab, minutes: float) -> list[dict[str, Any]]:
+    """Blind hill climbing from even spacing: one full-compute step moved at a time, kept where 10 samples say so."""
+    rows, loop = [], lab.loop(samples=10)
+    generator = np.random.default_rng(0)
+    for budget in BUDGETS[:3]:
+        until = time.perf_counter() + 60 * minutes
+        best = loop.run(plan_schedule(lab.prior, budget, solver="uniform", predictor="taylor1"))
+        moves, runs = [], 1
+        while time.perf_counter() < until:
+            if not moves:
+                moves = list(neighbours(best.schedule))
+                generator.shuffle(moves)
+            trial = loop.run(moves.pop())
+            runs += 1
+            if trial.psnr_db > best.psnr_db:
+                best, moves = trial, []
+        rows.append(
+            {
+                "budget": budget,
+                "minutes": minutes,
+                "runs": runs,
+                "psnr_db": lab.psnr(lab.of(best.schedule)).tolist(),
+                "schedule": best.schedule.to_dict(),
+            }
+        )
     return rows
 
 
@@ -243,11 +275,13 @@ MEASURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "ceiling"), default=PARTS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the ceiling search, for each budget")
     parser.add_argument("--bundles", type=Path, help="keep the bundles here, and take those that are there")
     wanted = parser.parse_args()
+    measures = MEASURES | {"ceiling": partial(measure_ceiling, minutes=wanted.minutes)}
     diffusers.utils.logging.disable_progress_bar()
     record = json.loads(HERE.with_suffix(".json").read_text()) if HERE.with_suffix(".json").is_file() else {}
     record["machine"] = describe_machine()
@@ -265,9 +299,9 @@ def main() -> None:
                 cell = record.setdefault(name, {})
                 cell["fit"] = evidence["fit"]
                 for part in wanted.parts:
-                    if part in MEASURES:
+                    if part in measures:
                         started = time.perf_counter()
-                        cell[part] = MEASURES[part](lab)
+                        cell[part] = measures[part](lab)
                         print(name, part, f"{time.perf_counter() - started:.0f} s", flush=True)
                         HERE.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     if "solver" in wanted.parts:
@@ -311,14 +345,18 @@ def page(record: dict[str, Any]) -> str:
         full = next(row["psnr_db"] for row in found if row["plan"] == "full compute")
         for budget in BUDGETS:
             row = {each["plan"]: each for each in found if each["budget"] == budget}
-            best = max(statistics.mean(row[f"{name}, taylor1"]["psnr_db"]) for name in ("uniform", "cem"))
+            best, best_of_both = (
+                max(statistics.mean(row[f"{solver}, {name}"]["psnr_db"]) for solver in PUBLISHED for name in names)
+                for names in (["taylor1"], ["taylor1", "taylor2"])
+            )
             own = row["search, auto"]
             cells.append(
                 [model, scheme, mean(full), budget]
-                + [mean(row[f"{name}, taylor1"]["psnr_db"]) for name in ("uniform", "cem", "search")]
+                + [mean(row[f"{solver}, {name}"]["psnr_db"]) for name in ("taylor1", "taylor2") for solver in PUBLISHED]
+                + [mean(row["search, taylor1"]["psnr_db"])]
                 + [interval(own["psnr_db"]), own["correction"] or "none", own["full_steps"]]
                 + [f"{statistics.mean(row['search, taylor1']['psnr_db']) - best:+.1f}"]
-                + [f"{statistics.mean(own['psnr_db']) - best:+.1f}"]
+                + [f"{statistics.mean(own['psnr_db']) - best_of_both:+.1f}"]
             )
     ablation = [
         [model, scheme, budget]
@@ -355,6 +393,17 @@ def page(record: dict[str, Any]) -> str:
         for model, scheme, found in rows_of(record, "steps")
         for row in found
     ]
+    ceiling = [
+        [
+            *(model, scheme, row["budget"], f"{row['minutes']:g}", row["runs"]),
+            *(mean(row["psnr_db"]), mean(own["psnr_db"])),
+            f"{statistics.mean(own['psnr_db']) - statistics.mean(row['psnr_db']):+.1f}",
+        ]
+        for model, scheme, found in rows_of(record, "ceiling")
+        for row in found
+        for own in record[f"{model}-{scheme}"]["cells"]
+        if own["budget"] == row["budget"] and own["plan"] == "search, taylor1"
+    ]
     solver = record.get("solver", {})
     return f"""# What plans are worth
 
@@ -367,7 +416,9 @@ plan has seen; PSNR in dB to full precision at 50 of 50 with the same seeds.
 ## Which cost ranks schedules
 
 Spearman's correlation of predicted cost and error found in closed loop over 60 schedules with 15 full-compute steps,
-half of them random, half near uniform, none of them fitted to, on the evaluation samples. `fitted` is what plans are
+half of them random, half near uniform, none of them fitted to, on {
+        RANKED
+    } evaluation samples. `fitted` is what plans are
 made with; `unweighted` is the same with step sizes as the only weights; `cem` is CEM's published cost.
 
 {table(["model", "scheme", "predictor", *costs], ranking)}
@@ -376,8 +427,8 @@ made with; `unweighted` is the same with step sizes as the only weights; `cem` i
 
 `search, taylor1` is the search with that one predictor and no correction, as `uniform` and `cem` have it; `default`
 chooses the predictor of each segment and a correction. CEM's rule has no schedule of 7: its relaxed variant stands in.
-The two margins are over the better of uniform and CEM. "full steps" is what the default plan spends: it may leave part
-of the budget.
+The margin of `search, taylor1` is over the better of uniform and CEM with that predictor, that of `default` over the
+best of both with either. "full steps" is what the default plan spends: it may leave part of the budget.
 
 {
         table(
@@ -386,8 +437,7 @@ of the budget.
                 "scheme",
                 "50 of 50",
                 "budget",
-                "uniform",
-                "cem",
+                *(f"{solver}, {name}" for name in ("taylor1", "taylor2") for solver in PUBLISHED),
                 "search, taylor1",
                 "default",
                 "correction",
@@ -396,6 +446,18 @@ of the budget.
                 "margin, default",
             ],
             cells,
+        )
+    }
+
+## How far from the ceiling
+
+A blind local search in closed loop, one full-compute step moved at a time from even spacing, kept where 10 samples say
+so, for as many minutes as given; `search, taylor1` is what the default search finds in 15 runs' worth.
+
+{
+        table(
+            ["model", "scheme", "budget", "minutes", "runs", "ceiling", "search, taylor1", "difference"],
+            ceiling,
         )
     }
 
@@ -421,8 +483,7 @@ Tolerance 0.15: error (relative L2 of the final latent) over that of the same qu
 ## Other step counts
 
 A bundle made at 50 steps with 15 of them full, run at another step count: its prior is carried over and solved there in
-milliseconds. `native` was profiled, fitted and searched
-(`--effort quick`) at that step count.
+milliseconds. `native` was profiled, fitted and searched (`--effort quick`) at that step count.
 
 {table(["model", "scheme", "steps", "budget", "carried over", "native", "difference"], steps)}
 
