@@ -116,7 +116,7 @@ def analyze(
     del original
     loop = ClosedLoop(
         pipe=pipe, prior=prior, batches=batches, references=references, steps=steps, call=manifest.call,
-        processes=processes,
+        cache=manifest.cache, processes=processes,
     )  # fmt: skip
     costs = costs_of(prior)
     result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}

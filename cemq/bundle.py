@@ -53,6 +53,7 @@ class Manifest:
     reference_bytes: int
     libraries: dict[str, str]
     recipe: dict[str, Any] | None = None
+    cache: str = "output"
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -60,7 +61,7 @@ class Manifest:
         expected = {field.name for field in dataclasses.fields(cls)}
         if unknown := set(fields) - expected:
             raise BundleError(f"unknown keys: {', '.join(sorted(unknown))}")
-        if missing := expected - set(fields):
+        if missing := expected - {"cache"} - set(fields):  # bundles of before cached the output
             raise BundleError(f"missing keys: {', '.join(sorted(missing))}")
         tuples = {name: tuple(fields[name]) for name in ("denoisers", "profiled_seeds", "held_out_conditions")}
         return cls(
@@ -225,7 +226,7 @@ pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
 | PSNR to full precision, same seeds | {fidelity["psnr_db"]:.1f} dB over {fidelity["samples"]} samples |
 | SSIM | {fidelity["ssim"]:.4f} |
 | relative L2 of the final latent | {fidelity["relative_l2"]:.4f} |
-| predictor | {schedule.predictor_text()} |
+| predictor | {schedule.predictor_text()}, of the {"output" if manifest.cache == "output" else "blocks' residual"} |
 | correction | {manifest.correction or "none"} |
 | sampler | {manifest.sampler.scheduler}, {schedule.num_steps} steps |
 """

@@ -150,6 +150,10 @@ def quantize_and_schedule(
     correction: Annotated[str | None, typer.Option(help="auto, none, drift, affine or eoc [auto].")] = None,
     effort: Annotated[str | None, typer.Option(help="Of the search: quick, normal or thorough [normal].")] = None,
     prior: Annotated[str | None, typer.Option(help="combined, cache or self [combined].")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Predict skipped steps from the output, or from the blocks' residual [output]."),
+    ] = None,
     calib: Annotated[str | None, typer.Option(help="Text file, one prompt or class label a line.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples to profile on [16].")] = None,
     seed: Annotated[int | None, typer.Option(help="First seed of the profiling samples [0].")] = None,
@@ -172,8 +176,8 @@ def quantize_and_schedule(
             "bits_budget": bits_budget, "components": _names(components) if components else None,
             "steps": steps, "budget": int(budget) if budget and budget.isdigit() else budget, "solver": solver,
             "dtype": dtype, "tolerance": tolerance, "target_psnr": target_psnr, "correction": correction,
-            "effort": effort, "predictor": predictor, "prior": prior, "calib": calib, "samples": samples, "seed": seed,
-            "call": _call_arguments(call),
+            "effort": effort, "predictor": predictor, "prior": prior, "cache": cache, "calib": calib,
+            "samples": samples, "seed": seed, "call": _call_arguments(call),
         }  # fmt: skip
         _quiet()
         with _progress() as progress:

@@ -15,7 +15,7 @@ from cemq.schedule import CacheSchedule
 
 FORMATS = ("json", "cache-dit")
 KIND, VERSION = "cemq-schedule", 1
-_KEYS = {"kind", "version", "schedule", "sampler", "made_for"}
+_KEYS = {"kind", "version", "schedule", "sampler", "made_for", "cache"}
 
 
 def export(bundle: str | Path, format: str = "json") -> str:
@@ -40,19 +40,20 @@ def export(bundle: str | Path, format: str = "json") -> str:
         "call": manifest.call,
     }
     if format == "cache-dit":
-        return _cache_dit(manifest.schedule, made_for)
+        return _cache_dit(manifest.schedule, made_for, manifest.cache)
     content = {
         "kind": KIND,
         "version": VERSION,
         "schedule": manifest.schedule.to_dict(),
         "sampler": dataclasses.asdict(manifest.sampler),
         "made_for": made_for,
+        "cache": manifest.cache,
     }
     return json.dumps(content, indent=2) + "\n"
 
 
-def read_schedule(source: str | Path | CacheSchedule) -> tuple[CacheSchedule, SamplerFingerprint | None]:
-    """A schedule and the sampler it was planned for, None where the source does not say.
+def read_schedule(source: str | Path | CacheSchedule) -> tuple[CacheSchedule, SamplerFingerprint | None, str]:
+    """A schedule, the sampler it was planned for (None where the source does not say), and the cache.
 
     Args:
         source: A `CacheSchedule`, a bundle's folder, or a file that `export` wrote as ``json``.
@@ -62,11 +63,11 @@ def read_schedule(source: str | Path | CacheSchedule) -> tuple[CacheSchedule, Sa
         BundleError: The bundle is incomplete or damaged.
     """
     if isinstance(source, CacheSchedule):
-        return source, None
+        return source, None, "output"
     path = Path(source)
     if path.is_dir() or (path / MANIFEST).is_file():
         manifest = read_bundle(path)
-        return manifest.schedule, manifest.sampler
+        return manifest.schedule, manifest.sampler, manifest.cache
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -80,15 +81,17 @@ def read_schedule(source: str | Path | CacheSchedule) -> tuple[CacheSchedule, Sa
         raise InputError(f"schedule '{path}' is not one: write it with cemq export --format json")
     if content.get("version") != VERSION:
         raise InputError(f"schedule '{path}' has version {content.get('version')}, this cemq reads {VERSION}")
+    content.setdefault("cache", "output")  # files of before do not say
     if set(content) != _KEYS:
         raise InputError(f"schedule '{path}': expected the keys {sorted(_KEYS)}, found {sorted(content)}")
     try:
-        return CacheSchedule.from_dict(content["schedule"]), SamplerFingerprint.from_dict(content["sampler"])
+        schedule = CacheSchedule.from_dict(content["schedule"])
+        return schedule, SamplerFingerprint.from_dict(content["sampler"]), content["cache"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"schedule '{path}' is damaged ({error}): export it again") from None
 
 
-def _cache_dit(schedule: CacheSchedule, made_for: dict[str, Any]) -> str:
+def _cache_dit(schedule: CacheSchedule, made_for: dict[str, Any], cache: str) -> str:
     full = set(schedule.full_steps)
     mask = ", ".join("1" if step in full else "0" for step in range(schedule.num_steps))
     order = re.fullmatch(r"taylor(\d)", schedule.predictor)
@@ -103,7 +106,7 @@ def _cache_dit(schedule: CacheSchedule, made_for: dict[str, Any]) -> str:
 # cache_dit.enable_cache(pipe, **cache_dit.load_configs("this-file.yaml"))
 #
 # The steps are the same, the way skipped ones are served is not: cache-dit always runs the first block and extrapolates
-# the residual of the others, cemq the output of the whole model. Fidelity measured with cemq does not carry over.
+# the residual of the others, cemq {"the output of the whole model" if cache == "output" else "that of all blocks"}. Fidelity measured with cemq does not carry over.
 # The mask holds for {made_for["num_inference_steps"]} inference steps under the sampler it was planned for; cache-dit checks neither.
 cache_config:
   num_inference_steps: {schedule.num_steps}

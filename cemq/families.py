@@ -35,6 +35,10 @@ EIGHT_BIT = ("*norm*.linear*", "*adaln*", "*modulation*", "*mod.*", "*time*embed
 # Denoisers in the order they are looked for.
 DENOISERS = ("transformer", "transformer_2", "unet")
 
+# Lists of blocks among a denoiser's own children: what a cached residual stands for. Token refiners and projections are
+# lists too, and run on every step.
+BLOCK_LISTS = ("*blocks", "layers")
+
 # Pipeline arguments that take a picture: a call names its file, so that it can be written down.
 PICTURE_ARGUMENTS = ("image", "control_image", "mask_image", "ip_adapter_image", "last_image")
 

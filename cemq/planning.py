@@ -98,6 +98,7 @@ class ClosedLoop:
         batches: The planning samples.
         references: What the full-precision pipeline made of this process's share of them.
         steps: ``num_inference_steps`` of every run.
+        cache: What skipped steps are predicted from; the prior's predictions are those of outputs all the same.
     """
 
     pipe: Any
@@ -106,6 +107,7 @@ class ClosedLoop:
     references: Sequence[Outcome]
     steps: int
     call: Mapping[str, Any]
+    cache: str = "output"
     progress: Callable[[float], None] | None = None
     processes: Processes = ALONE
     trials: list[Trial] = field(default_factory=list)
@@ -129,7 +131,7 @@ class ClosedLoop:
         # each process plans for itself, from the same numbers; on unequal machines they might come to differ
         self.processes.agree("the schedule to run", (schedule.full_steps, schedule.predictors, method))
         sampler, mine = self.prior.metadata.sampler, self.processes.share(self.batches)
-        with attached(self.pipe, Plan(schedule=schedule, sampler=sampler, correction=correction)):
+        with attached(self.pipe, Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)):
             outcomes = [run_batch(self.pipe, batch, steps=self.steps, call=self.call) for batch in mine]
         scores = [
             (relative_l2(reference.latents, outcome.latents), psnr_db(reference.images, outcome.images))

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from cemq.processes import ALONE, Processes
 from cemq.profiling import profile, record_references
 from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
-from cemq.runtime import Plan, attached, from_pretrained
+from cemq.runtime import Plan, attached, from_pretrained, residual_checked
 from cemq.sampling import (
     Batch,
     Progress,
@@ -137,6 +137,8 @@ def quantize_and_schedule(
             )
             for index, conditions in enumerate((profiled, held_out, held_out[turned:] + held_out[:turned]))
         )
+        if settled.cache == "residual":
+            _check_residual(pipe, batches[0], steps, settled.call)
 
         # Every process quantizes, from all calls: as long a wait as for one that does, and nothing to send afterwards.
         recorded: list[dict[str, Any]] = []
@@ -172,7 +174,8 @@ def quantize_and_schedule(
         )
         loop = ClosedLoop(
             pipe=pipe, prior=prior, batches=planning, references=aims, steps=steps, call=settled.call,
-            progress=_planning_progress(progress, EFFORTS[settled.effort].full_runs), processes=processes,
+            cache=settled.cache, processes=processes,
+            progress=_planning_progress(progress, EFFORTS[settled.effort].full_runs),
         )  # fmt: skip
         planned = plan(
             loop,
@@ -186,7 +189,7 @@ def quantize_and_schedule(
             target_psnr=settled.target_psnr,
         )
         schedule, correction, sampler = planned.schedule, planned.correction, prior.metadata.sampler
-        with attached(pipe, Plan(schedule=schedule, sampler=sampler, correction=correction)):
+        with attached(pipe, Plan(schedule=schedule, sampler=sampler, correction=correction, cache=settled.cache)):
             found = _outcomes(pipe, shares[2], "scheduled check", steps, settled, progress)
 
         manifest = Manifest(
@@ -202,6 +205,7 @@ def quantize_and_schedule(
             num_inference_steps=steps,
             schedule=schedule,
             correction=correction and correction.method,
+            cache=settled.cache,
             sampler=sampler,
             call=settled.call,
             profiled_seeds=tuple(seed for batch in (*batches, *planning, *check) for seed in batch.seeds),
@@ -291,6 +295,21 @@ def _planning_progress(progress: Progress | None, full_runs: float) -> Any:
         return None
     stage = f"planning, {full_runs:g} runs' worth"
     return lambda spent: progress(stage, min(spent / full_runs, 1.0))
+
+
+class _EnoughError(Exception):
+    """A run was only to begin."""
+
+
+def _check_residual(pipe: Any, batch: Batch, steps: int, call: dict[str, Any]) -> None:
+    """One step, before hours of work: raises ModelError if this pipeline's residual cannot be cached."""
+
+    def stop() -> None:
+        raise _EnoughError
+
+    one = Batch(conditions=batch.conditions[:1], seeds=batch.seeds[:1])
+    with suppress(_EnoughError), residual_checked(pipe):
+        run(pipe, one, steps=steps, call=call, on_step=stop)
 
 
 def _stride(steps: int) -> int:

@@ -6,12 +6,14 @@ None, or what to say in place of "ok".
 
 from __future__ import annotations
 
+import functools
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import accelerate
 import numpy as np
@@ -26,7 +28,8 @@ from cemq.evaluation import measure_fidelity, run_batch
 from cemq.models import denoisers, open_pipeline
 from cemq.outputs import as_array, rate_of
 from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
-from cemq.runtime import attached, detach, schedule_hook
+from cemq.runtime import attached, detach, residual, schedule_hook
+from cemq.runtime.residual import block_stack
 from cemq.sampling import Batch, make_batches, run
 from cemq.schedule import CacheSchedule
 from cemq.trajectory import Trajectory, force, record
@@ -76,13 +79,8 @@ def quantized(family: Family, scheme: str) -> Any:
 def counted_blocks(pipe: Any) -> Iterator[list[int]]:
     """Grows by one for each call of a block (a member of any list of modules) of the denoisers."""
     calls: list[int] = []
-    blocks = [
-        block
-        for _, denoiser in denoisers(pipe)
-        for module in denoiser.modules()
-        if isinstance(module, nn.ModuleList)
-        for block in module
-    ]
+    lists = [m for _, denoiser in denoisers(pipe) for m in denoiser.modules() if isinstance(m, nn.ModuleList)]
+    blocks = [block for each in lists for block in each]
     assert blocks
     handles = [block.register_forward_pre_hook(lambda *_: calls.append(1)) for block in blocks]
     try:
@@ -92,19 +90,44 @@ def counted_blocks(pipe: Any) -> Iterator[list[int]]:
             handle.remove()
 
 
-def caches_outputs(pipe: Any, family: Family) -> None:
-    """The five promises of the output cache, on a pipeline quantized or not."""
+@contextmanager
+def counted_forwards(pipe: Any) -> Iterator[list[int]]:
+    """Grows by one whenever a block of the stack runs; with a residual each is called on every step, to hand on.
+
+    To be entered before a schedule is attached.
+    """
+    calls: list[int] = []
+    blocks = [block for _, denoiser in denoisers(pipe) for block in block_stack(denoiser)]
+
+    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def run_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if block in blocks:  # ControlNets and refiners have others of the same class
+                calls.append(1)
+            return forward(block, *args, **kwargs)
+
+        return run_block
+
+    with ExitStack() as patches:
+        for kind in set(map(type, blocks)):
+            patches.enter_context(patch.object(kind, "forward", counting(kind.forward)))
+        yield calls
+
+
+def caches_outputs(pipe: Any, family: Family, cache: str = "output") -> None:
+    """The five promises of a cache, on a pipeline quantized or not."""
+    counted_calls = counted_forwards if cache == "residual" else counted_blocks
     plain, trajectory = plain_run(pipe, family)
     assert np.isfinite(plain).all()
-    with attached(pipe, every_step(trajectory), trajectory.sampler) as hook:
+    with attached(pipe, every_step(trajectory), trajectory.sampler, cache=cache) as hook:
         assert np.array_equal(draw(pipe, family), plain), "the full budget changes the output"
         evaluations = hook.full_evaluations
     schedule = few_steps(trajectory)
-    with counted_blocks(pipe) as blocks:
+    with counted_calls(pipe) as blocks:
         draw(pipe, family)
         in_full = len(blocks)
         blocks.clear()
-        with attached(pipe, schedule, trajectory.sampler) as hook:
+        with attached(pipe, schedule, trajectory.sampler, cache=cache) as hook:
             skipping = draw(pipe, family)
             assert len(blocks) * schedule.num_steps == in_full * schedule.budget, "a skipped step runs blocks"
             assert hook.full_evaluations * schedule.num_steps == evaluations * schedule.budget
@@ -114,7 +137,7 @@ def caches_outputs(pipe: Any, family: Family) -> None:
             abort(pipe, family)
             assert np.array_equal(draw(pipe, family), skipping), "a run after an aborted one differs"
     assert np.array_equal(draw(pipe, family), plain), "removal does not restore the pipeline"
-    assert not any("forward" in vars(denoiser) for _, denoiser in denoisers(pipe))
+    assert not any("forward" in vars(module) for _, denoiser in denoisers(pipe) for module in denoiser.modules())
 
 
 def abort(pipe: Any, family: Family, after: int = 3) -> None:
@@ -135,6 +158,12 @@ def abort(pipe: Any, family: Family, after: int = 3) -> None:
 
 def output_cache(family: Family) -> None:
     caches_outputs(family.pipeline(), family)
+
+
+def residual_cache(family: Family) -> None:
+    """The same five; and computed, then served on the same input agrees to what rounding leaves."""
+    with patch.object(residual, "TOLERANCE", 1e-5):
+        caches_outputs(family.pipeline(), family, "residual")
 
 
 def w8a8(family: Family) -> None:
@@ -278,6 +307,7 @@ def compiled(family: Family) -> None:
 
 CHECKS: dict[str, Callable[[Family], str | None]] = {
     "output cache": output_cache,
+    "residual cache": residual_cache,
     "W8A8": w8a8,
     "W4A8": w4a8,
     "bundle": bundle,

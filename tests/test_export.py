@@ -65,8 +65,8 @@ def test_json_holds_what_apply_schedule_needs(bundle, tmp_path):
     file = tmp_path / "schedule.json"
     file.write_text(cemq.export(bundle))
     manifest = read_bundle(bundle)
-    assert read_schedule(file) == (manifest.schedule, manifest.sampler)
-    assert read_schedule(bundle) == (manifest.schedule, manifest.sampler)
+    assert read_schedule(file) == (manifest.schedule, manifest.sampler, "output")
+    assert read_schedule(bundle) == (manifest.schedule, manifest.sampler, "output")
     assert json.loads(file.read_text())["made_for"]["scheme"] == manifest.scheme
 
 

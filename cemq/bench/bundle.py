@@ -92,7 +92,7 @@ def bench_bundle(
     whole = partial(run, batch=samples, steps=manifest.num_inference_steps, call=manifest.call)
 
     def scheduled() -> None:
-        with attached(quantized, schedule, manifest.sampler):
+        with attached(quantized, schedule, manifest.sampler, cache=manifest.cache):
             whole(quantized)
 
     cached = f"{manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full"

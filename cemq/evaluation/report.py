@@ -42,6 +42,7 @@ def describe(bundle: Path) -> dict[str, Any]:
             "coherence": prior.coherence,
         },
         "correction": manifest.correction,
+        "cache": manifest.cache,
         "planning": json.loads((bundle / EVIDENCE).read_text(encoding="utf-8")),
         "fidelity": manifest.fidelity,
         "call": manifest.call,
@@ -73,6 +74,7 @@ def print_description(description: dict[str, Any]) -> None:
         f"{schedule['compute_ratio']:.2f}, {schedule['solver']} on the {description['prior']['view']} prior, "
         f"{', '.join([names] if isinstance(names := schedule['predictor'], str) else dict.fromkeys(names))}",
         "correction": description["correction"] or "none",
+        "cache": description["cache"],
         "fidelity": f"PSNR {fidelity['psnr_db']:.1f} dB, SSIM {fidelity['ssim']:.4f}, relative L2 "
         f"{fidelity['relative_l2']:.4f} on {fidelity['samples']} held-out samples at build time",
     }.items():

@@ -4,6 +4,7 @@ from cemq.runtime.apply import apply_schedule
 from cemq.runtime.hook import ScheduleHook, attach, attached, detach, schedule_hook, set_budget
 from cemq.runtime.load import from_pretrained
 from cemq.runtime.plan import Plan
+from cemq.runtime.residual import residual_checked
 
 __all__ = [
     "Plan",
@@ -13,6 +14,7 @@ __all__ = [
     "attached",
     "detach",
     "from_pretrained",
+    "residual_checked",
     "schedule_hook",
     "set_budget",
 ]

@@ -10,7 +10,9 @@ from cemq.runtime.hook import ScheduleHook, attach
 from cemq.schedule import CacheSchedule
 
 
-def apply_schedule(pipe: Any, schedule: str | Path | CacheSchedule, *, any_sampler: bool = False) -> ScheduleHook:
+def apply_schedule(
+    pipe: Any, schedule: str | Path | CacheSchedule, *, any_sampler: bool = False, cache: str | None = None
+) -> ScheduleHook:
     """Have a diffusers pipeline follow a schedule, until `cemq.detach`.
 
     Only a hook on the denoiser is added, so it does not matter what computes the full steps: SDNQ, torchao, GGUF,
@@ -21,13 +23,16 @@ def apply_schedule(pipe: Any, schedule: str | Path | CacheSchedule, *, any_sampl
         pipe: Anything with a ``scheduler`` and a ``transformer`` or ``unet``.
         schedule: A file of ``cemq export --format json``, a bundle's folder, or a `CacheSchedule`.
         any_sampler: Follow it under every sampler with as many steps. A `CacheSchedule` names no sampler: it always is.
+        cache: What skipped steps are predicted from, ``output`` or the blocks' ``residual``; None takes what the
+            schedule was planned for, for a `CacheSchedule` the output.
 
     Returns:
         The hook, which counts full and skipped evaluations of the latest run.
 
     Raises:
-        ModelError: The pipeline has no denoiser, or another cache is active on it.
-        InputError, BundleError: The schedule cannot be read.
+        ModelError: The pipeline has no denoiser, or another cache is active on it, or it has no blocks whose residual
+            could be cached.
+        InputError, BundleError: The schedule cannot be read, or there is no such cache.
     """
-    found, sampler = read_schedule(schedule)
-    return attach(pipe, found, None if any_sampler else sampler)
+    found, sampler, planned_cache = read_schedule(schedule)
+    return attach(pipe, found, None if any_sampler else sampler, cache=cache or planned_cache)

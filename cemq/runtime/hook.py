@@ -1,44 +1,46 @@
-"""The denoiser hook: a skipped step is served from earlier outputs and runs no kernel of the model."""
+"""The denoiser hook: a skipped step is served from earlier outputs, or residuals, and runs no block of the model."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from cemq.errors import ModelError
 from cemq.models import denoisers
 from cemq.prior import SamplerFingerprint
 from cemq.runtime.callers import ThreadContexts, calling_pipeline
 from cemq.runtime.plan import Plan
-from cemq.runtime.registration import HOOK, install, keep_outermost, refuse_other_caches, uninstall
+from cemq.runtime.registration import HOOK, Uncopied, install, keep_outermost, refuse_other_caches, uninstall
+from cemq.runtime.residual import Forward, ResidualCache, Routes
 from cemq.runtime.steps import AnySamplerTracker, StepTracker, Stream
 from cemq.schedule import CacheSchedule
 
 
 @dataclass
 class History:
-    """The full-compute outputs of one stream that are still needed, and the shapes they were computed for."""
+    """What is cached of one stream's full-compute steps and still needed, and the shapes it was computed for."""
 
     shapes: Any = None
-    outputs: dict[int, list[Any]] = field(default_factory=dict)  # flattened, by step index
+    outputs: dict[int, list[Any]] = field(default_factory=dict)  # or residuals; flattened, by step index
     structure: Any = None
 
-    def keep(self, step_index: int, output: Any, shapes: Any, last_use: np.ndarray) -> None:
-        leaves, structure = tree_flatten(output)
+    def keep(self, step_index: int, value: Any, shapes: Any, last_use: np.ndarray) -> None:
+        """Note that a step was computed; ``value`` is what is cached of it, None if nothing is."""
         if shapes != self.shapes:
             self.outputs = {}
-        self.shapes, self.structure = shapes, structure
+        self.shapes = shapes
         self.outputs = {step: kept for step, kept in self.outputs.items() if last_use[step] > step_index}
-        if last_use[step_index] > step_index:  # a copy: whoever gets the output may change it in place
-            self.outputs[step_index] = [_copied(leaf) for leaf in leaves]
+        if value is not None:
+            self.outputs[step_index], self.structure = tree_flatten(value)
 
     def serve(self, sources: tuple[int, ...], weights: tuple[float, ...]) -> Any:
         columns = zip(*(self.outputs[step] for step in sources), strict=True)
@@ -76,7 +78,38 @@ class Run:
         self.__init__(schedule)
 
 
-class ScheduleHook(ModelHook):
+class OutputCache:
+    """What `ScheduleHook` keeps and serves where the output is cached: a skipped step runs nothing of the denoiser."""
+
+    @torch.compiler.disable(recursive=False)
+    def compute(self, forward: Forward, *, wanted: bool, shapes: Any) -> tuple[Any, Any]:
+        output = forward()
+        return output, self._copy(output) if wanted else None
+
+    @torch.compiler.disable
+    def serve(self, forward: Forward, value: Any) -> Any:
+        return value
+
+    @torch.compiler.disable
+    def _copy(self, output: Any) -> Any:  # whoever gets the output may change it in place
+        return tree_map(_copied, output)
+
+    def install(self) -> None: ...
+
+    def remove(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Call:
+    """What to do with one call of the denoiser: serve it, or compute it and hand what is cached of it to ``keep``."""
+
+    served: Any = None
+    wanted: bool = False  # whether a later step is served from this one
+    shapes: Any = None
+    keep: Callable[[Any], None] | None = None
+
+
+class ScheduleHook(Uncopied, ModelHook):
     """Runs the denoiser on full-compute steps and predicts its output on skipped ones; one history per stream.
 
     ``full_evaluations`` and ``skipped_evaluations`` count the calls of the current or latest run, of all denoisers;
@@ -85,9 +118,11 @@ class ScheduleHook(ModelHook):
 
     _is_stateful = True  # diffusers hands the cache context only to stateful hooks, through a StateManager attribute
 
-    def __init__(self, pipe: Any, plan: Plan, tracker: StepTracker, run: Run):
+    def __init__(
+        self, pipe: Any, plan: Plan, tracker: StepTracker, run: Run, cache: OutputCache | ResidualCache
+    ) -> None:
         super().__init__()
-        self.plan, self.tracker, self.run = plan, tracker, run
+        self.plan, self.tracker, self.run, self.cache = plan, tracker, run, cache
         self.contexts = ThreadContexts()
         self.installed: Any = None  # the denoiser's forward once this hook is in it
         self._pipe = weakref.ref(pipe)
@@ -106,41 +141,54 @@ class ScheduleHook(ModelHook):
 
     @torch.compiler.disable(recursive=False)  # the model within is compiled, what is decided from step to step is not
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        served, keep = self._before(args, kwargs)
-        if served is not None:
-            return served
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        self._after(output, keep)
+        forward = functools.partial(self.fn_ref.original_forward, *args, **kwargs)
+        call = self._before(args, kwargs)
+        if call.served is not None:
+            output = self.cache.serve(forward, call.served)
+            if output is not None:
+                return output
+            self._not_served()
+        output, value = self.cache.compute(forward, wanted=call.wanted, shapes=call.shapes)
+        self._after(call, value)
         return output
 
     @torch.compiler.disable
-    def _before(self, args: Any, kwargs: Any) -> tuple[Any, Callable[[Any], None] | None]:
-        """The output of a skipped step, or None and what to do with the output once it is computed."""
+    def _before(self, args: Any, kwargs: Any) -> _Call:
         if self._is_foreign():
             self.tracker.warn_once("another pipeline uses the denoiser that a schedule is attached to")
-            return None, None
+            return _Call()
         context = self.contexts._context
         stream = self.tracker.enter_call(context.name if context else None)
         step_index = self._step_index(context)
         if step_index is None:
             self.run.full_evaluations += 1
-            return None, None
+            return _Call()
         history = self.run.histories.setdefault(stream, History())
         shapes = _shapes((args, kwargs))
         if step_index not in self.run.full:
             sources, weights = self.schedule.serving(step_index)
             if history.shapes == shapes and history.outputs.keys() >= set(sources):
                 self.run.skipped_evaluations += 1
-                return history.serve(sources, weights), None
+                return _Call(served=history.serve(sources, weights))
             self.tracker.warn_once("a call to the denoiser on a skipped step has no earlier output of its shape")
         self.run.full_evaluations += 1
         last_use = self.run.last_use
-        return None, lambda output: history.keep(step_index, output, shapes, last_use)
+        return _Call(
+            wanted=bool(last_use[step_index] > step_index),
+            shapes=shapes,
+            keep=lambda value: history.keep(step_index, value, shapes, last_use),
+        )
 
     @torch.compiler.disable
-    def _after(self, output: Any, keep: Callable[[Any], None] | None) -> None:
-        if keep is not None:
-            keep(output)
+    def _after(self, call: _Call, value: Any) -> None:
+        if call.keep is not None:
+            call.keep(value)
+
+    @torch.compiler.disable
+    def _not_served(self) -> None:
+        self.run.skipped_evaluations -= 1
+        self.run.full_evaluations += 1
+        self.tracker.warn_once("a skipped step calls other blocks than the step it is served from")
 
     def _is_foreign(self) -> bool:
         """Whether another pipeline, which shares the denoiser and not the scheduler, makes this call."""
@@ -166,30 +214,35 @@ class ScheduleHook(ModelHook):
             self.contexts.reset()
         return module
 
-    def __deepcopy__(self, memo: Any) -> None:
-        raise ModelError("a cemq schedule is attached, and a copy would run the original's weights: detach() it first")
-
-    def __reduce_ex__(self, protocol: Any) -> None:
-        raise ModelError("a cemq schedule is attached and cannot be pickled: detach() it first, or load its bundle")
-
 
 def _shapes(arguments: Any) -> tuple[Any, ...]:
     return tuple(leaf.shape for leaf in tree_flatten(arguments)[0] if torch.is_tensor(leaf))
 
 
-def attach(pipe: Any, plan: Plan | CacheSchedule, sampler: SamplerFingerprint | None = None) -> ScheduleHook:
+def attach(
+    pipe: Any, plan: Plan | CacheSchedule, sampler: SamplerFingerprint | None = None, *, cache: str | None = None
+) -> ScheduleHook:
     """Have ``pipe`` follow a plan, or a schedule made for ``sampler``, until `detach`.
 
     A run at other timesteps of the same sampler gets a schedule of its own, of the same compute ratio, if the plan has
     a prior; any other run computes in full, with one warning. Without a sampler to compare with, only the step count
     must be that of the schedule.
 
+    Args:
+        cache: ``output`` or ``residual``, see `Plan`; None takes the plan's, for a schedule the output.
+
     Raises:
-        ModelError: A cemq schedule or another cache is active on the denoiser already.
+        ModelError: A cemq schedule or another cache is active on the denoiser already, or it has no blocks whose
+            residual could be cached. Whether the residual serves is checked on the first step that it is taken from:
+            computed, then served on the same input, must agree.
+        InputError: No such cache.
     """
     if isinstance(plan, CacheSchedule):
         plan = Plan(schedule=plan, sampler=sampler)
+    if cache is not None:
+        plan = replace(plan, cache=cache)
     found, run, reference = denoisers(pipe), Run(plan.schedule), weakref.ref(pipe)
+    routes: Routes = {}
     hooks: list[ScheduleHook] = []
 
     def start(schedule: CacheSchedule) -> None:
@@ -202,18 +255,21 @@ def attach(pipe: Any, plan: Plan | CacheSchedule, sampler: SamplerFingerprint | 
                 continue
             refuse_other_caches(pipe, denoiser)
             keep_outermost(denoiser, hook)
+            hook.cache.install()
 
     tracker = (AnySamplerTracker if plan.sampler is None else StepTracker)(plan, on_start=start)
     for _, denoiser in found:
         refuse_other_caches(pipe, denoiser)
     try:
         for _, denoiser in found:
-            hook = ScheduleHook(pipe, plan, tracker, run)
+            cached = ResidualCache(denoiser, routes) if plan.cache == "residual" else OutputCache()
+            hook = ScheduleHook(pipe, plan, tracker, run, cached)
             install(denoiser, hook)
             hooks.append(hook)
+            cached.install()
     except ModelError:
         for _, denoiser in found[: len(hooks)]:
-            uninstall(denoiser)
+            _uninstall(denoiser)
         raise
     tracker.follow(pipe.scheduler)
     return hooks[0]
@@ -226,9 +282,16 @@ def detach(pipe: Any) -> None:
 
 def _take_off(found: Iterable[tuple[str, Any]]) -> None:
     for _, denoiser in found:
-        hook = uninstall(denoiser)
+        hook = _uninstall(denoiser)
         if hook is not None:
             hook.tracker.release()
+
+
+def _uninstall(denoiser: torch.nn.Module) -> ScheduleHook | None:
+    hook = uninstall(denoiser)
+    if hook is not None:
+        hook.cache.remove()
+    return hook
 
 
 def find_hook(pipe: Any) -> ScheduleHook | None:
@@ -270,10 +333,10 @@ def set_budget(pipe: Any, budget: int | str) -> CacheSchedule:
 
 @contextmanager
 def attached(
-    pipe: Any, plan: Plan | CacheSchedule, sampler: SamplerFingerprint | None = None
+    pipe: Any, plan: Plan | CacheSchedule, sampler: SamplerFingerprint | None = None, *, cache: str | None = None
 ) -> Iterator[ScheduleHook]:
     """`attach` for the length of a ``with`` block; undone on exit, also after an exception."""
-    found, hook = denoisers(pipe), attach(pipe, plan, sampler)
+    found, hook = denoisers(pipe), attach(pipe, plan, sampler, cache=cache)
     try:
         yield hook
     finally:  # on what it was attached to, whatever the pipeline holds by now

@@ -58,7 +58,14 @@ def from_pretrained(
     manifest = read_bundle(folder, verify=verify)
     prior, schedule = ErrorPrior.load(folder / PRIOR), manifest.schedule
     correction = manifest.correction and make_correction(manifest.correction, prior, schedule)
-    plan = Plan(schedule=schedule, sampler=manifest.sampler, prior=prior, correction=correction, view=manifest.view)
+    plan = Plan(
+        schedule=schedule,
+        sampler=manifest.sampler,
+        prior=prior,
+        correction=correction,
+        view=manifest.view,
+        cache=manifest.cache,
+    )
     if budget is not None:
         plan = plan.with_budget(budget)
     dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype

@@ -5,20 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cemq.correction import Correction
-from cemq.errors import InfeasibleBudgetError, ModelError
+from cemq.errors import InfeasibleBudgetError, ModelError, choose
 from cemq.prior import ErrorPrior, SamplerFingerprint
 from cemq.schedule import AUTO, SOLVERS, CacheSchedule, plan_schedule
+
+CACHES = ("output", "residual")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """``prior`` was measured under ``sampler``; without one nothing can be planned anew. No sampler means any."""
+    """``prior`` was measured under ``sampler``; without one nothing can be planned anew. No sampler means any.
+
+    ``cache`` says what skipped steps are predicted from: the denoiser's ``output``, or the ``residual`` of its blocks,
+    with the rest of the denoiser computed. Raises InputError for anything else.
+    """
 
     schedule: CacheSchedule
     sampler: SamplerFingerprint | None
     prior: ErrorPrior | None = None
     correction: Correction | None = None
     view: str = "combined"
+    cache: str = "output"
+
+    def __post_init__(self) -> None:
+        choose("cache", self.cache, CACHES)
 
     def with_budget(self, budget: int | str) -> Plan:
         """The same with another schedule.

@@ -1,4 +1,4 @@
-"""Putting the hook on a denoiser and taking it off again, whatever else replaces forwards there."""
+"""Putting a hook on a denoiser, or on a block, and taking it off again, whatever else replaces forwards there."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ _CACHE_HOOKS = ("fbc_", "mag_cache", "sea_cache", "taylorseer", "pyramid_attenti
 _CACHE_DIT_MARK = "_is_cached"
 
 
+class Uncopied:
+    """A hook that refuses to be copied or pickled with its module: the copy would run the original's weights."""
+
+    def __deepcopy__(self, memo: Any) -> None:
+        raise ModelError("a cemq schedule is attached, and a copy would run the original's weights: detach() it first")
+
+    def __reduce_ex__(self, protocol: Any) -> None:
+        raise ModelError("a cemq schedule is attached and cannot be pickled: detach() it first, or load its bundle")
+
+
 class _Cushion(ModelHook):
     """Lies right below the schedule and does nothing.
 
@@ -25,48 +35,48 @@ class _Cushion(ModelHook):
     """
 
 
-def install(denoiser: nn.Module, hook: ModelHook) -> None:
-    """Have ``hook`` called in place of the denoiser's forward, above everything that wraps it now, until `uninstall`.
+def install(module: nn.Module, hook: ModelHook) -> None:
+    """Have ``hook`` called in place of a module's forward, above everything that wraps it now, until `uninstall`.
 
     Raises:
         ModelError: A cemq schedule is attached already.
     """
-    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    registry = HookRegistry.check_if_exists_or_initialize(module)
     if registry.get_hook(HOOK) is not None:
         raise ModelError("a cemq schedule is attached to this pipeline already: detach it first")
     registry.register_hook(_Cushion(), _CUSHION)
     registry.register_hook(hook, HOOK)
-    hook.installed = denoiser.forward
+    hook.installed = module.forward
 
 
-def uninstall(denoiser: nn.Module) -> ModelHook | None:
+def uninstall(module: nn.Module) -> ModelHook | None:
     """Take the hook off and return it; what was put around it later, or in its place, stays as it is."""
-    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    registry = HookRegistry.check_if_exists_or_initialize(module)
     hook = registry.get_hook(HOOK)
     if hook is None:
         return None
-    found = denoiser.forward
-    below_accelerate = denoiser.__dict__.get("_old_forward") is hook.installed
+    found = module.forward
+    below_accelerate = module.__dict__.get("_old_forward") is hook.installed
     for name in (HOOK, _CUSHION):
         registry.remove_hook(name, recurse=False)  # sets forward to what lay below, if this was the last hook
     if below_accelerate:  # accelerate came later, and calls what it keeps there
-        denoiser._old_forward = denoiser.forward
+        module._old_forward = module.forward
     if found is not hook.installed:
-        denoiser.forward = found
-    elif denoiser.forward == type(denoiser).forward.__get__(denoiser):
-        denoiser.__dict__.pop("forward", None)  # as it was: the class's own
+        module.forward = found
+    elif module.forward == type(module).forward.__get__(module):
+        module.__dict__.pop("forward", None)  # as it was: the class's own
     return hook
 
 
-def keep_outermost(denoiser: nn.Module, hook: ModelHook) -> None:
+def keep_outermost(module: nn.Module, hook: ModelHook) -> None:
     """Put the hook back on top if something was wrapped around it, or if it was lost.
 
     Whatever lies above it moves weights on skipped steps: diffusers' group offloading, applied later, and accelerate's
     hooks, which come off and on again after every run.
     """
-    if denoiser.__dict__.get("forward") is not hook.installed:
-        uninstall(denoiser)
-        install(denoiser, hook)
+    if module.__dict__.get("forward") is not hook.installed:
+        uninstall(module)
+        install(module, hook)
 
 
 def refuse_other_caches(pipe: Any, denoiser: nn.Module) -> None:
