@@ -3,6 +3,7 @@
 import inspect as python_inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def test_inspect_draws_the_schedule(bundle):
     assert shown.exit_code == 0
     assert "w8a8" in shown.stdout
     assert shown.stdout.count("█") == 2 * 4  # once in the strip, once in the table
+    assert re.search(r"^2 [▁▂▃▄▅▆▇]{9} 10 +\d+\.\d to \d+\.\d dB$", shown.stdout, re.MULTILINE)  # every budget
     described = json.loads(invoke("inspect", bundle, "--json").stdout)
     assert len(described["prior"]["quantization_floor"]) == 10
     assert described["fidelity"]["samples"] == 4

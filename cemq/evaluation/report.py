@@ -53,7 +53,7 @@ def describe(bundle: Path) -> dict[str, Any]:
 def sparkline(values: list[float]) -> str:
     """One character for each value, as high as it lies between the least and the greatest."""
     low, high = min(values), max(values)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / ((high - low) or 1))] for value in values)
+    return "".join("▁▂▃▄▅▆▇"[round(6 * (value - low) / ((high - low) or 1))] for value in values)
 
 
 def print_description(description: dict[str, Any]) -> None:
