@@ -15,8 +15,10 @@ from test_hostile import family_with
 from test_runtime import BATCH, CALL, EVERY, HALF, STEPS, plan_of, sampler_of
 from tiny_pipelines import FAMILIES
 from torch import nn
+from typer.testing import CliRunner
 
 import cemq
+from cemq import cli
 from cemq.bundle import MANIFEST, _checksum, read_bundle
 from cemq.errors import InputError, ModelError
 from cemq.runtime import Plan, attach, attached, detach, residual_checked, schedule_hook
@@ -628,6 +630,25 @@ def test_a_pipeline_without_such_a_residual_is_refused_before_any_work(tmp_path)
         )  # fmt: skip
     assert not stages
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_takes_a_cache_and_shows_it(bundle, dit_folder, tmp_path):
+    def invoke(*arguments):
+        return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+    (tmp_path / "labels.txt").write_text("1\n2\n")
+    made = invoke(
+        "quantize-and-schedule", dit_folder, "--cache", "residual", "--steps", "6", "--budget", "3", "--solver",
+        "uniform", "--effort", "quick", "--samples", "2", "--calib", tmp_path / "labels.txt", "-o", tmp_path / "out",
+        "--json",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["cache"] == "residual"
+    assert "cache       residual" in invoke("inspect", bundle).stdout
+    assert json.loads(invoke("inspect", bundle, "--json").stdout)["cache"] == "residual"
+    refused = invoke("quantize-and-schedule", dit_folder, "--cache", "residuals", "-o", tmp_path / "none")
+    assert refused.exit_code == 1
+    assert refused.stderr.strip().startswith("cemq: settings: cache='residuals' is wrong: ")
 
 
 def test_a_misspelt_cache_in_a_recipe_is_refused():
