@@ -5,6 +5,7 @@ Every part is measured on evaluation seeds that no plan has seen, against full p
 * ranking: Spearman of every predicted cost with the error found in closed loop (`cemq analyze`)
 * cells: the default plan against `uniform` and `cem`, for each scheme and budget
 * ceiling: what a closed-loop local search of ``--minutes`` for each budget finds (not measured by default)
+* caches: even spacing served from the output and from the blocks' residual
 * ablation: the schedule planned on each view of the prior, run on the quantized model
 * auto: the budget that `--budget auto` finds, and its error on evaluation seeds
 * steps: a prior of 50 steps carried over to 20, 28 and 100, against one measured there
@@ -49,9 +50,10 @@ from cemq.schedule import CacheSchedule, neighbours, plan_all, plan_schedule, se
 
 MODELS = ("dit-digits", "sd3-digits")
 SCHEMES = ("w8a8", "w4a8")
+CACHES = ("output", "residual")
 BUDGETS = (25, 15, 10, 7)
 STEPS = (20, 28, 100)
-PARTS = ("ranking", "cells", "ablation", "auto", "steps", "solver")
+PARTS = ("ranking", "cells", "caches", "ablation", "auto", "steps", "solver")
 SAMPLES = 16
 RANKED = 32  # samples; on fewer, two halves of them do not agree on the ranking themselves
 HERE = Path(__file__).with_suffix("")
@@ -169,6 +171,15 @@ def measure_ceiling(lab: Lab, minutes: float) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_caches(lab: Lab) -> list[dict[str, Any]]:
+    rows = []
+    for budget, predictor, cache in itertools.product(BUDGETS, ("taylor1", "reuse"), CACHES):
+        schedule = plan_schedule(lab.prior, budget, solver="uniform", predictor=predictor)
+        planned = Plan(schedule=schedule, sampler=lab.manifest.sampler, cache=cache)
+        rows.append({"budget": budget, "predictor": predictor, "cache": cache, "psnr_db": lab.psnr(planned).tolist()})
+    return rows
+
+
 def measure_ablation(lab: Lab) -> list[dict[str, Any]]:
     """Propagation is fitted anew for each view, to the same runs."""
     loop, rows = lab.loop(), []
@@ -267,6 +278,7 @@ def _fit(prior: ErrorPrior, trials: list, view: str) -> ErrorPrior:
 MEASURES = {
     "ranking": measure_ranking,
     "cells": measure_cells,
+    "caches": measure_caches,
     "ablation": measure_ablation,
     "auto": measure_auto,
     "steps": measure_steps,
@@ -393,6 +405,20 @@ def page(record: dict[str, Any]) -> str:
         for model, scheme, found in rows_of(record, "steps")
         for row in found
     ]
+    caches = [
+        [model, scheme, budget]
+        + [
+            " / ".join(
+                mean(row["psnr_db"])
+                for cache in CACHES
+                for row in found
+                if (row["budget"], row["predictor"], row["cache"]) == (budget, predictor, cache)
+            )
+            for predictor in ("taylor1", "reuse")
+        ]
+        for model, scheme, found in rows_of(record, "caches")
+        for budget in BUDGETS
+    ]
     ceiling = [
         [
             *(model, scheme, row["budget"], f"{row['minutes']:g}", row["runs"]),
@@ -460,6 +486,12 @@ so, for as many minutes as given; `search, taylor1` is what the default search f
             ceiling,
         )
     }
+
+## Output or residual
+
+Uniform schedules, PSNR in dB served from the output / from the [blocks' residual](../caching.md).
+
+{table(["model", "scheme", "budget", "taylor1", "reuse"], caches)}
 
 ## Planned on which prior
 
