@@ -8,6 +8,7 @@ next. The best that was run is kept, so it is never worse on these samples than 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy as np
 from cemq.correction import METHODS, Correction, make_correction
 from cemq.errors import InfeasibleBudgetError, InputError, choose
 from cemq.evaluation import Outcome, run_batch
-from cemq.evaluation.metrics import PSNR_CEILING_DB, psnr_db, psnr_of, relative_l2
+from cemq.evaluation.metrics import PSNR_CEILING_DB, error_of, psnr_db, psnr_of, relative_l2
 from cemq.predict import PREDICTORS
 from cemq.prior import ErrorPrior
 from cemq.processes import ALONE, Processes
@@ -32,8 +33,9 @@ AUTO_BUDGET = "auto"
 PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that the search gives to single segments
-WHOLE_PREDICTORS = ("taylor1", "taylor2", "mean-velocity")  # that candidates are made for
-_FIT_SHARE = 0.6  # of the effort goes into runs that only teach
+WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
+_FIT_SHARE = 0.45  # of the effort goes into runs that only teach
+_TAUGHT_SHARE = 2 / 3  # of the samples for those: more runs teach more than more samples do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ EFFORTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Trial:
     """One schedule that was run: relative L2 error of the final latents, and PSNR of each image, to full precision."""
 
@@ -65,14 +67,19 @@ class Trial:
         return float(self.sample_psnr_db.mean())
 
     @property
+    def samples(self) -> int:
+        return len(self.sample_psnr_db)
+
+    @property
     def error(self) -> float:
         """Of the images, for a peak of 1: the mean over samples is one of logarithms, as PSNR's is."""
-        return 10 ** (-self.psnr_db / 20)
+        return error_of(self.psnr_db)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "schedule": self.schedule.to_dict(),
             "correction": self.correction,
+            "samples": self.samples,
             "relative_l2": self.relative_l2,
             "psnr_db": self.psnr_db,
         }
@@ -118,39 +125,62 @@ class ClosedLoop:
         """What the sampler makes of ``steps``: PNDM adds one, image-to-image strength takes some away."""
         return self.prior.num_steps
 
-    def run(self, schedule: CacheSchedule, correction: Correction | None = None) -> Trial:
-        """The trial of a schedule, run unless it was run before.
+    def teach(self, schedule: CacheSchedule) -> Trial:
+        """A run on some of the samples only, to learn from."""
+        return self._run(schedule, None, self.batches[: math.ceil(_TAUGHT_SHARE * len(self.batches))])
 
-        Raises:
-            ProcessError: Another process has failed, or is about to run another schedule.
-        """
-        method = None if correction is None else correction.method
+    def run(self, schedule: CacheSchedule, correction: Correction | None = None) -> Trial:
+        """The trial of a schedule on all samples, run unless it was run before."""
+        return self._run(schedule, correction, self.batches)
+
+    def _run(self, schedule: CacheSchedule, correction: Correction | None, batches: Sequence[Batch]) -> Trial:
+        method, samples = None if correction is None else correction.method, _count(batches)
         for known in self.trials:
-            if _same(known.schedule, schedule) and known.correction == method:
+            if _same(known.schedule, schedule) and known.correction == method and known.samples >= samples:
                 return known
         # each process plans for itself, from the same numbers; on unequal machines they might come to differ
         self.processes.agree("the schedule to run", (schedule.full_steps, schedule.predictors, method))
-        sampler, mine = self.prior.metadata.sampler, self.processes.share(self.batches)
+        mine = self.processes.share(batches)
+        sampler = self.prior.metadata.sampler
         with attached(self.pipe, Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)):
             outcomes = [run_batch(self.pipe, batch, steps=self.steps, call=self.call) for batch in mine]
         scores = [
             (relative_l2(reference.latents, outcome.latents), psnr_db(reference.images, outcome.images))
-            for reference, outcome in zip(self.references, outcomes, strict=True)
+            for reference, outcome in zip(self.references[: len(mine)], outcomes, strict=True)
         ]
         errors, qualities = (np.concatenate(each) for each in zip(*self.processes.gather(scores), strict=True))
         trial = Trial(
             schedule=schedule, correction=method, relative_l2=float(errors.mean()), sample_psnr_db=qualities
         )  # fmt: skip
         self.trials.append(trial)
-        self.spent += schedule.budget / schedule.num_steps
+        self.spent += self.cost(trial)
         if self.progress:
             self.progress(self.spent)
         return trial
 
+    @property
+    def samples(self) -> int:
+        return _count(self.batches)
+
+    def cost(self, trial: Trial) -> float:
+        """In runs of all samples at full compute."""
+        return trial.samples / self.samples * trial.schedule.budget / trial.schedule.num_steps
+
+    @property
+    def candidates(self) -> list[Trial]:
+        """What plans are chosen from: without a correction, and on all samples."""
+        return [trial for trial in self.trials if trial.correction is None and trial.samples == self.samples]
+
     def fit(self, view: str) -> Fit:
         """What all uncorrected trials so far say about how errors reach the final image."""
         plain = [t for t in self.trials if t.correction is None and t.psnr_db < PSNR_CEILING_DB]
-        return fit_propagation(self.prior, [t.schedule for t in plain], [t.error for t in plain], view=view)
+        samples = min((t.samples for t in plain), default=0)  # that all of them were run on
+        errors = [error_of(t.sample_psnr_db[:samples].mean()) for t in plain]
+        return fit_propagation(self.prior, [t.schedule for t in plain], errors, view=view)
+
+
+def _count(batches: Sequence[Batch]) -> int:
+    return sum(len(batch.seeds) for batch in batches)
 
 
 def _same(one: CacheSchedule, other: CacheSchedule) -> bool:
@@ -209,12 +239,12 @@ def plan(
         raise InputError("budget=auto: full compute has no error without quantization, so give a target PSNR")
     taught = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
     samples = sample_schedules(loop.num_steps, effort_limits.fitted_to, taught, seed=0)
-    taught_for = 0.0
+    learned: list[Trial] = []
     for schedule in samples:
-        if taught_for < _FIT_SHARE * effort_limits.full_runs:
-            loop.run(schedule)
-            taught_for += schedule.budget / schedule.num_steps
-    loop.spent = taught_for  # also where an earlier plan has run them
+        if sum(map(loop.cost, learned)) < _FIT_SHARE * effort_limits.full_runs:
+            trial = loop.teach(schedule)
+            learned += [trial] if trial not in learned else []
+    loop.spent = sum(map(loop.cost, learned))  # also where an earlier plan has run them
     search = _Search(loop=loop, predictor=predictor, view=view, limit=effort_limits.full_runs)
     if budget == AUTO_BUDGET:
         wanted = _Wanted(relative_l2=(1 + tolerance) * full.relative_l2, psnr_db=target_psnr)
@@ -237,7 +267,7 @@ def plan(
         "solver": solver,
         "effort": effort,
         "full_run_equivalents": round(loop.spent, 2),
-        "samples": sum(len(batch.seeds) for batch in loop.batches),
+        "samples": loop.samples,
         "seeds": [seed for batch in loop.batches for seed in batch.seeds],
         "full_compute": full.to_dict(),
         "tolerance": tolerance if budget == AUTO_BUDGET and target_psnr is None else None,
@@ -303,9 +333,9 @@ class _Search:
     def candidates(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
         """What the solvers propose, what was published first."""
         names = WHOLE_PREDICTORS if self.predictor == AUTO else (self.predictor,)
-        for solver in PUBLISHED:
+        for solver, name in itertools.product(PUBLISHED, names):
             try:
-                yield plan_schedule(prior, budget, solver=solver, predictor=names[0], view=self.view)
+                yield plan_schedule(prior, budget, solver=solver, predictor=name, view=self.view)
             except InfeasibleBudgetError:  # the CEM rule has holes
                 continue
         own = SEGMENT_PREDICTORS if self.predictor == AUTO else ()
@@ -320,8 +350,10 @@ class _Search:
         cost = budget / loop.num_steps
         reserved = 0.0 if loop.spent + 2 * cost > limit else cost
         prior = loop.fit(self.view).prior
-        for number, schedule in enumerate(self.candidates(prior, budget)):
-            if number < 3 or loop.spent + reserved < limit:
+        own = 0
+        for schedule in self.candidates(prior, budget):
+            own += schedule.solver not in PUBLISHED
+            if own <= 1 or loop.spent + reserved < limit:  # at the least what was published, and one of our own
                 loop.run(schedule)
         while loop.spent + cost <= limit:
             incumbent = self._incumbent(budget)
@@ -344,7 +376,7 @@ class _Search:
         The best of many measured on a few samples is partly lucky. Both are noisy estimates of the same thing, so each
         weighs as much as the other is uncertain; but none is chosen that measured worse than what was published.
         """
-        tried = [trial for trial in self.loop.trials if trial.schedule.budget <= budget and trial.correction is None]
+        tried = [trial for trial in self.loop.candidates if trial.schedule.budget <= budget]
         allowed = [trial for trial in tried if self._is_allowed(trial.schedule)]
         published = [trial.psnr_db for trial in allowed if trial.schedule.solver in PUBLISHED]
         allowed = [trial for trial in allowed if trial.psnr_db >= max(published, default=-math.inf)]

@@ -6,7 +6,7 @@ no longer point the same way. Two quantities say so: the **sensitivity** of the 
 **coherence**, the number of steps over which errors add up with sign rather than in squares. `ErrorPrior.propagation`
 combines them.
 
-They cannot be read off recorded trajectories, so a dozen schedules are run, and the final errors found are matched:
+They cannot be read off recorded trajectories, so two dozen schedules are run, and the final errors found are matched:
 the logarithm of the sensitivity is a polynomial of low order in the step index, which leaves the dynamic program no
 zeros to exploit (free weights for each step do, and then plan worse than evenly spaced steps).
 """

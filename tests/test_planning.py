@@ -23,10 +23,12 @@ STEPS, BUDGET = 6, 3
 CALL = {"guidance_scale": 2.0}
 
 
-def prepared(scheme="w4a8"):
+def prepared(scheme="w4a8", batch_size=2):
     """A quantized pipeline, its prior, and two planning samples as full precision drew them."""
     pipe = make_dit()
-    profiled, planning = (make_batches((1, 2), samples=2, first_seed=seed, batch_size=2) for seed in (0, 2))
+    profiled, planning = (
+        make_batches((1, 2), samples=4 - batch_size, first_seed=seed, batch_size=batch_size) for seed in (0, 5)
+    )
     references = record_references(pipe, profiled, steps=STEPS, call=CALL)
     aims = [run_batch(pipe, batch, steps=STEPS, call=CALL) for batch in planning]
     if scheme != "none":
@@ -109,7 +111,7 @@ def test_the_evidence_says_what_was_run_and_what_is_predicted(searched):
     loop, found = searched
     evidence = json.loads(json.dumps(found.evidence))  # as it is written
     assert (evidence["solver"], evidence["effort"], evidence["samples"], evidence["seeds"]) == (
-        "search", "quick", 2, [2, 3],
+        "search", "quick", 2, [5, 6],
     )  # fmt: skip
     assert evidence["full_compute"]["schedule"]["full_steps"] == list(range(STEPS))
     assert len(evidence["trials"]) == len(loop.trials)
@@ -158,7 +160,7 @@ def test_luck_on_few_samples_does_not_win(quantized, lucky, wins):
     )
     trials = {"steady": trial_of(good, [60.0, 60.0, 60.0]), "lucky": trial_of(bad, lucky)}
     loop = SimpleNamespace(
-        trials=list(trials.values()), num_steps=STEPS, fit=lambda view: Fit(prior=prior, rms_log_error=0.1)
+        candidates=list(trials.values()), num_steps=STEPS, fit=lambda view: Fit(prior=prior, rms_log_error=0.1)
     )
     search = _Search(loop=loop, predictor="auto", view="combined", limit=0)
     assert search._incumbent(BUDGET) is trials[wins]
@@ -249,3 +251,19 @@ def test_what_cannot_be_planned_is_refused_before_anything_is_run(changes, error
 @pytest.mark.parametrize("changes", [{}, {"budget": "auto"}, {"steps": None, "budget": 400}, {"budget": 7}])
 def test_what_can_be_planned_passes(changes):
     check_planning(**VALID | changes)
+
+
+def test_runs_that_only_teach_take_some_of_the_samples_and_win_nothing():
+    loop = ClosedLoop(**prepared(batch_size=1))
+    found = plan(loop, BUDGET, effort="quick")
+    taught = [trial for trial in loop.trials if trial.samples < loop.samples]
+    assert taught
+    assert all(trial.schedule.solver == "sample" and trial.correction is None for trial in taught)
+    assert found.evidence["winner"]["samples"] == loop.samples
+    spent = sum(loop.cost(trial) for trial in loop.trials[1:])  # the first is full compute
+    assert found.evidence["full_run_equivalents"] == pytest.approx(spent, abs=0.01)
+    before = len(loop.trials)
+    again = loop.run(taught[0].schedule)  # now on all of them
+    assert len(loop.trials) == before + 1
+    assert np.array_equal(again.sample_psnr_db[: taught[0].samples], taught[0].sample_psnr_db)
+    assert loop.teach(taught[0].schedule) is taught[0]

@@ -35,6 +35,11 @@ def psnr_of(error: float) -> float:
     return min(-20 * math.log10(error), PSNR_CEILING_DB) if error > 0 else PSNR_CEILING_DB
 
 
+def error_of(psnr: float) -> float:
+    """The root mean square error, for a peak of 1, that has this PSNR in dB."""
+    return 10 ** (-psnr / 20)
+
+
 def relative_l2(reference: torch.Tensor, other: torch.Tensor) -> np.ndarray:
     """``|other - reference| / |reference|`` of each sample in a batch of latents."""
     left, right = (x.detach().cpu().double().flatten(1) for x in (reference, other))
