@@ -1,7 +1,7 @@
 """Time of one forward, full precision against every scheme: ``python docs/benchmarks/speed.py``.
 
 A 74 M DiT (12 heads x 64, 6 layers, 512 tokens) with random weights, bfloat16, as `cemq bench --arch dit-small` times
-it: eager, then compiled. Writes speed.md and speed.json beside itself. About 3 minutes on 2 CPU cores of one's own.
+it: eager, then compiled. Writes speed.md and speed.json beside itself. About 4 minutes on 2 CPU cores of one's own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=41)
     rounds = parser.parse_args().rounds
     others = [name for name in OTHERS if installed(name.partition(":")[0])]
     runs = {
