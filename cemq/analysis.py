@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from cemq.bundle import PRIOR, read_bundle
+from cemq.closed_loop import ClosedLoop, Trial
 from cemq.errors import InputError
 from cemq.evaluation import run_batch
 from cemq.models import default_device, locate, open_pipeline
-from cemq.planning import ClosedLoop, Trial
 from cemq.predict import check_predictor
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.processes import ALONE, Processes

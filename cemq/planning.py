@@ -1,31 +1,29 @@
 """Plans that are run before they are believed.
 
 A plan is a prediction from recorded trajectories. Here schedules are run in closed loop on calibration samples that
-were not profiled: first a few to learn how errors reach the final sample (`cemq.propagation`), then the candidates of
-several solvers, then the neighbours of the best one, most promising first. Every run sharpens the predictions for the
-next. The best that was run is kept, so it is never worse on these samples than ``uniform`` or ``cem``.
+were not profiled: first some to learn how errors reach the final sample (`cemq.propagation`), then what several solvers
+propose, then the neighbours of the best one, most promising first. Every run sharpens the predictions for the next.
+All this is done on half of the samples; the few best then meet what was published on all of them, and the best is kept:
+never worse on these samples than ``uniform`` or ``cem``.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from cemq.closed_loop import ClosedLoop, Trial
 from cemq.correction import METHODS, Correction, make_correction
 from cemq.errors import InfeasibleBudgetError, InputError, choose
-from cemq.evaluation import Outcome, run_batch
-from cemq.evaluation.metrics import PSNR_CEILING_DB, error_of, psnr_db, psnr_of, relative_l2
+from cemq.evaluation.metrics import error_of, psnr_of
 from cemq.predict import PREDICTORS
 from cemq.prior import ErrorPrior
-from cemq.processes import ALONE, Processes
-from cemq.propagation import Fit, fit_propagation, sample_schedules
-from cemq.runtime import Plan, attached
-from cemq.sampling import Batch
+from cemq.propagation import sample_schedules
 from cemq.schedule import AUTO, SOLVERS, CacheSchedule, check_budget, improve, neighbours, plan_all, plan_schedule
 
 SEARCH = "search"  # the solver that is all of this module
@@ -34,8 +32,9 @@ PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that the search gives to single segments
 WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
+SEARCHED = 0.5  # share of the samples that all but the finals run on
+FINALISTS = 4
 _FIT_SHARE = 0.45  # of the effort goes into runs that only teach
-_TAUGHT_SHARE = 2 / 3  # of the samples for those: more runs teach more than more samples do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,41 +47,9 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(full_runs=5, fitted_to=8),
-    "normal": Effort(full_runs=15, fitted_to=27),
-    "thorough": Effort(full_runs=60, fitted_to=40),
+    "normal": Effort(full_runs=12, fitted_to=32),
+    "thorough": Effort(full_runs=40, fitted_to=40),
 }
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Trial:
-    """One schedule that was run: relative L2 error of the final latents, and PSNR of each image, to full precision."""
-
-    schedule: CacheSchedule
-    correction: str | None
-    relative_l2: float
-    sample_psnr_db: np.ndarray
-
-    @property
-    def psnr_db(self) -> float:
-        return float(self.sample_psnr_db.mean())
-
-    @property
-    def samples(self) -> int:
-        return len(self.sample_psnr_db)
-
-    @property
-    def error(self) -> float:
-        """Of the images, for a peak of 1: the mean over samples is one of logarithms, as PSNR's is."""
-        return error_of(self.psnr_db)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "schedule": self.schedule.to_dict(),
-            "correction": self.correction,
-            "samples": self.samples,
-            "relative_l2": self.relative_l2,
-            "psnr_db": self.psnr_db,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,98 +60,6 @@ class Planned:
     correction: Correction | None
     prior: ErrorPrior
     evidence: dict[str, Any]
-
-
-@dataclass(kw_only=True, eq=False)
-class ClosedLoop:
-    """Runs schedules on the planning samples and remembers every outcome.
-
-    Args:
-        pipe: The quantized pipeline.
-        prior: Its error prior.
-        batches: The planning samples.
-        references: What the full-precision pipeline made of this process's share of them.
-        steps: ``num_inference_steps`` of every run.
-        cache: What skipped steps are predicted from; the prior's predictions are those of outputs all the same.
-    """
-
-    pipe: Any
-    prior: ErrorPrior
-    batches: Sequence[Batch]
-    references: Sequence[Outcome]
-    steps: int
-    call: Mapping[str, Any]
-    cache: str = "output"
-    progress: Callable[[float], None] | None = None
-    processes: Processes = ALONE
-    trials: list[Trial] = field(default_factory=list)
-    spent: float = 0.0  # runs at full compute
-
-    @property
-    def num_steps(self) -> int:
-        """What the sampler makes of ``steps``: PNDM adds one, image-to-image strength takes some away."""
-        return self.prior.num_steps
-
-    def teach(self, schedule: CacheSchedule) -> Trial:
-        """A run on some of the samples only, to learn from."""
-        return self._run(schedule, None, self.batches[: math.ceil(_TAUGHT_SHARE * len(self.batches))])
-
-    def run(self, schedule: CacheSchedule, correction: Correction | None = None) -> Trial:
-        """The trial of a schedule on all samples, run unless it was run before."""
-        return self._run(schedule, correction, self.batches)
-
-    def _run(self, schedule: CacheSchedule, correction: Correction | None, batches: Sequence[Batch]) -> Trial:
-        method, samples = None if correction is None else correction.method, _count(batches)
-        for known in self.trials:
-            if _same(known.schedule, schedule) and known.correction == method and known.samples >= samples:
-                return known
-        # each process plans for itself, from the same numbers; on unequal machines they might come to differ
-        self.processes.agree("the schedule to run", (schedule.full_steps, schedule.predictors, method))
-        mine = self.processes.share(batches)
-        sampler = self.prior.metadata.sampler
-        with attached(self.pipe, Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)):
-            outcomes = [run_batch(self.pipe, batch, steps=self.steps, call=self.call) for batch in mine]
-        scores = [
-            (relative_l2(reference.latents, outcome.latents), psnr_db(reference.images, outcome.images))
-            for reference, outcome in zip(self.references[: len(mine)], outcomes, strict=True)
-        ]
-        errors, qualities = (np.concatenate(each) for each in zip(*self.processes.gather(scores), strict=True))
-        trial = Trial(
-            schedule=schedule, correction=method, relative_l2=float(errors.mean()), sample_psnr_db=qualities
-        )  # fmt: skip
-        self.trials.append(trial)
-        self.spent += self.cost(trial)
-        if self.progress:
-            self.progress(self.spent)
-        return trial
-
-    @property
-    def samples(self) -> int:
-        return _count(self.batches)
-
-    def cost(self, trial: Trial) -> float:
-        """In runs of all samples at full compute."""
-        return trial.samples / self.samples * trial.schedule.budget / trial.schedule.num_steps
-
-    @property
-    def candidates(self) -> list[Trial]:
-        """What plans are chosen from: without a correction, and on all samples."""
-        return [trial for trial in self.trials if trial.correction is None and trial.samples == self.samples]
-
-    def fit(self, view: str) -> Fit:
-        """What all uncorrected trials so far say about how errors reach the final image."""
-        plain = [t for t in self.trials if t.correction is None and t.psnr_db < PSNR_CEILING_DB]
-        samples = min((t.samples for t in plain), default=0)  # that all of them were run on
-        errors = [error_of(t.sample_psnr_db[:samples].mean()) for t in plain]
-        return fit_propagation(self.prior, [t.schedule for t in plain], errors, view=view)
-
-
-def _count(batches: Sequence[Batch]) -> int:
-    return sum(len(batch.seeds) for batch in batches)
-
-
-def _same(one: CacheSchedule, other: CacheSchedule) -> bool:
-    return one.full_steps == other.full_steps and one.predictors == other.predictors
 
 
 def check_planning(
@@ -239,19 +114,16 @@ def plan(
         raise InputError("budget=auto: full compute has no error without quantization, so give a target PSNR")
     taught = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
     samples = sample_schedules(loop.num_steps, effort_limits.fitted_to, taught, seed=0)
-    learned: list[Trial] = []
+    learned: dict[Any, float] = {}
     for schedule in samples:
-        if sum(map(loop.cost, learned)) < _FIT_SHARE * effort_limits.full_runs:
-            trial = loop.teach(schedule)
-            learned += [trial] if trial not in learned else []
-    loop.spent = sum(map(loop.cost, learned))  # also where an earlier plan has run them
+        if sum(learned.values()) < _FIT_SHARE * effort_limits.full_runs:
+            loop.run(schedule, share=SEARCHED)
+            learned[_key(schedule)] = loop.cost(schedule.budget, SEARCHED)
+    loop.spent = sum(learned.values())  # also where an earlier plan has run them
     search = _Search(loop=loop, predictor=predictor, view=view, limit=effort_limits.full_runs)
     if budget == AUTO_BUDGET:
-        wanted = _Wanted(relative_l2=(1 + tolerance) * full.relative_l2, psnr_db=target_psnr)
-        best = search.fewest(wanted)
-        steps = best.schedule.budget
+        best = search.fewest(_Wanted(full=full, tolerance=tolerance, psnr_db=target_psnr))
     else:
-        wanted = None
         steps = check_budget(budget, loop.num_steps, "segment" if solver == SEARCH else solver)
         if steps == loop.num_steps:
             best = full
@@ -304,96 +176,131 @@ def _corrected(loop: ClosedLoop, best: Trial, correction: str) -> tuple[Trial, C
 
 
 def _is_certain(gains: np.ndarray) -> bool:
-    """Whether a gain is greater than its own standard error; of a single sample there is none."""
-    return len(gains) == 1 or gains.mean() > _standard_error(gains)
+    """Whether a gain is greater than its own standard error."""
+    return gains.mean() > _standard_error(gains)
 
 
 def _standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
+    """Of the mean; of a single value nothing is known, and 0 said."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _key(schedule: CacheSchedule) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """What tells one schedule from another, whoever made it."""
+    return schedule.full_steps, schedule.predictors
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
-    relative_l2: float
+    """Of ``budget=auto``: either a target, or an error within ``1 + tolerance`` of the same samples at full compute."""
+
+    full: Trial
+    tolerance: float
     psnr_db: float | None
 
     def met_by(self, trial: Trial) -> bool:
         if self.psnr_db is not None:
             return trial.psnr_db >= self.psnr_db
-        return trial.relative_l2 <= self.relative_l2
+        excess = trial.sample_relative_l2 - (1 + self.tolerance) * self.full.sample_relative_l2[: trial.samples]
+        # with a standard error to spare: what only just passes here fails on half of all other samples
+        return excess.mean() + _standard_error(excess) <= 0
+
+    @property
+    def error(self) -> float:
+        """Of the images, that the fitted prior is to stay below."""
+        return error_of(self.psnr_db) if self.psnr_db is not None else (1 + self.tolerance) * self.full.error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Search:
+    """The search for one budget: on some of the samples, and the finalists on all of them."""
+
     loop: ClosedLoop
     predictor: str
     view: str
     limit: float
 
-    def candidates(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
-        """What the solvers propose, what was published first."""
-        names = WHOLE_PREDICTORS if self.predictor == AUTO else (self.predictor,)
-        for solver, name in itertools.product(PUBLISHED, names):
+    def published(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
+        for solver, name in itertools.product(PUBLISHED, self._names):
             try:
                 yield plan_schedule(prior, budget, solver=solver, predictor=name, view=self.view)
             except InfeasibleBudgetError:  # the CEM rule has holes
                 continue
-        own = SEGMENT_PREDICTORS if self.predictor == AUTO else ()
-        for name in dict.fromkeys((self.predictor, *names)):
+
+    def own(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
+        for name in dict.fromkeys((self.predictor, *self._names)):
             planned = plan_schedule(prior, budget, predictor=name, view=self.view)
             yield planned
-            yield improve(prior, planned, predictors=own if name == AUTO else (), view=self.view)
+            yield improve(prior, planned, predictors=self._choices if name == AUTO else (), view=self.view)
 
-    def best(self, budget: int, limit: float | None = None) -> Trial:
-        """The best trial of a budget once the effort is spent."""
-        limit, loop = limit or self.limit, self.loop
-        cost = budget / loop.num_steps
-        reserved = 0.0 if loop.spent + 2 * cost > limit else cost
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return WHOLE_PREDICTORS if self.predictor == AUTO else (self.predictor,)
+
+    @property
+    def _choices(self) -> tuple[str, ...]:
+        return SEGMENT_PREDICTORS if self.predictor == AUTO else ()
+
+    def best(self, budget: int) -> Trial:
+        """The best trial of a budget once the effort is spent: never worse on the samples than what was published."""
+        loop, prior = self.loop, self.loop.fit(self.view).prior
+        published = [loop.run(schedule) for schedule in self.published(prior, budget)]
+        self.explore(budget, self.limit)
+        floor = max((trial.psnr_db for trial in published), default=-math.inf)
+        return self._ranked([t for t in self._finalists(budget) + published if t.psnr_db >= floor])[0]
+
+    def explore(self, budget: int, limit: float) -> Trial:
+        """Search on the searched samples until ``limit`` is spent but for the finals; the best of them so far."""
+        loop = self.loop
+        cost = loop.cost(budget, SEARCHED)
+        limit -= FINALISTS * (loop.cost(budget) - cost)
         prior = loop.fit(self.view).prior
-        own = 0
-        for schedule in self.candidates(prior, budget):
-            own += schedule.solver not in PUBLISHED
-            if own <= 1 or loop.spent + reserved < limit:  # at the least what was published, and one of our own
-                loop.run(schedule)
+        for index, schedule in enumerate(self.own(prior, budget)):
+            if index == 0 or loop.spent + cost <= limit:
+                loop.run(schedule, share=SEARCHED)
         while loop.spent + cost <= limit:
-            incumbent = self._incumbent(budget)
+            incumbent = self._ranked(self._tried(budget))[0]
             prior = loop.fit(self.view).prior
-            own = SEGMENT_PREDICTORS if self.predictor == AUTO else ()
-            moves = {move.full_steps + move.predictors: move for move in neighbours(incumbent.schedule, own)}
-            further = improve(prior, incumbent.schedule, predictors=own, view=self.view, rounds=4)
-            moves[further.full_steps + further.predictors] = further
-            for trial in loop.trials:
-                moves.pop(trial.schedule.full_steps + trial.schedule.predictors, None)
+            moves = {_key(move): move for move in neighbours(incumbent.schedule, self._choices)}
+            further = improve(prior, incumbent.schedule, predictors=self._choices, view=self.view, rounds=4)
+            moves[_key(further)] = further
+            for trial in loop.uncorrected():
+                moves.pop(_key(trial.schedule), None)
             if not moves:
                 break
-            ranked = sorted(moves.values(), key=lambda move: prior.final_error(move.served, self.view))
-            loop.run(ranked[0])
-        return self._incumbent(budget)
+            loop.run(min(moves.values(), key=lambda move: prior.final_error(move.served, self.view)), share=SEARCHED)
+        return self._ranked(self._tried(budget))[0]
 
-    def _incumbent(self, budget: int) -> Trial:
-        """The trial that is best by what was measured and what is predicted together.
+    def _finalists(self, budget: int) -> list[Trial]:
+        return [self.loop.run(trial.schedule) for trial in self._ranked(self._tried(budget))[:FINALISTS]]
+
+    def _tried(self, budget: int) -> list[Trial]:
+        """What a plan of this budget may be."""
+        return [
+            trial
+            for trial in self.loop.uncorrected()
+            if trial.schedule.budget <= budget
+            and (self.predictor == AUTO or set(trial.schedule.predictors) == {self.predictor})
+        ]
+
+    def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Best first, by what was measured on the samples they share and what is predicted together.
 
         The best of many measured on a few samples is partly lucky. Both are noisy estimates of the same thing, so each
-        weighs as much as the other is uncertain; but none is chosen that measured worse than what was published.
+        weighs as much as the other is uncertain.
         """
-        tried = [trial for trial in self.loop.candidates if trial.schedule.budget <= budget]
-        allowed = [trial for trial in tried if self._is_allowed(trial.schedule)]
-        published = [trial.psnr_db for trial in allowed if trial.schedule.solver in PUBLISHED]
-        allowed = [trial for trial in allowed if trial.psnr_db >= max(published, default=-math.inf)]
-        found = np.array([trial.sample_psnr_db for trial in allowed])
-        if found.size == len(found):  # one trial or one sample says nothing about its noise
-            return allowed[int(found.mean(1).argmax())]
-        fit = self.loop.fit(self.view)
-        predicted = np.array([psnr_of(fit.prior.final_error(trial.schedule.served, self.view)) for trial in allowed])
+        samples = min(trial.samples for trial in trials)
+        found = np.array([trial.sample_psnr_db[:samples] for trial in trials])
         centered = found - found.mean(0)
-        noise = np.mean([_standard_error(row) for row in centered]) ** 2
-        misfit = (DB_PER_LOG * fit.rms_log_error) ** 2
-        share = noise / (noise + misfit) if noise + misfit else 0.0
-        measured = centered.mean(1)
-        return allowed[int(((1 - share) * measured + share * (predicted - predicted.mean())).argmax())]
-
-    def _is_allowed(self, schedule: CacheSchedule) -> bool:
-        return self.predictor == AUTO or set(schedule.predictors) == {self.predictor}
+        score = centered.mean(1)
+        if samples > 1:  # one sample says nothing about its noise
+            fit = self.loop.fit(self.view)
+            predicted = np.array([psnr_of(fit.prior.final_error(t.schedule.served, self.view)) for t in trials])
+            noise = np.mean([_standard_error(row) for row in centered]) ** 2
+            misfit = (DB_PER_LOG * fit.rms_log_error) ** 2
+            share = noise / (noise + misfit) if noise + misfit else 0.0
+            score = (1 - share) * score + share * (predicted - predicted.mean())
+        return [trials[index] for index in np.argsort(-score, kind="stable")]
 
     def fewest(self, wanted: _Wanted) -> Trial:
         """The trial with the fewest full-compute steps that meets what is wanted, by bisection over budgets.
@@ -401,38 +308,37 @@ class _Search:
         Raises:
             InfeasibleBudgetError: Not even full compute does.
         """
-        loop = self.loop
-        full = loop.trials[0]
-        if not wanted.met_by(full):
+        loop, full = self.loop, wanted.full
+        if wanted.psnr_db is not None and not wanted.met_by(full):
             raise InfeasibleBudgetError(
                 f"target_psnr={wanted.psnr_db}: full compute reaches {full.psnr_db:.1f} dB; choose less, or a scheme "
                 "with more bits"
             )
-        low, high, found = 2, loop.num_steps, full
-        rounds = max(1, math.ceil(math.log2(loop.num_steps)))
+        low, high = 2, loop.num_steps
+        rounds = math.ceil(math.log2(loop.num_steps))
         while low < high:
-            middle = self._likely(low, high, wanted, full)
-            share = loop.spent + (self.limit - loop.spent) / rounds
-            trial = self.best(middle, limit=share)
+            middle = self._likely(low, high, wanted)
+            trial = self.explore(middle, loop.spent + (self.limit - loop.spent) / rounds)
             rounds = max(1, rounds - 1)
             if wanted.met_by(trial):
-                found, high = trial, trial.schedule.budget
+                high = trial.schedule.budget
             else:
                 low = middle + 1
-        return found
+        for budget in range(high, loop.num_steps):  # what some samples promised, all of them may not keep
+            met = [trial for trial in self._finalists(budget) if wanted.met_by(trial)]
+            if met:
+                best = self.best(budget)
+                return best if wanted.met_by(best) else self._ranked(met)[0]
+        return full
 
-    def _likely(self, low: int, high: int, wanted: _Wanted, full: Trial) -> int:
+    def _likely(self, low: int, high: int, wanted: _Wanted) -> int:
         """The budget to try next: where the fitted prior expects to meet the target, kept within the inner range."""
         fit = self.loop.fit(self.view).prior
-        if wanted.psnr_db is None:
-            limit = full.error * wanted.relative_l2 / full.relative_l2
-        else:
-            limit = 10 ** (-wanted.psnr_db / 20)
         planned = plan_all(fit, high - 1, predictor=self.predictor, view=self.view) if high > 2 else []
         meets = [
             budget
             for budget, schedule in enumerate(planned, start=2)
-            if budget >= low and fit.final_error(schedule.served, self.view) <= limit
+            if budget >= low and fit.final_error(schedule.served, self.view) <= wanted.error
         ]
         likely = meets[0] if meets else high - 1
         return min(max(likely, low + (high - low) // 4), high - 1)

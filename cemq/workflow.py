@@ -16,11 +16,12 @@ import torch
 
 from cemq import __version__
 from cemq.bundle import EVIDENCE, MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
+from cemq.closed_loop import ClosedLoop
 from cemq.errors import InputError, ModelError, choose
 from cemq.evaluation import measure_fidelity, run_batch
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
 from cemq.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
-from cemq.planning import EFFORTS, ClosedLoop, check_planning, plan
+from cemq.planning import EFFORTS, check_planning, plan
 from cemq.prior import VIEWS
 from cemq.processes import ALONE, Processes
 from cemq.profiling import profile, record_references

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import make_dit
 
+from cemq.closed_loop import ClosedLoop, Trial
 from cemq.correction import METHODS
 from cemq.errors import InfeasibleBudgetError, InputError
 from cemq.evaluation import run_batch
-from cemq.planning import EFFORTS, ClosedLoop, Trial, _Search, check_planning, plan
+from cemq.planning import EFFORTS, SEARCHED, _Search, _Wanted, check_planning, plan
 from cemq.prior import ErrorPrior
 from cemq.profiling import profile, record_references
 from cemq.propagation import Fit
@@ -147,7 +148,12 @@ def test_auto_keeps_a_correction_only_where_it_helps(searched):
 
 
 def trial_of(schedule, samples):
-    return Trial(schedule=schedule, correction=None, relative_l2=0.1, sample_psnr_db=np.array(samples))
+    return Trial(
+        schedule=schedule,
+        correction=None,
+        sample_relative_l2=np.full(len(samples), 0.1),
+        sample_psnr_db=np.array(samples),
+    )
 
 
 @pytest.mark.parametrize(("lucky", "wins"), [([59.0, 59.0, 62.1], "steady"), ([60.1, 60.1, 60.1], "lucky")])
@@ -159,11 +165,25 @@ def test_luck_on_few_samples_does_not_win(quantized, lucky, wins):
         key=lambda schedule: prior.final_error(schedule.served),
     )
     trials = {"steady": trial_of(good, [60.0, 60.0, 60.0]), "lucky": trial_of(bad, lucky)}
-    loop = SimpleNamespace(
-        candidates=list(trials.values()), num_steps=STEPS, fit=lambda view: Fit(prior=prior, rms_log_error=0.1)
-    )
+    loop = SimpleNamespace(num_steps=STEPS, fit=lambda view: Fit(prior=prior, rms_log_error=0.1))
     search = _Search(loop=loop, predictor="auto", view="combined", limit=0)
-    assert search._incumbent(BUDGET) is trials[wins]
+    assert search._ranked(list(trials.values()))[0] is trials[wins]
+
+
+@pytest.mark.parametrize(("errors", "met"), [([1.1, 1.1], True), ([1.0, 1.29], False), ([1.2, 1.2], False)])
+def test_a_tolerance_is_kept_with_a_standard_error_to_spare(errors, met):
+    schedule = CacheSchedule(num_steps=STEPS, full_steps=range(STEPS))
+
+    def trial(found):
+        return Trial(
+            schedule=schedule,
+            correction=None,
+            sample_relative_l2=np.array(found),
+            sample_psnr_db=np.zeros(len(found)),
+        )
+
+    wanted = _Wanted(full=trial([1.0, 1.0, 5.0]), tolerance=0.15, psnr_db=None)  # the third sample was not searched
+    assert wanted.met_by(trial(errors)) == met
 
 
 @pytest.mark.parametrize("method", ["none", "drift"])
@@ -253,17 +273,33 @@ def test_what_can_be_planned_passes(changes):
     check_planning(**VALID | changes)
 
 
-def test_runs_that_only_teach_take_some_of_the_samples_and_win_nothing():
+def test_the_search_takes_half_of_the_samples_and_the_finals_all():
     loop = ClosedLoop(**prepared(batch_size=1))
-    found = plan(loop, BUDGET, effort="quick")
-    taught = [trial for trial in loop.trials if trial.samples < loop.samples]
-    assert taught
-    assert all(trial.schedule.solver == "sample" and trial.correction is None for trial in taught)
+    found = plan(loop, BUDGET, effort="normal", correction="none")
+    searched = [trial for trial in loop.trials if trial.samples < loop.samples]
+    assert {trial.samples for trial in searched} == {2}
+    assert any(trial.schedule.solver not in ("sample", "uniform", "cem") for trial in searched)
+    finals = [trial for trial in loop.trials[1:] if trial.samples == loop.samples]  # the first is full compute
+    assert {"uniform", "cem"} <= {trial.schedule.solver for trial in finals}
     assert found.evidence["winner"]["samples"] == loop.samples
-    spent = sum(loop.cost(trial) for trial in loop.trials[1:])  # the first is full compute
+    assert all(
+        found.evidence["winner"]["psnr_db"] >= trial.psnr_db
+        for trial in finals
+        if trial.schedule.solver in ("uniform", "cem")
+    )
+    spent = sum(trial.samples / loop.samples * trial.schedule.budget / STEPS for trial in loop.trials[1:])
     assert found.evidence["full_run_equivalents"] == pytest.approx(spent, abs=0.01)
-    before = len(loop.trials)
-    again = loop.run(taught[0].schedule)  # now on all of them
-    assert len(loop.trials) == before + 1
-    assert np.array_equal(again.sample_psnr_db[: taught[0].samples], taught[0].sample_psnr_db)
-    assert loop.teach(taught[0].schedule) is taught[0]
+
+
+def test_a_trial_is_extended_by_the_samples_it_lacks():
+    loop = ClosedLoop(**prepared(batch_size=1))
+    schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 3))
+    some = loop.run(schedule, share=SEARCHED)
+    assert (some.samples, loop.spent) == (2, pytest.approx(loop.cost(2, SEARCHED)))
+    every = loop.run(schedule)
+    assert (every.samples, loop.trials) == (3, [every])
+    assert np.array_equal(every.sample_psnr_db[:2], some.sample_psnr_db)
+    assert loop.spent == pytest.approx(loop.cost(2)) == pytest.approx(2 / STEPS)
+    assert loop.run(schedule, share=SEARCHED) is every
+    at_once = ClosedLoop(**prepared(batch_size=1)).run(schedule)
+    assert np.array_equal(at_once.sample_psnr_db, every.sample_psnr_db)

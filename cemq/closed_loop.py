@@ -1,0 +1,159 @@
+"""Schedules run in closed loop on the planning samples, and what each run gave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cemq.correction import Correction
+from cemq.evaluation import Outcome, run_batch
+from cemq.evaluation.metrics import PSNR_CEILING_DB, error_of, psnr_db, relative_l2
+from cemq.prior import ErrorPrior
+from cemq.processes import ALONE, Processes
+from cemq.propagation import Fit, fit_propagation
+from cemq.runtime import Plan, attached
+from cemq.sampling import Batch
+from cemq.schedule import CacheSchedule
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trial:
+    """One schedule that was run: of each sample, the relative L2 error of the final latents and the image's PSNR.
+
+    Both are to full precision. Trials on fewer samples were run on the first ones.
+    """
+
+    schedule: CacheSchedule
+    correction: str | None
+    sample_relative_l2: np.ndarray
+    sample_psnr_db: np.ndarray
+
+    @property
+    def relative_l2(self) -> float:
+        return float(self.sample_relative_l2.mean())
+
+    @property
+    def psnr_db(self) -> float:
+        return float(self.sample_psnr_db.mean())
+
+    @property
+    def samples(self) -> int:
+        return len(self.sample_psnr_db)
+
+    @property
+    def error(self) -> float:
+        """Of the images, for a peak of 1: the mean over samples is one of logarithms, as PSNR's is."""
+        return error_of(self.psnr_db)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schedule": self.schedule.to_dict(),
+            "correction": self.correction,
+            "samples": self.samples,
+            "relative_l2": self.relative_l2,
+            "psnr_db": self.psnr_db,
+        }
+
+
+@dataclass(kw_only=True, eq=False)
+class ClosedLoop:
+    """Runs schedules on the planning samples and remembers every outcome.
+
+    Args:
+        pipe: The quantized pipeline.
+        prior: Its error prior.
+        batches: The planning samples.
+        references: What the full-precision pipeline made of this process's share of them.
+        steps: ``num_inference_steps`` of every run.
+        cache: What skipped steps are predicted from; the prior's predictions are those of outputs all the same.
+    """
+
+    pipe: Any
+    prior: ErrorPrior
+    batches: Sequence[Batch]
+    references: Sequence[Outcome]
+    steps: int
+    call: Mapping[str, Any]
+    cache: str = "output"
+    progress: Callable[[float], None] | None = None
+    processes: Processes = ALONE
+    spent: float = 0.0  # runs at full compute of all samples
+    _trials: dict[Any, Trial] = field(default_factory=dict)
+    _batches_run: dict[Any, int] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        """What the sampler makes of ``steps``: PNDM adds one, image-to-image strength takes some away."""
+        return self.prior.num_steps
+
+    @property
+    def samples(self) -> int:
+        return self._count(1.0)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """In the order in which they were first run."""
+        return list(self._trials.values())
+
+    def run(self, schedule: CacheSchedule, correction: Correction | None = None, *, share: float = 1.0) -> Trial:
+        """The trial of a schedule on the first ``share`` of the samples at the least, in whole batches.
+
+        Only what was not run before is run now.
+        """
+        key = (schedule.full_steps, schedule.predictors, correction and correction.method)
+        known = self._trials.get(key)
+        missing = range(self._batches_run.get(key, 0), math.ceil(share * len(self.batches)))
+        if not missing:
+            return known
+        # each process plans for itself, from the same numbers; on unequal machines they might come to differ
+        self.processes.agree("the schedule to run", key)
+        references = dict(zip(self.processes.share(range(len(self.batches))), self.references, strict=True))
+        sampler = self.prior.metadata.sampler
+        with attached(self.pipe, Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)):
+            mine = {index: self._scores(index, references[index]) for index in missing if index in references}
+        scores = {index: pair for found in self.processes.gather([mine]) for index, pair in found.items()}
+        errors, qualities = (np.concatenate(each) for each in zip(*(scores[i] for i in missing), strict=True))
+        if known:
+            errors = np.concatenate([known.sample_relative_l2, errors])
+            qualities = np.concatenate([known.sample_psnr_db, qualities])
+        trial = self._trials[key] = Trial(
+            schedule=known.schedule if known else schedule,
+            correction=correction and correction.method,
+            sample_relative_l2=errors,
+            sample_psnr_db=qualities,
+        )
+        self._batches_run[key] = missing.stop
+        done = known.samples if known else 0
+        self.spent += (trial.samples - done) / self.samples * schedule.budget / schedule.num_steps
+        if self.progress:
+            self.progress(self.spent)
+        return trial
+
+    def _scores(self, index: int, reference: Outcome) -> tuple[np.ndarray, np.ndarray]:
+        outcome = run_batch(self.pipe, self.batches[index], steps=self.steps, call=self.call)
+        return relative_l2(reference.latents, outcome.latents), psnr_db(reference.images, outcome.images)
+
+    def _count(self, share: float) -> int:
+        return _count(self.batches[: math.ceil(share * len(self.batches))])
+
+    def cost(self, budget: int, share: float = 1.0) -> float:
+        """Of one run with that many full-compute steps, in runs of all samples at full compute."""
+        return self._count(share) / self.samples * budget / self.num_steps
+
+    def uncorrected(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.correction is None]
+
+    def fit(self, view: str) -> Fit:
+        """What all uncorrected trials so far say about how errors reach the final image."""
+        plain = [trial for trial in self.uncorrected() if trial.psnr_db < PSNR_CEILING_DB]
+        samples = min((trial.samples for trial in plain), default=0)  # that all of them were run on
+        errors = [error_of(trial.sample_psnr_db[:samples].mean()) for trial in plain]
+        return fit_propagation(self.prior, [trial.schedule for trial in plain], errors, view=view)
+
+
+def _count(batches: Sequence[Batch]) -> int:
+    return sum(len(batch.seeds) for batch in batches)
