@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=(*PARTS, "ceiling"), default=PARTS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
-    parser.add_argument("--minutes", type=float, default=10.0, help="of processor time: the ceiling search, for each budget")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of processor time: ceiling search of each budget")
     parser.add_argument("--bundles", type=Path, help="keep the bundles here, and take those that are there")
     wanted = parser.parse_args()
     measures = MEASURES | {"ceiling": partial(measure_ceiling, minutes=wanted.minutes)}
