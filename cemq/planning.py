@@ -35,6 +35,7 @@ WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
 SEARCHED = 0.5  # share of the samples that all but the finals run on
 FINALISTS = 4
 _FIT_SHARE = 0.45  # of the effort goes into runs that only teach
+_BISECTED = 0.7  # of it may be spent when budget=auto has found a budget; the rest is for its finals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +319,7 @@ class _Search:
         rounds = math.ceil(math.log2(loop.num_steps))
         while low < high:
             middle = self._likely(low, high, wanted)
-            trial = self.explore(middle, loop.spent + (self.limit - loop.spent) / rounds)
+            trial = self.explore(middle, loop.spent + (_BISECTED * self.limit - loop.spent) / rounds)
             rounds = max(1, rounds - 1)
             if wanted.met_by(trial):
                 high = trial.schedule.budget
