@@ -67,6 +67,8 @@ def make_correction(method: str, prior: ErrorPrior, schedule: CacheSchedule) -> 
         InputError: No such method, or the prior lacks what it needs.
     """
     make = METHODS[choose("correction", method, METHODS)]
+    if schedule.branch_steps:
+        raise InputError(f"correction '{method}': the error prior cannot tell branches of guidance apart")
     if not prior.channel_means.size or (make is _affine and not prior.channel_grams.size):
         raise InputError(f"correction '{method}': the error prior holds no channel statistics; profile anew")
     factors = None

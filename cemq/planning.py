@@ -26,7 +26,17 @@ from cemq.processes import ALONE, Processes
 from cemq.propagation import Fit, fit_propagation, sample_schedules
 from cemq.runtime import Plan, attached
 from cemq.sampling import Batch
-from cemq.schedule import AUTO, SOLVERS, CacheSchedule, check_budget, improve, neighbours, plan_all, plan_schedule
+from cemq.schedule import (
+    AUTO,
+    SOLVERS,
+    CacheSchedule,
+    check_budget,
+    improve,
+    neighbours,
+    plan_all,
+    plan_schedule,
+    skip_branches,
+)
 
 SEARCH = "search"  # the solver that is all of this module
 AUTO_BUDGET = "auto"
@@ -34,6 +44,7 @@ PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that the search gives to single segments
 WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
+BRANCH_SHARES = (0.25, 0.5, 0.75)  # of the full-compute steps that compute both branches of guidance
 _FIT_SHARE = 0.45  # of the effort goes into runs that only teach
 _TAUGHT_SHARE = 2 / 3  # of the samples for those: more runs teach more than more samples do
 
@@ -69,6 +80,11 @@ class Trial:
     @property
     def samples(self) -> int:
         return len(self.sample_psnr_db)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its error is one that the prior predicts."""
+        return self.correction is None and not self.schedule.branch_steps
 
     @property
     def error(self) -> float:
@@ -119,6 +135,7 @@ class ClosedLoop:
     processes: Processes = ALONE
     trials: list[Trial] = field(default_factory=list)
     spent: float = 0.0  # runs at full compute
+    calls_per_step: float = math.nan  # of the denoiser, in the latest run
 
     @property
     def num_steps(self) -> int:
@@ -139,16 +156,19 @@ class ClosedLoop:
             if _same(known.schedule, schedule) and known.correction == method and known.samples >= samples:
                 return known
         # each process plans for itself, from the same numbers; on unequal machines they might come to differ
-        self.processes.agree("the schedule to run", (schedule.full_steps, schedule.predictors, method))
+        self.processes.agree("the schedule to run", (schedule.to_dict(), method))
         mine = self.processes.share(batches)
         sampler = self.prior.metadata.sampler
-        with attached(self.pipe, Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)):
+        followed = Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)
+        with attached(self.pipe, followed) as hook:
             outcomes = [run_batch(self.pipe, batch, steps=self.steps, call=self.call) for batch in mine]
+        calls = np.full(1, (hook.full_evaluations + hook.skipped_evaluations) / self.num_steps)
         scores = [
-            (relative_l2(reference.latents, outcome.latents), psnr_db(reference.images, outcome.images))
+            (relative_l2(reference.latents, outcome.latents), psnr_db(reference.images, outcome.images), calls)
             for reference, outcome in zip(self.references[: len(mine)], outcomes, strict=True)
         ]
-        errors, qualities = (np.concatenate(each) for each in zip(*self.processes.gather(scores), strict=True))
+        errors, qualities, calls = (np.concatenate(each) for each in zip(*self.processes.gather(scores), strict=True))
+        self.calls_per_step = float(calls[0])
         trial = Trial(
             schedule=schedule, correction=method, relative_l2=float(errors.mean()), sample_psnr_db=qualities
         )  # fmt: skip
@@ -168,12 +188,12 @@ class ClosedLoop:
 
     @property
     def candidates(self) -> list[Trial]:
-        """What plans are chosen from: without a correction, and on all samples."""
-        return [trial for trial in self.trials if trial.correction is None and trial.samples == self.samples]
+        """What plans are chosen from: without a correction, on all samples, with both branches of guidance."""
+        return [trial for trial in self.trials if trial.is_plain and trial.samples == self.samples]
 
     def fit(self, view: str) -> Fit:
         """What all uncorrected trials so far say about how errors reach the final image."""
-        plain = [t for t in self.trials if t.correction is None and t.psnr_db < PSNR_CEILING_DB]
+        plain = [t for t in self.trials if t.is_plain and t.psnr_db < PSNR_CEILING_DB]
         samples = min((t.samples for t in plain), default=0)  # that all of them were run on
         errors = [error_of(t.sample_psnr_db[:samples].mean()) for t in plain]
         return fit_propagation(self.prior, [t.schedule for t in plain], errors, view=view)
@@ -184,7 +204,7 @@ def _count(batches: Sequence[Batch]) -> int:
 
 
 def _same(one: CacheSchedule, other: CacheSchedule) -> bool:
-    return one.full_steps == other.full_steps and one.predictors == other.predictors
+    return all(getattr(one, name) == getattr(other, name) for name in ("full_steps", "predictors", "branch_steps"))
 
 
 def check_planning(
@@ -261,6 +281,8 @@ def plan(
             prior = loop.fit(view).prior
             best = loop.run(plan_schedule(prior, steps, solver=solver, predictor=predictor, view=view))
     chosen, fix = _corrected(loop, best, correction)
+    if solver == SEARCH and best is not full and correction in (AUTO, "none"):
+        chosen, fix = search.with_skipped_branches(chosen, fix)
     fit = loop.fit(view)
     curve = search.curve(fit.prior)
     evidence = {
@@ -270,6 +292,7 @@ def plan(
         "samples": loop.samples,
         "seeds": [seed for batch in loop.batches for seed in batch.seeds],
         "full_compute": full.to_dict(),
+        "calls_per_step": loop.calls_per_step,
         "tolerance": tolerance if budget == AUTO_BUDGET and target_psnr is None else None,
         "target_psnr": target_psnr,
         "fit": {
@@ -281,7 +304,7 @@ def plan(
         "trials": [trial.to_dict() for trial in loop.trials],
         "curve": curve,
     }
-    return Planned(schedule=best.schedule, correction=fix, prior=fit.prior, evidence=evidence)
+    return Planned(schedule=chosen.schedule, correction=fix, prior=fit.prior, evidence=evidence)
 
 
 def _corrected(loop: ClosedLoop, best: Trial, correction: str) -> tuple[Trial, Correction | None]:
@@ -394,6 +417,26 @@ class _Search:
 
     def _is_allowed(self, schedule: CacheSchedule) -> bool:
         return self.predictor == AUTO or set(schedule.predictors) == {self.predictor}
+
+    def with_skipped_branches(self, chosen: Trial, fix: Correction | None) -> tuple[Trial, Correction | None]:
+        """What is better at the same compute: ``chosen``, or more steps of which some compute one branch of guidance.
+
+        Where one call of the denoiser holds both branches there is none to skip: which rows of which arguments belong
+        to which branch is the pipeline's secret.
+        """
+        loop, budget = self.loop, chosen.schedule.budget
+        kept, prior = chosen, loop.fit(self.view).prior
+        own = SEGMENT_PREDICTORS if self.predictor == AUTO else ()
+        for share in BRANCH_SHARES if loop.calls_per_step >= 2 else ():
+            more = min(round(2 * budget / (1 + share)), loop.num_steps)
+            planned = plan_schedule(prior, more, predictor=self.predictor, view=self.view)
+            better = improve(prior, planned, predictors=own, view=self.view)
+            for schedule in (skip_branches(each, budget) for each in (planned, better)):
+                trial = loop.run(schedule) if schedule.branch_steps else chosen
+                gains = trial.sample_psnr_db - chosen.sample_psnr_db
+                if trial.psnr_db > kept.psnr_db and _is_certain(gains):
+                    kept, fix = trial, None
+        return kept, fix
 
     def fewest(self, wanted: _Wanted) -> Trial:
         """The trial with the fewest full-compute steps that meets what is wanted, by bisection over budgets.

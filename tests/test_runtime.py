@@ -8,7 +8,7 @@ from conftest import FLUX_CALL
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HookRegistry, PNDMScheduler
 
 from cemq.correction import METHODS, Correction, make_correction
-from cemq.errors import InfeasibleBudgetError, ModelError
+from cemq.errors import InfeasibleBudgetError, InputError, ModelError
 from cemq.predict import PREDICTORS
 from cemq.profiling import profile, record_references
 from cemq.runtime import Plan, attach, attached, detach, schedule_hook, set_budget
@@ -410,3 +410,88 @@ def test_factors_of_one_change_nothing(flux):
     fix = Correction(method="erta", **tables, step_factors=np.ones(STEPS))
     _, _, found = timesteps_seen(flux, schedule=EVERY, sampler=plain.sampler, correction=fix)
     assert torch.equal(found.samples[-1], plain.samples[-1])
+
+
+# --- branches of guidance
+
+
+HALVED = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 2, 4), predictor="taylor1", branch_steps=(2,))
+ONE = Batch(conditions=("a bold seven",), seeds=(3,))
+
+
+def branch_outputs(pipe, plan):
+    """What every call of a run returned, conditional first, (steps, 2) tensors; what was guided; evaluations."""
+    returned = []
+    with attached(pipe, plan) as hook, record(pipe) as trajectory:
+        watched = pipe.transformer.register_forward_hook(lambda *call: returned.append(call[-1][0].clone()))
+        run(pipe, ONE, steps=STEPS, call=FLUX_CALL)
+        watched.remove()
+        counts = hook.full_evaluations, hook.skipped_evaluations
+    return [returned[i : i + 2] for i in range(0, len(returned), 2)], trajectory, counts
+
+
+def flux_sampler(pipe):
+    with record(pipe) as plain:
+        run(pipe, ONE, steps=STEPS, call=FLUX_CALL)
+    return plain.sampler
+
+
+def test_a_skipped_branch_is_the_other_one_plus_the_difference_predicted(flux):
+    sampler = flux_sampler(flux)
+    calls = count_blocks(flux.transformer)
+    outputs, guided, counts = branch_outputs(flux, Plan(schedule=HALVED, sampler=sampler))
+    assert len(calls) == 2 * 3 + 1 == counts[0]
+    assert sum(counts) == 2 * STEPS
+    first, other = ([pair[index] for pair in outputs] for index in (0, 1))
+    between = [b - a for a, b in outputs]
+    assert torch.allclose(between[2], 2 * between[1] - between[0], atol=1e-5)  # half computed
+    assert torch.allclose(first[3], 2 * first[2] - first[1], atol=1e-5)  # skipped
+    assert torch.allclose(between[3], 3 * between[1] - 2 * between[0], atol=1e-5)
+    assert torch.allclose(between[5], between[4] + (between[4] - between[1]) / 3, atol=1e-5)
+    for step, prediction in enumerate(guided.predictions):  # true_cfg_scale 2
+        assert torch.allclose(prediction, 2 * first[step] - other[step], atol=1e-5)
+
+
+def test_the_first_branch_does_not_notice_that_the_other_is_skipped(flux):
+    sampler = flux_sampler(flux)
+    both, *_ = branch_outputs(flux, Plan(schedule=replace(HALVED, branch_steps=()), sampler=sampler))
+    halved, *_ = branch_outputs(flux, Plan(schedule=HALVED, sampler=sampler))
+    for step in range(2):
+        assert torch.equal(halved[step][0], both[step][0])
+        assert torch.equal(halved[step][1], both[step][1])
+    assert torch.equal(halved[2][0], both[2][0])
+    assert not torch.equal(halved[2][1], both[2][1])
+
+
+def test_nothing_is_left_of_a_run_with_skipped_branches(flux):
+    plan = Plan(schedule=HALVED, sampler=flux_sampler(flux))
+    plain = run(flux, ONE, steps=STEPS, call=FLUX_CALL)
+    with attached(flux, plan) as hook:
+        first, second = (run(flux, ONE, steps=STEPS, call=FLUX_CALL) for _ in range(2))
+        assert not hook.run.histories
+        assert not hook.run._first_output
+    assert np.array_equal(first, second)
+    assert np.array_equal(run(flux, ONE, steps=STEPS, call=FLUX_CALL), plain)
+
+
+def test_where_one_call_holds_both_branches_none_is_skipped(dit):
+    with attached(dit, plan_of(dit, replace(HALVED, branch_steps=()))):
+        expected = run(dit, BATCH, steps=STEPS, call=CALL)
+    with attached(dit, plan_of(dit, HALVED)) as hook:
+        assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), expected)
+        assert hook.full_evaluations == 4
+
+
+def test_branches_are_skipped_of_outputs_only(flux):
+    with pytest.raises(InputError, match="cache=residual: branches of guidance are skipped one by one with cache=out"):
+        attach(flux, Plan(schedule=HALVED, sampler=None), cache="residual")
+
+
+def test_a_plan_that_skips_branches_does_so_at_other_step_counts_and_budgets(dit):
+    plan = plan_of(dit, replace(HALVED, solver="uniform"), prior=profiled(dit))
+    carried = plan.carried_over(sampler_of(dit, 12)).schedule
+    assert (carried.budget, len(carried.full_steps), len(carried.branch_steps)) == (7, 8, 2)  # 12 steps at 6 / 3.5
+    assert plan.with_budget(5).schedule.full_steps == tuple(range(STEPS))
+    assert plan.with_budget(5).schedule.budget == 5
+    with pytest.raises(InputError, match="cannot tell branches of guidance apart"):
+        make_correction("drift", plan.prior, HALVED)

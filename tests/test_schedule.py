@@ -25,9 +25,11 @@ from cemq.schedule import (
     neighbours,
     parse_budget,
     plan_all,
+    plan_branches,
     plan_schedule,
     published_errors,
     segment_costs,
+    skip_branches,
     solve_cem,
     solve_relaxed_cem,
     solve_segments,
@@ -150,6 +152,62 @@ def test_a_schedule_dict_that_lacks_a_key_is_refused():
     del fields["solver"]
     with pytest.raises(InputError, match=r"expected the keys .*'solver'"):
         CacheSchedule.from_dict(fields)
+
+
+# --- branches of guidance
+
+
+def test_a_step_with_one_branch_costs_half():
+    schedule = CacheSchedule(
+        num_steps=9, full_steps=(0, 2, 5, 6), predictor=("taylor1", "reuse", "taylor2", "damped"), branch_steps=[2, 6]
+    )
+    assert (schedule.budget, schedule.compute_ratio) == (3, 9 / 3)
+    assert schedule.strip() == "█·▌··█▌··"
+    between = schedule.between_branches
+    assert (between.full_steps, between.predictors, between.branch_steps) == ((0, 5), ("taylor1", "taylor2"), ())
+    odd = dataclasses.replace(schedule, branch_steps=(2,))
+    assert (odd.budget, odd.compute_ratio) == (4, 9 / 3.5)
+    for each in (schedule, odd):
+        assert CacheSchedule.from_dict(each.to_dict()) == each
+    assert "branch_steps" not in dataclasses.replace(schedule, branch_steps=()).to_dict()
+
+
+@pytest.mark.parametrize("branch_steps", [(0,), (3,), (5, 2), (2, 2)])
+def test_one_branch_alone_cannot_be_computed_on_such_steps(branch_steps):
+    with pytest.raises(InputError, match="steps with one branch must rise strictly and be full-compute steps after"):
+        CacheSchedule(num_steps=9, full_steps=(0, 2, 5, 6), branch_steps=branch_steps)
+
+
+def test_branches_are_skipped_evenly():
+    schedule = CacheSchedule(num_steps=12, full_steps=(0, 2, 4, 6, 8, 10))
+    assert skip_branches(schedule, 4).branch_steps == (2, 4, 8, 10)
+    assert skip_branches(schedule, 5).branch_steps == (4, 10)  # both on the 1st, 2nd, 4th and 5th
+    assert skip_branches(schedule, 6) == schedule
+    assert skip_branches(schedule, 9) == schedule
+    assert skip_branches(schedule, 3).branch_steps == (2, 4, 6, 8, 10)  # one step with both is the least
+
+
+@given(steps=st.integers(2, 50), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_skipped_branches_cost_the_budget_and_leave_the_steps(steps, data):
+    budget = data.draw(st.integers(2, steps))
+    count = data.draw(st.integers(budget, min(2 * budget - 1, steps)))
+    schedule = CacheSchedule(num_steps=steps, full_steps=uniform_steps(steps, count))
+    found = skip_branches(schedule, budget)
+    assert found.full_steps == schedule.full_steps
+    assert found.budget == budget
+    assert found.compute_ratio == pytest.approx(steps / budget)
+
+
+def test_a_plan_with_skipped_branches_is_that_of_more_steps():
+    prior = prior_of(*trajectories(20))
+    found = plan_branches(prior, 6, 0.5, predictor="reuse", solver="uniform")
+    assert found.full_steps == plan_schedule(prior, 8, predictor="reuse", solver="uniform").full_steps
+    assert (found.budget, len(found.branch_steps)) == (6, 4)
+    for budget in (2, 6, 20):
+        assert plan_branches(prior, budget, 1.0, solver="uniform") == plan_schedule(prior, budget, solver="uniform")
+    assert plan_branches(prior, 15, 0.1, solver="uniform").full_steps == tuple(range(20))
+    assert plan_branches(prior, 15, 0.1, solver="uniform").budget == 15
 
 
 # --- budgets

@@ -55,6 +55,11 @@ class StepTracker:
         self._calls[context] += 1
         return stream
 
+    @property
+    def is_first_call(self) -> bool:
+        """Whether the call just entered is the first of its step; any after it are of other branches of guidance."""
+        return self._calls.total() == 1
+
     def agrees(self, step_index: int | None, sigma: float | None) -> bool:
         """Whether this is the step that the pipeline's cache context says it is, where it says so."""
         if step_index is not None and step_index != self.step_index:
