@@ -147,7 +147,7 @@ def quantize_and_schedule(
     predictor: Annotated[
         str | None, typer.Option(help="auto, reuse, damped, taylor1, taylor2, goc or mean-velocity [auto].")
     ] = None,
-    correction: Annotated[str | None, typer.Option(help="auto, none, drift, affine or eoc [auto].")] = None,
+    correction: Annotated[str | None, typer.Option(help="auto, none, drift, affine, eoc or erta [auto].")] = None,
     effort: Annotated[str | None, typer.Option(help="Of the search: quick, normal or thorough [normal].")] = None,
     prior: Annotated[str | None, typer.Option(help="combined, cache or self [combined].")] = None,
     cache: Annotated[

@@ -45,6 +45,11 @@ class Trial:
         return len(self.sample_psnr_db)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its error is one that the prior predicts."""
+        return self.correction is None and not self.schedule.branch_steps
+
+    @property
     def error(self) -> float:
         """Of the images, for a peak of 1: the mean over samples is one of logarithms, as PSNR's is."""
         return error_of(self.psnr_db)
@@ -82,6 +87,7 @@ class ClosedLoop:
     progress: Callable[[float], None] | None = None
     processes: Processes = ALONE
     spent: float = 0.0  # runs at full compute of all samples
+    calls_per_step: float = math.nan  # of the denoiser, in the latest run
     _trials: dict[Any, Trial] = field(default_factory=dict)
     _batches_run: dict[Any, int] = field(default_factory=dict)
 
@@ -104,7 +110,7 @@ class ClosedLoop:
 
         Only what was not run before is run now.
         """
-        key = (schedule.full_steps, schedule.predictors, correction and correction.method)
+        key = (schedule.key, correction and correction.method)
         known = self._trials.get(key)
         missing = range(self._batches_run.get(key, 0), math.ceil(share * len(self.batches)))
         if not missing:
@@ -113,9 +119,13 @@ class ClosedLoop:
         self.processes.agree("the schedule to run", key)
         references = dict(zip(self.processes.share(range(len(self.batches))), self.references, strict=True))
         sampler = self.prior.metadata.sampler
-        with attached(self.pipe, Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)):
+        followed = Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)
+        with attached(self.pipe, followed) as hook:
             mine = {index: self._scores(index, references[index]) for index in missing if index in references}
-        scores = {index: pair for found in self.processes.gather([mine]) for index, pair in found.items()}
+        evaluations = hook.full_evaluations + hook.skipped_evaluations if mine else 0
+        found = self.processes.gather([(mine, evaluations)])
+        self.calls_per_step = max(evaluations for _, evaluations in found) / self.num_steps
+        scores = {index: pair for theirs, _ in found for index, pair in theirs.items()}
         errors, qualities = (np.concatenate(each) for each in zip(*(scores[i] for i in missing), strict=True))
         if known:
             errors = np.concatenate([known.sample_relative_l2, errors])
@@ -128,7 +138,7 @@ class ClosedLoop:
         )
         self._batches_run[key] = missing.stop
         done = known.samples if known else 0
-        self.spent += (trial.samples - done) / self.samples * schedule.budget / schedule.num_steps
+        self.spent += (trial.samples - done) / self.samples / schedule.compute_ratio
         if self.progress:
             self.progress(self.spent)
         return trial
@@ -144,12 +154,12 @@ class ClosedLoop:
         """Of one run with that many full-compute steps, in runs of all samples at full compute."""
         return self._count(share) / self.samples * budget / self.num_steps
 
-    def uncorrected(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.correction is None]
+    def plain(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.is_plain]
 
     def fit(self, view: str) -> Fit:
-        """What all uncorrected trials so far say about how errors reach the final image."""
-        plain = [trial for trial in self.uncorrected() if trial.psnr_db < PSNR_CEILING_DB]
+        """What all plain trials so far say about how errors reach the final image."""
+        plain = [trial for trial in self.plain() if trial.psnr_db < PSNR_CEILING_DB]
         samples = min((trial.samples for trial in plain), default=0)  # that all of them were run on
         errors = [error_of(trial.sample_psnr_db[:samples].mean()) for trial in plain]
         return fit_propagation(self.prior, [trial.schedule for trial in plain], errors, view=view)

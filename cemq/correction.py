@@ -18,6 +18,8 @@ from cemq.prior import ErrorPrior
 from cemq.schedule import CacheSchedule
 
 EOC_STRENGTH = 0.01  # theta, as published
+# Samplers whose steps are differences of their sigmas, and whose timesteps are proportional to these.
+STEPS_BY_SIGMA = ("FlowMatchEulerDiscreteScheduler",)
 
 Tables = tuple[np.ndarray, np.ndarray]  # gain and offset, (num_steps, channels) each
 
@@ -29,11 +31,16 @@ def channel_axis(dimensions: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Correction:
-    """``prediction * gain + offset`` at each step; ``gain`` and ``offset`` are (num_steps, channels)."""
+    """``prediction * gain + offset`` at each step; ``gain`` and ``offset`` are (num_steps, channels).
+
+    ``step_factors`` (num_steps,), where there are any, say how much of its length each step goes; what is left out is
+    made up for later (`cemq.sampler.landing_lengths`).
+    """
 
     method: str
     gain: np.ndarray
     offset: np.ndarray
+    step_factors: np.ndarray | None = None
 
     def apply(self, prediction: torch.Tensor, step_index: int) -> torch.Tensor:
         """The corrected prediction, in its dtype; of another number of channels, the prediction itself."""
@@ -60,10 +67,33 @@ def make_correction(method: str, prior: ErrorPrior, schedule: CacheSchedule) -> 
         InputError: No such method, or the prior lacks what it needs.
     """
     make = METHODS[choose("correction", method, METHODS)]
-    if not prior.channel_means.size or (method == "affine" and not prior.channel_grams.size):
+    if schedule.branch_steps:
+        raise InputError(f"correction '{method}': the error prior cannot tell branches of guidance apart")
+    if not prior.channel_means.size or (make is _affine and not prior.channel_grams.size):
         raise InputError(f"correction '{method}': the error prior holds no channel statistics; profile anew")
+    factors = None
+    if method == "erta":
+        sampler = prior.metadata and prior.metadata.sampler.scheduler
+        if sampler not in STEPS_BY_SIGMA:
+            raise InputError(f"correction 'erta': the lengths of {sampler} steps cannot be set; choose affine")
+        factors = step_factors(prior, schedule)
     gain, offset = make(prior, schedule)
-    return Correction(method=method, gain=gain, offset=offset)
+    return Correction(method=method, gain=gain, offset=offset, step_factors=factors)
+
+
+def step_factors(prior: ErrorPrior, schedule: CacheSchedule) -> np.ndarray:
+    """How much of its length each step goes, (num_steps,): ``1 - |p(s) - v(s)| / |v(s) - v(s - 1)|`` within 0 and 1 on
+    skipped steps, 1 on full-compute ones.
+
+    ERTACache's timestep adjustment (arXiv:2508.21091, section 3.3), in L2 instead of L1 and from means over calibration
+    samples, since nobody knows v(s) where it is skipped.
+    """
+    vv, factors = prior.vv, np.ones(prior.num_steps)
+    errors = np.sqrt(np.diag(prior.error_gram(schedule.served)).clip(0))
+    changes = np.sqrt((np.diag(vv)[1:] - 2 * np.diag(vv, 1) + np.diag(vv)[:-1]).clip(0))
+    skipped = np.setdiff1d(np.arange(1, prior.num_steps), schedule.full_steps)
+    factors[skipped] = (1 - errors[skipped] / np.maximum(changes[skipped - 1], 1e-12)).clip(0, 1)
+    return factors
 
 
 def _drift(prior: ErrorPrior, schedule: CacheSchedule) -> Tables:
@@ -102,4 +132,9 @@ def _eoc(prior: ErrorPrior, schedule: CacheSchedule) -> Tables:
     return gain, np.zeros_like(v)
 
 
-METHODS: dict[str, Callable[[ErrorPrior, CacheSchedule], Tables]] = {"drift": _drift, "affine": _affine, "eoc": _eoc}
+METHODS: dict[str, Callable[[ErrorPrior, CacheSchedule], Tables]] = {
+    "drift": _drift,
+    "affine": _affine,
+    "eoc": _eoc,
+    "erta": _affine,  # and `step_factors`
+}

@@ -94,13 +94,16 @@ def read_schedule(source: str | Path | CacheSchedule) -> tuple[CacheSchedule, Sa
 def _cache_dit(schedule: CacheSchedule, made_for: dict[str, Any], cache: str) -> str:
     full = set(schedule.full_steps)
     mask = ", ".join("1" if step in full else "0" for step in range(schedule.num_steps))
-    order = re.fullmatch(r"taylor(\d)", schedule.predictor)
+    order = re.fullmatch(r"taylor(\d)", schedule.predictor_text())
     if order:
         served = f"  enable_taylorseer: true\n  taylorseer_order: {order[1]}\n"
     elif schedule.predictor == "reuse":
         served = ""
     else:
-        served = f"  # no counterpart of the predictor {schedule.predictor}: the cached residual is used again\n"
+        served = f"  # no counterpart of the predictor {schedule.predictor_text()}: the cached residual is used again\n"
+    branches = (
+        f"# cemq skips one branch of guidance on {len(schedule.branch_steps)} of these steps; a mask cannot say so.\n"
+    )
     return f"""\
 # Steps that cemq chose for {made_for["model"]}, {made_for["scheme"]}: {schedule.budget} of {schedule.num_steps} in full.
 # cache_dit.enable_cache(pipe, **cache_dit.load_configs("this-file.yaml"))
@@ -108,7 +111,7 @@ def _cache_dit(schedule: CacheSchedule, made_for: dict[str, Any], cache: str) ->
 # The steps are the same, the way skipped ones are served is not: cache-dit always runs the first block and extrapolates
 # the residual of the others, cemq {"the output of the whole model" if cache == "output" else "that of all blocks"}. Fidelity measured with cemq does not carry over.
 # The mask holds for {made_for["num_inference_steps"]} inference steps under the sampler it was planned for; cache-dit checks neither.
-cache_config:
+{branches if schedule.branch_steps else ""}cache_config:
   num_inference_steps: {schedule.num_steps}
   steps_computation_mask: [{mask}]
   steps_computation_policy: static

@@ -24,7 +24,17 @@ from cemq.evaluation.metrics import error_of, psnr_of
 from cemq.predict import PREDICTORS
 from cemq.prior import ErrorPrior
 from cemq.propagation import sample_schedules
-from cemq.schedule import AUTO, SOLVERS, CacheSchedule, check_budget, improve, neighbours, plan_all, plan_schedule
+from cemq.schedule import (
+    AUTO,
+    SOLVERS,
+    CacheSchedule,
+    check_budget,
+    improve,
+    neighbours,
+    plan_all,
+    plan_schedule,
+    skip_branches,
+)
 
 SEARCH = "search"  # the solver that is all of this module
 AUTO_BUDGET = "auto"
@@ -32,6 +42,7 @@ PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that the search gives to single segments
 WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
+BRANCH_SHARES = (0.25, 0.5, 0.75)  # of the full-compute steps that compute both branches of guidance
 SEARCHED = 0.5  # share of the samples that all but the finals run on
 FINALISTS = 4
 _FIT_SHARE = 0.45  # of the effort goes into runs that only teach
@@ -119,7 +130,7 @@ def plan(
     for schedule in samples:
         if sum(learned.values()) < _FIT_SHARE * effort_limits.full_runs:
             loop.run(schedule, share=SEARCHED)
-            learned[_key(schedule)] = loop.cost(schedule.budget, SEARCHED)
+            learned[schedule.key] = loop.cost(schedule.budget, SEARCHED)
     loop.spent = sum(learned.values())  # also where an earlier plan has run them
     search = _Search(loop=loop, predictor=predictor, view=view, limit=effort_limits.full_runs)
     if budget == AUTO_BUDGET:
@@ -134,6 +145,8 @@ def plan(
             prior = loop.fit(view).prior
             best = loop.run(plan_schedule(prior, steps, solver=solver, predictor=predictor, view=view))
     chosen, fix = _corrected(loop, best, correction)
+    if solver == SEARCH and best is not full and correction in (AUTO, "none"):
+        chosen, fix = search.with_skipped_branches(chosen, fix)
     fit = loop.fit(view)
     curve = search.curve(fit.prior)
     evidence = {
@@ -143,10 +156,11 @@ def plan(
         "samples": loop.samples,
         "seeds": [seed for batch in loop.batches for seed in batch.seeds],
         "full_compute": full.to_dict(),
+        "calls_per_step": loop.calls_per_step,
         "tolerance": tolerance if budget == AUTO_BUDGET and target_psnr is None else None,
         "target_psnr": target_psnr,
         "fit": {
-            "runs": sum(trial.correction is None for trial in loop.trials),
+            "runs": len(loop.plain()),
             "rms_log_error": fit.rms_log_error,
             "coherence_steps": fit.prior.coherence,
         },
@@ -154,7 +168,7 @@ def plan(
         "trials": [trial.to_dict() for trial in loop.trials],
         "curve": curve,
     }
-    return Planned(schedule=best.schedule, correction=fix, prior=fit.prior, evidence=evidence)
+    return Planned(schedule=chosen.schedule, correction=fix, prior=fit.prior, evidence=evidence)
 
 
 def _corrected(loop: ClosedLoop, best: Trial, correction: str) -> tuple[Trial, Correction | None]:
@@ -193,11 +207,6 @@ def _middle_mean(values: np.ndarray) -> np.ndarray:
     """
     cut = values.shape[1] // 6
     return np.sort(values, axis=1)[:, cut : values.shape[1] - cut].mean(1)
-
-
-def _key(schedule: CacheSchedule) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """What tells one schedule from another, whoever made it."""
-    return schedule.full_steps, schedule.predictors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,11 +280,11 @@ class _Search:
         while loop.spent + cost <= limit:
             incumbent = self._ranked(self._tried(budget))[0]
             prior = loop.fit(self.view).prior
-            moves = {_key(move): move for move in neighbours(incumbent.schedule, self._choices)}
+            moves = {move.key: move for move in neighbours(incumbent.schedule, self._choices)}
             further = improve(prior, incumbent.schedule, predictors=self._choices, view=self.view, rounds=4)
-            moves[_key(further)] = further
-            for trial in loop.uncorrected():
-                moves.pop(_key(trial.schedule), None)
+            moves[further.key] = further
+            for trial in loop.plain():
+                moves.pop(trial.schedule.key, None)
             if not moves:
                 break
             loop.run(min(moves.values(), key=lambda move: prior.final_error(move.served, self.view)), share=SEARCHED)
@@ -288,7 +297,7 @@ class _Search:
         """What a plan of this budget may be."""
         return [
             trial
-            for trial in self.loop.uncorrected()
+            for trial in self.loop.plain()
             if trial.schedule.budget <= budget
             and (self.predictor == AUTO or set(trial.schedule.predictors) == {self.predictor})
         ]
@@ -311,6 +320,26 @@ class _Search:
             share = noise / (noise + misfit) if noise + misfit else 0.0
             score = (1 - share) * score + share * (predicted - predicted.mean())
         return [trials[index] for index in np.argsort(-score, kind="stable")]
+
+    def with_skipped_branches(self, chosen: Trial, fix: Correction | None) -> tuple[Trial, Correction | None]:
+        """What is better at the same compute: ``chosen``, or more steps of which some compute one branch of guidance.
+
+        Where one call of the denoiser holds both branches there is none to skip: which rows of which arguments belong
+        to which branch is the pipeline's secret.
+        """
+        loop, budget = self.loop, chosen.schedule.budget
+        kept, prior = chosen, loop.fit(self.view).prior
+        skippable = loop.calls_per_step >= 2 and loop.cache == "output"
+        for share in BRANCH_SHARES if skippable else ():
+            more = min(round(2 * budget / (1 + share)), loop.num_steps)
+            planned = plan_schedule(prior, more, predictor=self.predictor, view=self.view)
+            better = improve(prior, planned, predictors=self._choices, view=self.view)
+            for schedule in (skip_branches(each, budget) for each in (planned, better)):
+                trial = loop.run(schedule) if schedule.branch_steps else chosen
+                gains = trial.sample_psnr_db - chosen.sample_psnr_db
+                if trial.psnr_db > kept.psnr_db and _is_certain(gains):
+                    kept, fix = trial, None
+        return kept, fix
 
     def fewest(self, wanted: _Wanted) -> Trial:
         """The trial with the fewest full-compute steps that meets what is wanted, by bisection over budgets.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from cemq.prior import SamplerFingerprint
@@ -43,6 +44,37 @@ def intercepted(scheduler: Any, method: str, around: Callable[..., Any]) -> Iter
             delattr(scheduler, method)
         else:
             setattr(scheduler, method, before)
+
+
+def landing_lengths(lengths: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Step lengths, scaled by ``factors`` and spread anew after each step so that they still end where they should.
+
+    What is left to go is shared among the steps to come in proportion to their lengths, as ERTACache does with equal
+    ones; the last step goes all that is left, whatever its factor.
+    """
+    landed, left, planned = np.empty(len(lengths)), float(lengths.sum()), float(lengths.sum())
+    for step, length in enumerate(lengths[:-1]):
+        landed[step] = length * (left / planned) * factors[step]
+        left, planned = left - landed[step], planned - length
+    landed[-1] = left
+    return landed
+
+
+def retimed(scheduler: Any, factors: np.ndarray) -> tuple[float, ...]:
+    """Scale the last ``len(factors)`` steps of a sampler that has just been given its timesteps; it ends where it did.
+
+    Only for `cemq.correction.STEPS_BY_SIGMA`: the denoiser is then called at the time that the sample is really at.
+    Where a pipeline has set timesteps that its sigmas do not imply, nothing changes. Returns the steps' timesteps.
+    """
+    steps, scale = len(factors), scheduler.config.num_train_timesteps
+    sigmas, timesteps = scheduler.sigmas.clone(), scheduler.timesteps.clone()
+    if torch.allclose(timesteps.cpu(), sigmas[:-1].cpu() * scale):
+        planned = sigmas[-steps - 1 :].double().cpu().numpy()
+        places = planned[0] + np.cumsum(landing_lengths(np.diff(planned), factors))
+        sigmas[-steps:-1] = torch.from_numpy(places[:-1]).to(sigmas)
+        timesteps[-steps:] = (sigmas[-steps - 1 : -1] * scale).to(timesteps)
+        scheduler.sigmas, scheduler.timesteps = sigmas, timesteps
+    return tuple(float(t) for t in timesteps[-steps:])
 
 
 def next_sample(result: Any) -> torch.Tensor:

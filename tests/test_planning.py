@@ -141,7 +141,7 @@ def test_auto_keeps_a_correction_only_where_it_helps(searched):
     loop, found = searched
     uncorrected = next(t for t in loop.trials if t.schedule == found.schedule and t.correction is None)
     tried = {t.correction: t for t in loop.trials if t.schedule == found.schedule and t.correction}
-    assert set(tried) == set(METHODS)
+    assert set(tried) == set(METHODS) - {"erta"}  # this sampler's steps cannot be scaled
     gains = {method: trial.sample_psnr_db - uncorrected.sample_psnr_db for method, trial in tried.items()}
     certain = {m: g.mean() for m, g in gains.items() if g.mean() > g.std(ddof=1) / len(g) ** 0.5}
     assert (found.correction and found.correction.method) == max(certain, key=certain.get, default=None)

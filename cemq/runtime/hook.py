@@ -59,9 +59,35 @@ def _combine(leaves: tuple[Any, ...], coefficients: tuple[float, ...]) -> Any:
     return total.to(newest.dtype)
 
 
+class Branch:
+    """What one branch of guidance follows: a schedule, its full-compute steps, and the last use of each output."""
+
+    def __init__(self, schedule: CacheSchedule) -> None:
+        self.schedule, self.full = schedule, frozenset(schedule.full_steps)
+        steps = np.arange(schedule.num_steps)[:, None]
+        self.last_use = np.where(schedule.served != 0, steps, -1).max(0)
+
+
+def _leaf_shapes(leaves: list[Any]) -> list[Any]:
+    return [leaf.shape if torch.is_tensor(leaf) else None for leaf in leaves]
+
+
+def _added(leaf: Any, other: Any, sign: float) -> Any:
+    """In float32: a difference of two halves has few digits left."""
+    is_number = torch.is_tensor(leaf) and leaf.is_floating_point()
+    return torch.add(leaf.float(), other.float(), alpha=sign) if is_number else leaf
+
+
+def _like(leaf: Any, value: Any) -> Any:
+    return value.to(leaf.dtype) if torch.is_tensor(leaf) else value
+
+
 @dataclass
 class Run:
-    """What a pipeline's denoisers (Wan 2.2 has two) know together of the current or latest run."""
+    """What a pipeline's denoisers (Wan 2.2 has two) know together of the current or latest run.
+
+    Where the schedule skips branches of guidance, of the others only the difference to the first is kept and served.
+    """
 
     schedule: CacheSchedule
     histories: dict[Stream, History] = field(default_factory=dict)
@@ -69,9 +95,39 @@ class Run:
     skipped_evaluations: int = 0
 
     def __post_init__(self) -> None:
-        self.full = frozenset(self.schedule.full_steps)
-        steps = np.arange(self.schedule.num_steps)[:, None]
-        self.last_use = np.where(self.schedule.served != 0, steps, -1).max(0)  # of every step's output
+        self.by_difference = bool(self.schedule.branch_steps)
+        self.first = Branch(self.schedule)
+        self.others = Branch(self.schedule.between_branches) if self.by_difference else self.first
+        self._first_output: list[Any] = []  # of this step, flattened
+
+    def forget(self) -> None:
+        """Free the memory, keep the counts."""
+        self.histories, self._first_output = {}, []
+
+    def less_the_first(self, output: Any, *, is_first: bool) -> Any:
+        """What is kept of an output: of others than the first the difference to it, None where there is none."""
+        if not self.by_difference:
+            return output
+        leaves, structure = tree_flatten(output)
+        if is_first:
+            self._first_output = leaves
+            return output
+        if _leaf_shapes(leaves) != _leaf_shapes(self._first_output):
+            return None
+        return tree_unflatten([_added(a, b, -1.0) for a, b in zip(leaves, self._first_output, strict=True)], structure)
+
+    def with_the_first(self, served: Any, *, is_first: bool) -> Any:
+        """The opposite, for what is served."""
+        if not self.by_difference:
+            return served
+        leaves, structure = tree_flatten(served)
+        if is_first:
+            self._first_output = leaves
+            return served
+        if _leaf_shapes(leaves) != _leaf_shapes(self._first_output):
+            return None
+        pairs = zip(self._first_output, leaves, strict=True)
+        return tree_unflatten([_like(first, _added(first, leaf, 1.0)) for first, leaf in pairs], structure)
 
     def begin(self, schedule: CacheSchedule) -> None:
         """Forget the run before; follow ``schedule``."""
@@ -165,19 +221,24 @@ class ScheduleHook(Uncopied, ModelHook):
             return _Call()
         history = self.run.histories.setdefault(stream, History())
         shapes = _shapes((args, kwargs))
-        if step_index not in self.run.full:
-            sources, weights = self.schedule.serving(step_index)
-            if history.shapes == shapes and history.outputs.keys() >= set(sources):
-                self.run.skipped_evaluations += 1
-                return _Call(served=history.serve(sources, weights))
+        run, is_first = self.run, self.tracker.is_first_call
+        branch = run.first if is_first else run.others
+        if step_index not in branch.full:
+            sources, weights = branch.schedule.serving(step_index)
+            known = history.shapes == shapes and history.outputs.keys() >= set(sources)
+            served = run.with_the_first(history.serve(sources, weights), is_first=is_first) if known else None
+            if served is not None:
+                run.skipped_evaluations += 1
+                return _Call(served=served)
             self.tracker.warn_once("a call to the denoiser on a skipped step has no earlier output of its shape")
-        self.run.full_evaluations += 1
-        last_use = self.run.last_use
-        return _Call(
-            wanted=bool(last_use[step_index] > step_index),
-            shapes=shapes,
-            keep=lambda value: history.keep(step_index, value, shapes, last_use),
-        )
+        run.full_evaluations += 1
+        is_used = bool(branch.last_use[step_index] > step_index)
+
+        def keep(value: Any) -> None:
+            kept = None if value is None else run.less_the_first(value, is_first=is_first)
+            history.keep(step_index, kept if is_used else None, shapes, branch.last_use)
+
+        return _Call(wanted=is_used or (run.by_difference and is_first), shapes=shapes, keep=keep)
 
     @torch.compiler.disable
     def _after(self, call: _Call, value: Any) -> None:
@@ -210,7 +271,7 @@ class ScheduleHook(Uncopied, ModelHook):
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         if not self._is_foreign():  # nor is the end of another pipeline's run the end of this one's
-            self.run.histories = {}  # free the memory, keep the counts
+            self.run.forget()
             self.contexts.reset()
         return module
 

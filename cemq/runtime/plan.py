@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cemq.correction import Correction
-from cemq.errors import InfeasibleBudgetError, ModelError, choose
+from cemq.errors import InfeasibleBudgetError, InputError, ModelError, choose
 from cemq.prior import ErrorPrior, SamplerFingerprint
-from cemq.schedule import AUTO, SOLVERS, CacheSchedule, plan_schedule
+from cemq.schedule import AUTO, SOLVERS, CacheSchedule, plan_branches
 
 CACHES = ("output", "residual")
 
@@ -17,7 +17,8 @@ class Plan:
     """``prior`` was measured under ``sampler``; without one nothing can be planned anew. No sampler means any.
 
     ``cache`` says what skipped steps are predicted from: the denoiser's ``output``, or the ``residual`` of its blocks,
-    with the rest of the denoiser computed. Raises InputError for anything else.
+    with the rest of the denoiser computed. Raises InputError for anything else, and for a residual where the schedule
+    skips branches of guidance.
     """
 
     schedule: CacheSchedule
@@ -29,6 +30,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         choose("cache", self.cache, CACHES)
+        if self.schedule.branch_steps and self.cache != "output":
+            raise InputError(f"cache={self.cache}: branches of guidance are skipped one by one with cache=output only")
 
     def with_budget(self, budget: int | str) -> Plan:
         """The same with another schedule.
@@ -57,6 +60,7 @@ class Plan:
     ) -> Plan:
         solver = solver or (self.schedule.solver if self.schedule.solver in SOLVERS else "segment")
         predictor = self.schedule.predictor if isinstance(self.schedule.predictor, str) else AUTO
-        schedule = plan_schedule(prior, budget, solver=solver, predictor=predictor, view=self.view)
+        share = 1 - len(self.schedule.branch_steps) / len(self.schedule.full_steps)
+        schedule = plan_branches(prior, budget, share, solver=solver, predictor=predictor, view=self.view)
         correction = self.correction and self.correction.carried_over(prior, schedule)
         return replace(self, schedule=schedule, sampler=sampler, prior=prior, correction=correction)

@@ -13,7 +13,7 @@ from typing import Any
 from cemq.errors import ModelError
 from cemq.prior import SamplerFingerprint
 from cemq.runtime.plan import Plan
-from cemq.sampler import fingerprint, intercepted
+from cemq.sampler import fingerprint, intercepted, retimed
 from cemq.schedule import CacheSchedule
 
 Stream = tuple[str | None, int]
@@ -30,6 +30,7 @@ class StepTracker:
     def __init__(self, plan: Plan, on_start: Callable[[CacheSchedule], None]):
         self.plan, self.on_start = plan, on_start
         self._current = plan  # that of the latest run
+        self._timesteps: tuple[float, ...] = ()  # which it is expected to take
         self.scheduler: Any = None
         self.step_index: int | None = None
         self._calls: Counter[str | None] = Counter()
@@ -53,6 +54,11 @@ class StepTracker:
         stream = (context, self._calls[context])
         self._calls[context] += 1
         return stream
+
+    @property
+    def is_first_call(self) -> bool:
+        """Whether the call just entered is the first of its step; any after it are of other branches of guidance."""
+        return self._calls.total() == 1
 
     def agrees(self, step_index: int | None, sigma: float | None) -> bool:
         """Whether this is the step that the pipeline's cache context says it is, where it says so."""
@@ -86,6 +92,10 @@ class StepTracker:
             self._current = carried or self.plan
             self.step_index = None if carried is None else 0
         self.on_start(self._current.schedule)
+        self._timesteps = self._current.sampler.timesteps
+        correction = self._current.correction
+        if self.step_index is not None and correction is not None and correction.step_factors is not None:
+            self._timesteps = retimed(self.scheduler, correction.step_factors)
         if self.step_index is None:
             if len(found.timesteps) != len(expected.timesteps):
                 difference = (
@@ -111,10 +121,9 @@ class StepTracker:
         return original(**arguments)
 
     def _is_expected(self, timestep: Any) -> bool:
-        timesteps = self._current.sampler.timesteps
-        if timestep is None or self.step_index >= len(timesteps):
+        if timestep is None or self.step_index >= len(self._timesteps):
             return False
-        planned = timesteps[self.step_index]
+        planned = self._timesteps[self.step_index]
         found = timestep.flatten()[0] if hasattr(timestep, "flatten") else timestep  # some hand one per sample
         return abs(float(found) - planned) <= 1e-3 * max(1.0, abs(planned))
 

@@ -1,7 +1,8 @@
 """Schedules: which denoising steps run in full. NumPy only; importing this loads no torch."""
 
+from cemq.schedule.branches import plan_branches, skip_branches
 from cemq.schedule.cache_schedule import CacheSchedule
-from cemq.schedule.cem import cem_costs, solve_cem, solve_relaxed_cem
+from cemq.schedule.cem import CemRule, cem_costs, published_errors, solve_cem, solve_relaxed_cem
 from cemq.schedule.plan import (
     AUTO,
     SOLVERS,
@@ -19,6 +20,7 @@ __all__ = [
     "AUTO",
     "SOLVERS",
     "CacheSchedule",
+    "CemRule",
     "cem_costs",
     "check_budget",
     "check_predictors",
@@ -26,8 +28,11 @@ __all__ = [
     "neighbours",
     "parse_budget",
     "plan_all",
+    "plan_branches",
     "plan_schedule",
+    "published_errors",
     "segment_costs",
+    "skip_branches",
     "solve_cem",
     "solve_relaxed_cem",
     "solve_segments",

@@ -19,12 +19,17 @@ class CacheSchedule:
     """The full-compute steps of a run, in execution order; step 0, the noisiest, is always one of them.
 
     ``predictor`` serves the skipped steps: one name, or one for each full-compute step and the steps that follow it.
+
+    ``branch_steps`` are full-compute steps on which a denoiser that is called once for each branch of guidance computes
+    the first (conditional) only. What the other adds to it is predicted, from the full-compute steps with both: step 0
+    is one of them. Such a step costs half, so that ``budget`` counts two as one.
     """
 
     num_steps: int
     full_steps: tuple[int, ...]
     predictor: str | tuple[str, ...] = "taylor1"
     solver: str = "manual"
+    branch_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         steps = tuple(self.full_steps)
@@ -42,19 +47,42 @@ class CacheSchedule:
             object.__setattr__(self, "predictor", names[0] if len(set(names)) == 1 else names)
         for name in self.predictors:
             check_predictor(name)
+        object.__setattr__(self, "branch_steps", tuple(self.branch_steps))
+        if list(self.branch_steps) != sorted(set(self.branch_steps) & set(steps) - {0}):
+            raise InputError(
+                "cache schedule: steps with one branch must rise strictly and be full-compute steps after the first, "
+                f"found {self.branch_steps}"
+            )
 
     @property
     def budget(self) -> int:
-        return len(self.full_steps)
+        """What it costs, in full-compute steps with all branches; half a one counts as one."""
+        return len(self.full_steps) - len(self.branch_steps) // 2
+
+    @property
+    def key(self) -> tuple[tuple[Any, ...], ...]:
+        """What tells it from other schedules, whoever made it."""
+        return self.full_steps, self.predictors, self.branch_steps
 
     @property
     def compute_ratio(self) -> float:
-        return self.num_steps / self.budget
+        return self.num_steps / (len(self.full_steps) - len(self.branch_steps) / 2)
+
+    @cached_property
+    def between_branches(self) -> CacheSchedule:
+        """The schedule of what the other branches add to the first."""
+        kept = [index for index, step in enumerate(self.full_steps) if step not in self.branch_steps]
+        return CacheSchedule(
+            num_steps=self.num_steps,
+            full_steps=tuple(self.full_steps[index] for index in kept),
+            predictor=tuple(self.predictors[index] for index in kept),
+            solver=self.solver,
+        )
 
     @property
     def predictors(self) -> tuple[str, ...]:
         """The predictor of each full-compute step's segment."""
-        return (self.predictor,) * self.budget if isinstance(self.predictor, str) else self.predictor
+        return (self.predictor,) * len(self.full_steps) if isinstance(self.predictor, str) else self.predictor
 
     @cached_property
     def served(self) -> np.ndarray:
@@ -67,9 +95,9 @@ class CacheSchedule:
         return tuple(sources.tolist()), tuple(self.served[step_index, sources].tolist())
 
     def strip(self) -> str:
-        """One character a step: ``█`` full compute, ``·`` skipped."""
-        full = set(self.full_steps)
-        return "".join("█" if step in full else "·" for step in range(self.num_steps))
+        """One character a step: ``█`` full compute, ``▌`` the first branch only, ``·`` skipped."""
+        marks = dict.fromkeys(self.full_steps, "█") | dict.fromkeys(self.branch_steps, "▌")
+        return "".join(marks.get(step, "·") for step in range(self.num_steps))
 
     def predictor_text(self) -> str:
         """The predictor, or the run lengths of several: ``taylor1 x3, reuse x2``."""
@@ -79,18 +107,20 @@ class CacheSchedule:
         return ", ".join(f"{name} x{count}" if count > 1 else name for name, count in runs)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data; no ``branch_steps`` where there are none."""
         predictor = self.predictor if isinstance(self.predictor, str) else list(self.predictor)
         return {
             "num_steps": self.num_steps,
             "full_steps": list(self.full_steps),
             "predictor": predictor,
             "solver": self.solver,
+            **({"branch_steps": list(self.branch_steps)} if self.branch_steps else {}),
         }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CacheSchedule:
         """Raises InputError on a missing or unknown key."""
         expected = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != expected:
+        if set(fields) | {"branch_steps"} != expected:
             raise InputError(f"cache schedule: expected the keys {sorted(expected)}, found {sorted(fields)}")
         return cls(**fields)

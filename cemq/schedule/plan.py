@@ -10,7 +10,7 @@ from cemq.errors import InfeasibleBudgetError, InputError, choose
 from cemq.predict import check_predictor
 from cemq.prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
-from cemq.schedule.cem import cem_costs, solve_cem, solve_relaxed_cem
+from cemq.schedule.cem import CEM_RULES, CemRule
 from cemq.schedule.segment import SLOPES, SegmentCosts, segment_costs, solve_segments
 from cemq.schedule.threshold import threshold_steps
 
@@ -50,8 +50,8 @@ def check_budget(budget: int | str, num_steps: int, solver: str) -> int:
         InputError: No such solver.
     """
     steps = parse_budget(budget, num_steps)
-    if choose("solver", solver, SOLVERS) == "cem":
-        solve_cem(cem_costs(np.ones((num_steps, num_steps))), steps)
+    if choose("solver", solver, SOLVERS) in CEM_RULES:
+        CEM_RULES[solver].solve(np.ones((num_steps, num_steps)), steps)
     return steps
 
 
@@ -74,6 +74,7 @@ def plan_schedule(
     view: str = "combined",
     gamma: float = GAMMA,
     max_gap: int | None = None,
+    cem: CemRule | None = None,
 ) -> CacheSchedule:
     """Choose the full-compute steps with the least predicted error.
 
@@ -88,6 +89,7 @@ def plan_schedule(
         view: Which errors of the prior to minimise: ``combined``, ``cache`` or ``self``.
         gamma: Exponent on each segment's error.
         max_gap: Longest gap between full-compute steps; None allows any, thrice the mean gap beyond 64 steps.
+        cem: Weighter, gap rules and so on for ``cem`` and ``cem-relaxed``; None takes those published.
 
     Raises:
         InfeasibleBudgetError: The budget is out of range, or no path fits the gaps allowed.
@@ -99,15 +101,14 @@ def plan_schedule(
     >>> plan_schedule(prior, budget=3, predictor="reuse").full_steps
     (0, 3, 6)
     """
-    count = check_budget(budget, prior.num_steps, solver)
+    count = check_budget(budget, prior.num_steps, solver if cem is None else "segment")
+    choose("solver", solver, SOLVERS)
     check_predictors(predictor)
     single = "taylor1" if predictor == AUTO else predictor
     if solver == "segment" and count < prior.num_steps:
         return plan_all(prior, count, predictor=predictor, view=view, gamma=gamma, max_gap=max_gap)[-1]
-    if solver == "cem":
-        full_steps, _ = solve_cem(cem_costs(prior.cosine_distances(view)), count)
-    elif solver == "cem-relaxed":
-        full_steps, _ = solve_relaxed_cem(cem_costs(prior.cosine_distances(view)), count)
+    if solver in CEM_RULES:
+        full_steps = (cem or CEM_RULES[solver]).solve(prior.cosine_distances(view), count)
     elif solver == "threshold":
         full_steps = threshold_steps(prior.reuse_errors(view), count)
     else:
