@@ -253,13 +253,13 @@ def attach(
             if hook not in hooks:
                 tracker.warn_once("the pipeline's denoiser was replaced after the schedule was attached")
                 continue
-            refuse_other_caches(pipe, denoiser)
+            refuse_other_caches(denoiser)
             keep_outermost(denoiser, hook)
             hook.cache.install()
 
     tracker = (AnySamplerTracker if plan.sampler is None else StepTracker)(plan, on_start=start)
     for _, denoiser in found:
-        refuse_other_caches(pipe, denoiser)
+        refuse_other_caches(denoiser)
     try:
         for _, denoiser in found:
             cached = ResidualCache(denoiser, routes) if plan.cache == "residual" else OutputCache()
