@@ -70,8 +70,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.full = frozenset(self.schedule.full_steps)
-        steps = np.arange(self.schedule.num_steps)[:, None]
-        self.last_use = np.where(self.schedule.served != 0, steps, -1).max(0)  # of every step's output
+        self.last_use = self.schedule.last_use
 
     def begin(self, schedule: CacheSchedule) -> None:
         """Forget the run before; follow ``schedule``."""

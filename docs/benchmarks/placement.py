@@ -98,7 +98,7 @@ def memory(folder: Path, vram: int, offload: Path) -> dict[str, object]:
 
 
 def timing(folder: Path, name: str, offload: Path) -> dict[str, object]:
-    """Seconds of a fifth of the steps and of all of them, in turn; what each step moved, and what was there at a time."""
+    """Seconds of a fifth of the steps and of all, in turn; what each step moved, and how much was there at a time."""
     from cemq.bundle import read_bundle
     from cemq.runtime import schedule_hook
 
