@@ -209,6 +209,12 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     call: Call = None,
     device: Device = None,
+    vram: Annotated[
+        str | None, typer.Option(help="Device memory to stay within, e.g. 8GiB; see cemq plan-memory.")
+    ] = None,
+    offload_folder: Annotated[
+        Path | None, typer.Option(help="For weights that --vram keeps on disk; default: ~/.cache/cemq/offload.")
+    ] = None,
 ) -> None:
     """Make one picture, video or piece of audio with a bundle.
 
@@ -224,8 +230,9 @@ def generate(
     _quiet()
     condition = label if prompt is None else prompt
     workflow.generate_sample(
-        bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device, output=output
-    ).save(output)
+        bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device, vram=vram,
+        offload_folder=offload_folder, output=output,
+    ).save(output)  # fmt: skip
     print(output)
 
 
@@ -447,10 +454,13 @@ def plan_memory(
         _print_json(plan.to_dict())
         return
     print(plan.summary())
-    print(f"\n{'component':<16}{'weights':>12}{'activations':>14}")
+    print(f"\n{'component':<16}{'weights':>12}{'activations':>14}{'cached':>12}")
     for component in plan.components:
-        sizes = [format_bytes(size) for size in (component.weight_bytes, component.activation_bytes)]
-        print(f"{component.name:<16}{sizes[0]:>12}{sizes[1]:>14}")
+        sizes = [
+            format_bytes(size) if size else "-"
+            for size in (component.weight_bytes, component.activation_bytes, component.cached_bytes)
+        ]
+        print(f"{component.name:<16}{sizes[0]:>12}{sizes[1]:>14}{sizes[2]:>12}")
     width = max(len(candidate.name) for candidate in plan.estimates) + 2
     print(f"\n{'placement':<{width}}{'on device':>12}{'in host':>12}{'moved a run':>14}")
     for candidate in plan.estimates:

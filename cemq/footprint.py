@@ -30,7 +30,7 @@ from cemq.placement import (
     transformer_activation_bytes,
     vae_activation_bytes,
 )
-from cemq.schedule import parse_budget
+from cemq.schedule import CacheSchedule, parse_budget
 
 _ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -101,7 +101,7 @@ def plan_memory(
     Raises:
         PlacementError: Nothing fits; says how much the least placement needs, and for what.
         BundleError: The bundle is incomplete or damaged.
-        InputError: A size cannot be read.
+        InputError: A size cannot be read, or an argument of the call that decides one is no number.
     """
     folder = Path(bundle)
     manifest = read_bundle(folder)
@@ -118,6 +118,8 @@ def plan_memory(
         call=manifest.call | dict(call or {}),
         full_steps=full_steps,
         samples=samples,
+        cache=manifest.cache,
+        kept_steps=_most_kept(manifest.schedule, full_steps),
     )
     kind = choose("device", device.partition(":")[0], ("cuda", "cpu", "mps", "xpu", "npu"))
     return plan_placement(
@@ -138,6 +140,8 @@ def read_footprint(
     full_steps: int,
     samples: int = 1,
     stored_dtype: str | None = None,
+    cache: str = "output",
+    kept_steps: int = 0,
 ) -> tuple[ComponentMemory, ...]:
     """Bytes of every model in a pipeline folder, a bundle's or any other.
 
@@ -147,6 +151,8 @@ def read_footprint(
         full_steps: Steps of a run that are computed in full.
         samples: Pictures drawn at once.
         stored_dtype: Of what is not quantized, in the folder; None: ``dtype``.
+        cache: What is kept of a full-compute step, ``output`` or ``residual``.
+        kept_steps: The most steps of which it is kept at a time.
 
     Raises:
         ModelError: The folder is not a pipeline's.
@@ -159,6 +165,7 @@ def read_footprint(
     configs = {name: _json(folder / name / "config.json") for name in weights}
     if not set(weights) & set(DENOISERS):
         raise ModelError(f"'{folder}' holds no {' or '.join(DENOISERS)}: cemq cannot plan its memory")
+    first = next(name for name in DENOISERS if name in weights)
     picture = _picture(pipeline, configs, call, samples)
     sequence = (getattr(pipeline, "model_cpu_offload_seq", None) or "").split("->")
     excluded = getattr(pipeline, "_exclude_from_cpu_offload", ())
@@ -175,12 +182,17 @@ def read_footprint(
             whole, reduced = _unet_activations(configs[name], configs.get("vae", {}), picture, itemsize), []
         else:
             whole, reduced = _transformer_activations(role, tensors, configs, name, picture, itemsize), []
+        kept = 0
+        if name == first:  # a second denoiser (Wan 2.2) goes on with what the first one left
+            rows, (hidden, _) = _rows(role, configs, name, picture), _widths(tensors)
+            kept = kept_steps * _cached_bytes(cache, configs[name], rows=rows, hidden=hidden, itemsize=itemsize)
         found.append(
             ComponentMemory(
                 name=name,
                 role=role,
                 weight_bytes=sum(tensor.bytes for tensor in loaded),
                 activation_bytes=whole,
+                cached_bytes=kept,
                 calls=full_steps if role == "denoiser" else 1,
                 blocks=_blocks(loaded),
                 largest_leaves=_largest_leaves(loaded),
@@ -246,8 +258,10 @@ def _largest_leaves(tensors: list[Tensor]) -> tuple[int, int]:
 
 def _default(pipeline: Any, argument: str, call: Mapping[str, Any]) -> Any:
     """What the call says, else the pipeline's own default; None where neither says."""
-    if call.get(argument) is not None:
-        return call[argument]
+    if (said := call.get(argument)) is not None:
+        if not isinstance(said, (int, float)):
+            raise InputError(f"{argument}={said!r} is no number")
+        return said
     parameter = inspect.signature(pipeline.__call__).parameters.get(argument) if pipeline else None
     return parameter.default if parameter is not None and isinstance(parameter.default, (int, float)) else None
 
@@ -319,7 +333,25 @@ def _transformer_activations(
     picture: Picture,
     itemsize: int,
 ) -> int:
-    config, quantization = configs[name], configs[name].get("quantization_config") or {}
+    hidden, widest = _widths(tensors)
+    scheme = str((configs[name].get("quantization_config") or {}).get("scheme", ""))
+    quantized = [prod(t.shape) * (2 if t.dtype == "U8" else 1) for t in tensors if t.dtype in ("I8", "U8")]
+    expanded = 0  # the largest weight, as it is multiplied
+    if quantized and scheme.endswith(_MULTIPLY_IN_FLOATS):
+        expanded = max(quantized) * (5 + itemsize)
+    elif quantized and any(t.dtype == "U8" for t in tensors):
+        expanded = max(quantized)
+    return expanded + transformer_activation_bytes(
+        rows=_rows(role, configs, name, picture),
+        hidden=hidden,
+        widest=widest,
+        itemsize=itemsize,
+        integer_activations=scheme.endswith("a8"),
+    )
+
+
+def _widths(tensors: tuple[Tensor, ...]) -> tuple[int, int]:
+    """Of a token between the layers that see every token, and inside the widest of them; 0 where there are none."""
     layers = [
         tensor
         for tensor in tensors
@@ -328,26 +360,38 @@ def _transformer_activations(
         and not any(fnmatchcase(tensor.name.removesuffix(".weight"), pattern) for pattern in _FEW_ROWS)
     ]
     if not layers:
-        return 0
+        return 0, 0
     inputs = [tensor.shape[1] * (2 if tensor.dtype == "U8" else 1) for tensor in layers]
-    hidden = Counter(inputs).most_common(1)[0][0]
-    widest = max(*inputs, *(tensor.shape[0] for tensor in layers))
+    return Counter(inputs).most_common(1)[0][0], max(*inputs, *(tensor.shape[0] for tensor in layers))
+
+
+def _rows(role: Role, configs: Mapping[str, dict], name: str, picture: Picture) -> int:
+    """Tokens of everything that one forward is given."""
     tokens = picture.text_tokens
     if role == "denoiser":
-        tokens += picture.latent_frames(configs.get("vae", {})) * _picture_tokens(config, configs, picture)
-    scheme = str(quantization.get("scheme", ""))
-    quantized = [prod(t.shape) * (2 if t.dtype == "U8" else 1) for t in tensors if t.dtype in ("I8", "U8")]
-    expanded = 0  # the largest weight, as it is multiplied
-    if quantized and scheme.endswith(_MULTIPLY_IN_FLOATS):
-        expanded = max(quantized) * (5 + itemsize)
-    elif quantized and any(t.dtype == "U8" for t in tensors):
-        expanded = max(quantized)
-    return expanded + transformer_activation_bytes(
-        rows=picture.samples * picture.branches * tokens,
-        hidden=hidden,
-        widest=widest,
-        itemsize=itemsize,
-        integer_activations=scheme.endswith("a8"),
+        tokens += picture.latent_frames(configs.get("vae", {})) * _picture_tokens(configs[name], configs, picture)
+    return picture.samples * picture.branches * tokens
+
+
+def _cached_bytes(cache: str, config: Mapping[str, Any], *, rows: int, hidden: int, itemsize: int) -> int:
+    """What a cache keeps of one full-compute step: a value for each token and feature of what is cached."""
+    patch = config.get("patch_size") or 1
+    outputs = prod(patch) if isinstance(patch, (list, tuple)) else patch**2
+    features = {
+        "output": outputs * (config.get("out_channels") or config.get("in_channels") or 1),
+        "residual": hidden,
+    }
+    return rows * features[cache] * itemsize
+
+
+def _most_kept(schedule: CacheSchedule, full_steps: int) -> int:
+    """`CacheSchedule.most_kept` of another budget: as if its full-compute steps were spread evenly."""
+    if full_steps == schedule.budget:
+        return schedule.most_kept
+    spread = tuple(number * schedule.num_steps // full_steps for number in range(full_steps))
+    return max(
+        CacheSchedule(num_steps=schedule.num_steps, full_steps=spread, predictor=predictor).most_kept
+        for predictor in set(schedule.predictors)
     )
 
 

@@ -28,6 +28,7 @@ class ComponentMemory:
     Args:
         weight_bytes: Parameters and buffers.
         activation_bytes: What one forward allocates beside the weights at most; of a VAE, one decode of all samples.
+        cached_bytes: Of a denoiser, features of earlier steps; they stay on the device until the next run.
         calls: Forwards a run; of a denoiser, its full-compute evaluations.
         blocks: Weights of each block that is moved as one by block-level group offloading, in the order of execution.
         largest_leaves: The largest and second largest weights that belong to a single layer.
@@ -40,6 +41,7 @@ class ComponentMemory:
     role: Role
     weight_bytes: int
     activation_bytes: int
+    cached_bytes: int = 0
     calls: int = 1
     blocks: tuple[int, ...] = ()
     largest_leaves: tuple[int, int] = (0, 0)
@@ -181,7 +183,7 @@ def estimate(
     """
     stays = [c for c in components if _stays(c, placement)]
     moves = [c for c in components if c not in stays]
-    base = sum(c.weight_bytes for c in stays)
+    base = sum(c.weight_bytes for c in stays) + sum(c.cached_bytes for c in components)
 
     def resident(component: ComponentMemory) -> int:
         if component in stays:

@@ -235,15 +235,28 @@ def generate(
     budget: int | str | None = None,
     call: dict[str, Any] | None = None,
     device: str | None = None,
+    vram: str | int | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Any:
     """One sample from a bundle, for a prompt or a class label: a PIL image, a list of them for a video, or audio.
 
     Audio, which PIL cannot hold, comes as a `cemq.outputs.Sample`.
 
+    Args:
+        steps: Denoising steps; None takes the bundle's.
+        budget: Full-compute steps or a ratio such as ``"3x"``; None takes the bundle's.
+        call: Arguments of the pipeline, over the bundle's.
+        vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes, for this very call; see
+            `cemq.from_pretrained`.
+        offload_folder: For placements that keep weights on disk; None takes ``~/.cache/cemq/offload``.
+
     Raises:
-        CemqError: The bundle, the condition or an argument cannot be used.
+        CemqError: The bundle, the condition or an argument cannot be used, or no placement fits in ``vram``.
     """
-    sample = generate_sample(bundle, condition, seed=seed, steps=steps, budget=budget, call=call, device=device)
+    sample = generate_sample(
+        bundle, condition, seed=seed, steps=steps, budget=budget, call=call, device=device, vram=vram,
+        offload_folder=offload_folder,
+    )  # fmt: skip
     return sample if sample.kind == "audio" else sample.to_pil()
 
 
@@ -256,14 +269,18 @@ def generate_sample(
     budget: int | str | None = None,
     call: dict[str, Any] | None = None,
     device: str | None = None,
+    vram: str | int | None = None,
+    offload_folder: str | Path | None = None,
     output: Path | None = None,
 ) -> Sample:
     """`generate` as a `cemq.outputs.Sample`, which knows how to save itself; ``output`` is checked beforehand."""
     manifest = read_bundle(Path(bundle))
-    pipe = from_pretrained(bundle, device=device, budget=budget)
+    arguments = manifest.call | (call or {})
+    pipe = from_pretrained(
+        bundle, device=device, budget=budget, vram=vram, call=arguments, offload_folder=offload_folder
+    )
     if output is not None:
         check_path(output, output_kind(pipe))
-    arguments = manifest.call | (call or {})
     check_call(pipe, arguments)
     batch = Batch(conditions=check_conditions(pipe, [condition]), seeds=(seed,))
     steps = steps or manifest.num_inference_steps

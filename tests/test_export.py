@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import cemq
 from cemq import cli
 from cemq.bundle import MANIFEST, read_bundle
-from cemq.errors import BundleError, HubError, InputError
+from cemq.errors import BundleError, HubError, InputError, ModelError
 from cemq.exporting import read_schedule
 from cemq.runtime import schedule_hook
 from cemq.sampling import Batch, run
@@ -80,15 +81,36 @@ def test_the_cache_dit_mask_is_the_schedule(bundle):
     assert all(len(line) < 400 for line in text.splitlines())
 
 
-def test_cache_dit_itself_computes_these_steps(bundle, tmp_path):
+@pytest.fixture
+def cached_by_cache_dit(bundle, tmp_path):
+    """A pipeline that cache-dit runs with a bundle's schedule."""
     cache_dit = pytest.importorskip("cache_dit")
     (tmp_path / "cache.yaml").write_text(cemq.export(bundle, "cache-dit"))
     pipe = make_dit()
-    steps, computed = [], []
-    pipe.transformer.transformer_blocks[-1].register_forward_pre_hook(lambda *_: computed.append(len(steps)))
     cache_dit.enable_cache(pipe, **cache_dit.load_configs(str(tmp_path / "cache.yaml")))
-    run(pipe, BATCH, steps=8, call=SETTINGS["call"], on_step=lambda: steps.append(1))
+    yield pipe
+    cache_dit.disable_cache(pipe)  # or it would stay in the pipeline's class
+
+
+def test_cache_dit_itself_computes_these_steps(bundle, cached_by_cache_dit):
+    steps, computed = [], []
+    last = cached_by_cache_dit.transformer.transformer_blocks[-1]
+    last.register_forward_pre_hook(lambda *_: computed.append(len(steps)))
+    run(cached_by_cache_dit, BATCH, steps=8, call=SETTINGS["call"], on_step=lambda: steps.append(1))
     assert computed == full_steps(bundle)
+
+
+def test_what_cache_dit_runs_takes_no_schedule_but_its_neighbours_do(bundle, cached_by_cache_dit):
+    with pytest.raises(ModelError, match=r"cache-dit is active.*disable_cache"):
+        cemq.apply_schedule(cached_by_cache_dit, bundle)
+    beside = make_dit()
+    hook = cemq.apply_schedule(beside, bundle)
+    found = images(beside)
+    assert hook.skipped_evaluations == 4
+    sys.modules["cache_dit"].disable_cache(cached_by_cache_dit)
+    assert np.array_equal(images(beside), found)
+    cemq.apply_schedule(cached_by_cache_dit, bundle)
+    assert np.array_equal(images(cached_by_cache_dit), found)
 
 
 def test_the_command_writes_a_file_or_prints(bundle, tmp_path):

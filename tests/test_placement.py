@@ -318,6 +318,36 @@ def test_folders_that_hold_no_pipeline_are_refused(tmp_path, bundle):
         read_footprint(tmp_path, dtype="float32", call={}, full_steps=3)
 
 
+@pytest.mark.parametrize("cache", ["output", "residual"])
+def test_what_is_kept_of_earlier_steps_is_planned_for(cache, tmp_path):
+    bundle = build(tmp_path / "sd3", "sd3-digits", "none", cache=cache, predictor="taylor2")
+    pipe, found = load(bundle), []
+    pipe.set_progress_bar_config(disable=True)
+
+    def watch():
+        histories = schedule_hook(pipe).run.histories.values()
+        leaves = [t for h in histories for kept in h.outputs.values() for t in kept if torch.is_tensor(t)]
+        found.append(sum(t.numel() * t.element_size() for t in leaves))
+
+    run(pipe, PROMPT, steps=6, call={"height": 32, "width": 32}, on_step=watch)
+    planned = {
+        budget: sum(c.cached_bytes for c in cemq.plan_memory(bundle, "8GiB", budget=budget).components)
+        for budget in (2, 3, 6)
+    }
+    assert 0 < max(found) <= planned[3] <= 1.5 * max(found)  # tokens of text are counted, and may have no part in it
+    assert planned[2] * 3 == planned[3] * 2  # taylor2 looks back to three steps, if there are as many
+    assert planned[6] == 0
+
+
+def test_what_is_kept_lies_on_the_device_whatever_moves():
+    cached = dataclasses.replace(MODEL, cached_bytes=30)
+    for with_it, without in zip(
+        *(plan_placement((TEXT, model, VAE), 10**6, device="cuda").estimates for model in (cached, MODEL)), strict=True
+    ):
+        assert with_it.device_bytes == without.device_bytes + 30
+        assert with_it.moved_bytes == without.moved_bytes
+
+
 def limits(bundle):
     """A limit for each placement that a CPU can have: just what it needs."""
     plan = cemq.plan_memory(bundle, "8GiB", device="cpu")
@@ -340,6 +370,49 @@ def test_every_limit_gives_the_same_picture(bundle, tmp_path):
             assert (hook.full_evaluations, hook.skipped_evaluations) == (3, 3)
     with pytest.raises(PlacementError, match="nothing fits"):
         load(bundle, vram=min(found.values()) - 1, offload_folder=tmp_path)
+
+
+def test_one_picture_within_a_limit(bundle, tmp_path):
+    call, options = {"height": 32, "width": 32}, {"device": "cpu", "offload_folder": tmp_path / "offload"}
+    expected = np.asarray(cemq.generate(bundle, "a bold seven", call=call, device="cpu"), dtype=float)
+    least = min(limits(bundle).values())
+    found = cemq.generate(bundle, "a bold seven", call=call, vram=least, **options)
+    assert np.abs(np.asarray(found, dtype=float) - expected).max() <= 1  # of 255
+    assert any(path.suffix == ".safetensors" for path in (tmp_path / "offload").rglob("*"))
+    with pytest.raises(PlacementError, match="nothing fits") as alone:
+        cemq.generate(bundle, "a bold seven", call=call, vram=least - 1, **options)
+    with pytest.raises(PlacementError) as loaded:
+        load(bundle, vram=least - 1)
+    assert str(alone.value) == str(loaded.value)
+    with pytest.raises(PlacementError, match="nothing fits"):  # planned for what will be drawn
+        cemq.generate(bundle, "a bold seven", call={"height": 4096, "width": 4096}, vram=least, **options)
+    with pytest.raises(InputError, match="height='tall' is no number"):
+        cemq.plan_memory(bundle, "8GiB", call={"height": "tall"})
+
+
+def test_generate_takes_a_limit_on_the_command_line(bundle, tmp_path):
+    def generate(vram):
+        arguments = [
+            "generate", str(bundle), "--prompt", "a bold seven", "-o", str(tmp_path / "a.png"), "--device", "cpu",
+            "--vram", vram, "--offload-folder", str(tmp_path / "offload"),
+        ]  # fmt: skip
+        return CliRunner().invoke(cli.app, arguments)
+
+    assert generate(str(min(limits(bundle).values()))).exit_code == 0
+    assert (tmp_path / "a.png").is_file()
+    assert (tmp_path / "offload").is_dir()
+    for vram, message in (("lots", "write a size such as 8GiB"), ("1MiB", "vram=1.0 MiB: nothing fits. The least is")):
+        refused = generate(vram)
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert len(refused.stderr.strip().splitlines()) == 1
+        assert message in refused.stderr
+
+
+def test_weights_that_would_be_converted_in_memory_do_not_go_to_disk(bundle, tmp_path):
+    limit = limits(bundle)["group offload to disk, leaf level"]
+    with pytest.raises(PlacementError, match=r"torch_dtype=bfloat16 converts all of them in memory first.*own float32"):
+        load(bundle, vram=limit, torch_dtype="bfloat16", offload_folder=tmp_path)
+    assert load(bundle, vram="1GiB", torch_dtype="bfloat16").transformer.dtype == torch.bfloat16
 
 
 def test_a_class_without_group_offloading_goes_to_disk_layer_by_layer(tmp_path):

@@ -104,6 +104,21 @@ def test_taylor1_serves_a_skipped_step_from_the_two_latest_full_ones():
     assert schedule.serving(7) == ((6, 2), (1.25, -0.25))
 
 
+@pytest.mark.parametrize(
+    ("full_steps", "predictor", "most"),
+    [
+        ((0, 3, 5), "reuse", 1),
+        ((0, 3, 5), "taylor1", 2),
+        ((0, 3, 5), "taylor2", 3),
+        ((0, 1, 2, 3, 4, 5, 6, 7), "taylor2", 0),  # no step is served
+        ((0, 2, 3, 4, 5, 6, 7), "taylor1", 1),  # of step 0 alone, and only while step 1 needs it
+        ((0, 3, 5), ("reuse", "taylor1", "reuse"), 2),
+    ],
+)
+def test_a_schedule_knows_how_many_steps_are_kept_at_a_time(full_steps, predictor, most):
+    assert CacheSchedule(num_steps=8, full_steps=full_steps, predictor=predictor).most_kept == most
+
+
 def test_a_schedule_takes_a_predictor_for_each_full_step():
     schedule = CacheSchedule(num_steps=9, full_steps=(0, 2, 6), predictor=["reuse", "taylor1", "reuse"])
     assert schedule.predictors == ("reuse", "taylor1", "reuse")

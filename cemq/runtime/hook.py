@@ -64,8 +64,7 @@ class Branch:
 
     def __init__(self, schedule: CacheSchedule) -> None:
         self.schedule, self.full = schedule, frozenset(schedule.full_steps)
-        steps = np.arange(schedule.num_steps)[:, None]
-        self.last_use = np.where(schedule.served != 0, steps, -1).max(0)
+        self.last_use = schedule.last_use
 
 
 def _leaf_shapes(leaves: list[Any]) -> list[Any]:
@@ -314,13 +313,13 @@ def attach(
             if hook not in hooks:
                 tracker.warn_once("the pipeline's denoiser was replaced after the schedule was attached")
                 continue
-            refuse_other_caches(pipe, denoiser)
+            refuse_other_caches(denoiser)
             keep_outermost(denoiser, hook)
             hook.cache.install()
 
     tracker = (AnySamplerTracker if plan.sampler is None else StepTracker)(plan, on_start=start)
     for _, denoiser in found:
-        refuse_other_caches(pipe, denoiser)
+        refuse_other_caches(denoiser)
     try:
         for _, denoiser in found:
             cached = ResidualCache(denoiser, routes) if plan.cache == "residual" else OutputCache()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cemq.bundle import PRIOR, read_bundle
 from cemq.correction import make_correction
-from cemq.errors import BundleError, CemqError, choose
+from cemq.errors import BundleError, CemqError, PlacementError, choose
 from cemq.footprint import plan_memory
 from cemq.hub import find_bundle
 from cemq.models import DTYPES, check_device, default_device, open_pipeline
@@ -26,6 +27,7 @@ def from_pretrained(
     torch_dtype: Any = None,
     budget: int | str | None = None,
     vram: str | int | None = None,
+    call: Mapping[str, Any] | None = None,
     offload_folder: str | Path | None = None,
     revision: str | None = None,
     verify: bool = True,
@@ -43,6 +45,8 @@ def from_pretrained(
             schedule of its own, of the same compute ratio.
         vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: the cheapest placement that fits is
             applied, ``pipe.cemq_memory_plan`` says which. On a CPU it is the memory of weights and activations.
+        call: Arguments that the pipeline will be called with, such as height and width, over the bundle's; ``vram``
+            allows for them.
         offload_folder: For placements that keep weights on disk; None takes ``~/.cache/cemq/offload``.
         revision: Branch, tag or commit on the Hub.
         verify: Compare the checksums of all files first.
@@ -50,7 +54,8 @@ def from_pretrained(
     Raises:
         BundleError: The bundle is incomplete, damaged or of another format.
         InfeasibleBudgetError: The budget is out of range.
-        PlacementError: No placement fits in ``vram``; says how much the least one needs.
+        PlacementError: No placement fits in ``vram``, and how much the least one needs; or it would keep weights on
+            disk that ``torch_dtype`` converts in memory.
         HubError: There is no such folder, and nothing of that name can be fetched.
         InputError: Unknown dtype or device, or ``vram`` is no size.
     """
@@ -75,8 +80,13 @@ def from_pretrained(
     if vram is not None:
         free = free_host_memory()
         memory = plan_memory(
-            folder, vram, device=where.type, budget=plan.schedule.budget, dtype=dtype, host_memory=free
+            folder, vram, device=where.type, budget=plan.schedule.budget, call=call, dtype=dtype, host_memory=free
         )
+        if where.type == "cpu" and memory.chosen.placement.disk and dtype != manifest.dtype:
+            raise PlacementError(
+                f"vram={vram}: weights would lie on disk, but torch_dtype={dtype} converts all of them in memory "
+                f"first: take the bundle's own {manifest.dtype}, or allow more memory"
+            )
     offloads = memory is not None and memory.chosen.placement.unit != "nothing"
     try:
         pipe = open_pipeline(folder, dtype=dtype, device="cpu" if offloads else str(where), align=not offloads)

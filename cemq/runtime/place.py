@@ -17,8 +17,10 @@ from typing import Any
 
 import accelerate
 import torch
+from accelerate.utils import offload_weight, save_offload_index
 from diffusers.hooks import apply_group_offloading
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cemq.bundle import MANIFEST
 from cemq.errors import PlacementError
@@ -110,13 +112,38 @@ def _check_leaves(name: str, model: nn.Module, blocks: bool) -> None:
 
 def _to_disk(name: str, model: nn.Module, plan: MemoryPlan, device: torch.device, folder: Path) -> None:
     component = next(c for c in plan.components if c.name == name)
-    mapped = [tensor.data for tensor in (*model.parameters(), *model.buffers())]
     if plan.chosen.placement.hooks == "groups" or (name not in DENOISERS and component.groups):
-        _in_groups(name, model, plan, device, offload_to_disk_path=str(folder))
+        with _GivenBack():
+            _in_groups(name, model, plan, device, offload_to_disk_path=str(folder))
     else:
+        _write_weights(model, folder)
         accelerate.disk_offload(model, folder, execution_device=device)
-    for tensor in mapped:
+
+
+class _GivenBack(TorchFunctionMode):
+    """Weights leave memory one by one, as diffusers puts an empty tensor in the place of each that it has written.
+
+    All of a model's weights are views of one mapped file, which would otherwise be in memory as a whole when the last
+    one has been read.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.empty_like:
+            give_back(args[0])
+        return result
+
+
+def _write_weights(model: nn.Module, folder: Path) -> None:
+    """What `accelerate.disk_offload` would write first, one weight in memory at a time."""
+    if (folder / "index.json").is_file():
+        return
+    folder.mkdir(exist_ok=True)
+    index: dict[str, Any] = {}
+    for name, tensor in model.state_dict().items():
+        offload_weight(tensor, name, folder, index)
         give_back(tensor)
+    save_offload_index(index, folder)
 
 
 def disk_folder(bundle: Path, plan: MemoryPlan, dtype: str, root: Path | None = None) -> Path:

@@ -12,7 +12,8 @@ from cemq.errors import ModelError
 HOOK = "cemq_schedule"
 _CUSHION = "cemq_schedule_cushion"
 
-# How the hooks of diffusers' own step caches are named, and the mark that cache-dit leaves on what it changes.
+# How the hooks of diffusers' own step caches are named, and the mark that cache-dit leaves on the models it changes
+# (and on the class of their pipeline, which says nothing of the others of that class).
 _CACHE_HOOKS = ("fbc_", "mag_cache", "sea_cache", "taylorseer", "pyramid_attention", "faster_cache", "text_kv_cache")
 _CACHE_DIT_MARK = "_is_cached"
 
@@ -79,9 +80,9 @@ def keep_outermost(module: nn.Module, hook: ModelHook) -> None:
         install(module, hook)
 
 
-def refuse_other_caches(pipe: Any, denoiser: nn.Module) -> None:
+def refuse_other_caches(denoiser: nn.Module) -> None:
     """Raises ModelError if something else skips work in this denoiser: two caches would feed on each other."""
-    if getattr(pipe, _CACHE_DIT_MARK, False) or getattr(denoiser, _CACHE_DIT_MARK, False):
+    if getattr(denoiser, _CACHE_DIT_MARK, False):
         raise ModelError("cache-dit is active on this pipeline: call cache_dit.disable_cache(pipe) first")
     active = getattr(denoiser, "is_cache_enabled", False) or any(
         name.startswith(_CACHE_HOOKS)

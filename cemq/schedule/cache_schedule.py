@@ -89,6 +89,17 @@ class CacheSchedule:
         """`serving_matrix` of this schedule, (num_steps, num_steps)."""
         return serving_matrix(self.num_steps, self.full_steps, self.predictors)
 
+    @cached_property
+    def last_use(self) -> np.ndarray:
+        """The last step that is served from each step, (num_steps,); -1 for skipped steps."""
+        return np.where(self.served != 0, np.arange(self.num_steps)[:, None], -1).max(0)
+
+    @property
+    def most_kept(self) -> int:
+        """The most full-compute steps of which something is cached at a time."""
+        full = np.array(self.full_steps)
+        return max(int((self.last_use[full[full <= step]] > step).sum()) for step in full)
+
     def serving(self, step_index: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The full-compute steps a step is served from, newest first, and their weights; itself if it is full."""
         sources = np.flatnonzero(self.served[step_index])[::-1]

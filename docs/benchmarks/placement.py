@@ -1,51 +1,131 @@
 """Memory and time under ``vram=`` on a CPU: ``python docs/benchmarks/placement.py`` (Linux).
 
-Builds pipelines whose weights are larger than the limit and runs them in processes of their own. On a CPU the device's
-memory is the process's, and weights that leave it go to disk: what is measured is resident memory from /proc against
-the plan, weights moved on each step, and the time of 10 of 50 steps against 50 of 50. Writes placement.md and
-placement.json beside itself. About 10 minutes on 2 CPU cores; --quick tries it on a small model and writes nothing.
+Pipelines whose weights are larger than the limit, each run in a process of its own. On a CPU the device's memory is the
+process's: resident memory, of which the kernel keeps the high-water mark, is held against the plan, for the first load,
+which writes the files that weights rest in, and for a later one. Placements that keep weights in host memory are put on
+with the CPU as the device, where they save nothing: the weights that are there at a time are counted instead. For every
+placement: weights moved on each step, and the time of 10 of 50 steps against 50 of 50. Writes placement.md and
+placement.json beside itself, row by row. About 15 minutes on 2 CPU cores; --quick tries everything with 10 steps and
+writes nothing. (tests/test_vram.py runs the stages ``build`` and ``memory``.)
+
+No limit that the kernel enforces fits: those of a process (RLIMIT_AS, RLIMIT_DATA) count files that are mapped and
+empty tensors, neither of which is memory, and control groups want privileges.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
-SCHEMES = ("none", "w8a8")
-STEPS, BUDGET, ROUNDS = 50, 10, 2
+STEPS, ROUNDS = 50, 2
 MB = 1e6
-CALL = {"height": 32, "width": 32, "guidance_scale": 3.0}
+WIDE = {"num_attention_heads": 16, "attention_head_dim": 64}
+PIPELINES = {  # of random weights, in place of those of the built-in model: 205 and 226 MB in bfloat16
+    "sd3": {"num_layers": 3, "caption_projection_dim": 1024} | WIDE,
+    "dit": {"num_layers": 6} | WIDE,
+}
+TEXT = {"num_hidden_layers": 8, "intermediate_size": 16384}  # 34 MB
+RUNS = (("sd3", "none"), ("sd3", "w8a8"), ("dit", "w8a8"))
+STREAMS = "streams"  # which want a device that has them
 
 
-def build(folder: Path, layers: int) -> None:
-    """builtin:sd3-digits with a large transformer of random weights in place of its own."""
+# --- stages, each in a process of its own
+
+
+def build(folder: Path, model: str, scheme: str, steps: int) -> None:
+    """The bundle of a built-in model, with large models of random weights put in."""
+    import diffusers
     import torch
-    from diffusers import SD3Transformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    from cemq.models import locate, open_pipeline
-
-    torch.manual_seed(0)
-    pipe = open_pipeline(locate("builtin:sd3-digits").folder, dtype="bfloat16", device="cpu")
-    config = dict(pipe.transformer.config) | {
-        "num_layers": layers, "attention_head_dim": 64, "num_attention_heads": 16, "caption_projection_dim": 1024,
-    }  # fmt: skip
-    pipe.transformer = SD3Transformer2DModel.from_config(config).bfloat16()
-    pipe.save_pretrained(folder)
-
-
-def bundle(source: Path, target: Path, scheme: str) -> None:
     import cemq
+    from cemq.bundle import MANIFEST, seal
+    from cemq.quantize import QuantizationPlan, quantize_in_place
 
-    cemq.quantize_and_schedule(
-        str(source), target, scheme=scheme, rounding="nearest", steps=STEPS, budget=BUDGET, samples=1, solver="uniform",
-        dtype="bfloat16", call=CALL,
+    call = {"height": 32, "width": 32, "guidance_scale": 3.0} if model == "sd3" else {"guidance_scale": 3.0}
+    manifest = cemq.quantize_and_schedule(
+        f"builtin:{model}-digits", folder, scheme=scheme, rounding="nearest", steps=steps, budget=steps // 5,
+        samples=1, solver="uniform", dtype="bfloat16", call=call,
     )  # fmt: skip
+    torch.manual_seed(0)
+
+    def put_in(name: str, large: torch.nn.Module) -> None:
+        shutil.rmtree(folder / name)
+        large.save_pretrained(folder / name)
+
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    config.pop("quantization_config", None)
+    large = getattr(diffusers, config["_class_name"]).from_config(config | PIPELINES[model]).bfloat16()
+    if scheme != "none":
+        quantize_in_place(large, QuantizationPlan(scheme=scheme).config(large))
+    put_in("transformer", large)
+    if model == "sd3":
+        text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+        text.update(TEXT)
+        put_in("text_encoder", CLIPTextModelWithProjection(text).bfloat16())
+    (folder / MANIFEST).unlink()
+    seal(folder, manifest)
+
+
+def memory(folder: Path, vram: int, offload: Path) -> dict[str, object]:
+    """Peaks of loading and of one run, above the imports."""
+    warm_up()
+    with Watch() as whole:
+        with Watch() as loading:
+            pipe = load(folder, vram=vram or None, offload_folder=offload)
+        picture(pipe, folder)
+    plan = getattr(pipe, "cemq_memory_plan", None)
+    return {
+        "placement": plan.chosen.name if plan else "no vram given",
+        "planned": plan.chosen.device_bytes + plan.reserve_bytes if plan else None,
+        "loading": loading.peak,
+        "peak": max(whole.peak, loading.peak),
+        "anonymous": max(whole.anonymous, loading.anonymous),
+    }
+
+
+def timing(folder: Path, name: str, offload: Path) -> dict[str, object]:
+    """Seconds of a fifth of the steps and of all, in turn; what each step moved, and how much was there at a time."""
+    from cemq.bundle import read_bundle
+    from cemq.runtime import schedule_hook
+
+    warm_up()
+    steps = read_bundle(folder).num_inference_steps
+    few = steps // 5
+    pipes = {budget: load_placed(folder, name, budget, offload) for budget in (few, steps)}
+    moved, most = {}, 0
+    seconds: dict[int, list[float]] = {budget: [] for budget in pipes}
+    for turn in range(ROUNDS):
+        for budget in sorted(pipes, reverse=bool(turn % 2)):
+            with counted(pipes[budget]) as found:
+                seconds[budget].append(picture(pipes[budget], folder))
+            moved[budget], most = found.moved, max(most, found.most)
+    full = set(schedule_hook(pipes[few]).schedule.full_steps)
+    return {
+        "placement": name,
+        "planned_weights": planned_weights(folder, name),
+        "counted_weights": most,
+        "seconds": {"few": statistics.mean(seconds[few]), "all": statistics.mean(seconds[steps])},
+        "ratio": statistics.mean(seconds[few]) / statistics.mean(seconds[steps]),
+        "moved": {"few": sum(moved[few].values()), "all": sum(moved[steps].values())},
+        "moved_on_skipped_steps": sum(size for step, size in moved[few].items() if step not in full),
+    }
+
+
+# --- memory of this process
 
 
 def resident() -> dict[str, int]:
@@ -58,8 +138,6 @@ class Watch:
     """How far memory rises above what it is on entry."""
 
     def __enter__(self) -> Watch:
-        import gc
-
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
         self.before, self.anonymous, self.done = resident(), 0, threading.Event()
@@ -92,181 +170,263 @@ def warm_up() -> None:
     cpu.kernels()
     pipe = open_pipeline(locate("builtin:sd3-digits").folder, dtype="bfloat16", device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    run(pipe, Batch(conditions=("a",), seeds=(0,)), steps=2, call=CALL)
+    run(pipe, Batch(conditions=("a",), seeds=(0,)), steps=2, call={"height": 32, "width": 32})
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
 
 
-def picture(pipe: object) -> float:
-    from cemq.sampling import Batch, run
-
-    started = time.perf_counter()
-    run(pipe, Batch(conditions=("a bold seven",), seeds=(3,)), steps=STEPS, call=CALL)
-    return time.perf_counter() - started
+# --- pipelines in their places
 
 
-def load(folder: Path, vram: int | None, budget: int | None = None, offload: Path | None = None) -> object:
+def load(folder: Path, **options: object) -> object:
     import cemq
 
-    pipe = cemq.from_pretrained(folder, device="cpu", vram=vram, budget=budget, offload_folder=offload, verify=False)
+    pipe = cemq.from_pretrained(folder, device="cpu", verify=False, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def memory(folder: Path, vram: int, offload: Path) -> dict[str, object]:
-    """Peaks of loading and of one run, above the imports."""
-    warm_up()
-    with Watch() as whole:
-        with Watch() as loading:
-            pipe = load(folder, vram or None, offload=offload)
-        picture(pipe)
-    plan = getattr(pipe, "cemq_memory_plan", None)
+def picture(pipe: object, folder: Path) -> float:
+    """Seconds of one."""
+    from cemq.bundle import read_bundle
+    from cemq.sampling import Batch, check_conditions, run
+
+    manifest = read_bundle(folder)
+    batch = Batch(conditions=check_conditions(pipe, manifest.held_out_conditions[:1]), seeds=(3,))
+    started = time.perf_counter()
+    run(pipe, batch, steps=manifest.num_inference_steps, call=manifest.call)
+    return time.perf_counter() - started
+
+
+def placements(folder: Path) -> dict[str, object]:
+    """What can be had on a CPU or, with the CPU in its place, on an accelerator without streams; name to estimate."""
+    import cemq
+
+    plans = {device: cemq.plan_memory(folder, "1000GiB", device=device) for device in ("cpu", "cuda")}
     return {
-        "placement": plan.chosen.name if plan else "no vram given",
-        "planned": plan.chosen.device_bytes + plan.reserve_bytes if plan else None,
-        "loading": loading.peak,
-        "loading_anonymous": loading.anonymous,
-        "peak": whole.peak,
-        "anonymous": max(whole.anonymous, loading.anonymous),
+        e.name: e
+        for device, plan in plans.items()
+        for e in plan.estimates
+        if not e.obstacle and e.vae == "whole" and STREAMS not in e.name and e.placement.disk == (device == "cpu")
     }
 
 
-def timing(folder: Path, vram: int, offload: Path) -> dict[str, object]:
-    """Seconds of 10 of 50 and 50 of 50 steps, in turn; and what each step moved."""
-    from diffusers.hooks import group_offloading
+def load_placed(folder: Path, name: str, budget: int, offload: Path) -> object:
+    import accelerate
+    import torch
+    from torch import nn
+
+    import cemq
+    from cemq.runtime.place import place
+
+    chosen = placements(folder)[name]
+    if chosen.placement.disk:
+        plan = cemq.plan_memory(folder, "1000GiB", device="cpu")
+        pipe = load(folder, vram=chosen.device_bytes + plan.reserve_bytes, offload_folder=offload, budget=budget)
+        assert pipe.cemq_memory_plan.chosen.name == name
+        return pipe
+    pipe, device = load(folder, budget=budget), torch.device("cpu")
+    if chosen.name == "sequential offload":  # diffusers names the device cpu:0, which accelerate takes for another
+        for model in pipe.components.values():
+            if isinstance(model, nn.Module):
+                accelerate.cpu_offload(model, device, offload_buffers=len(model._parameters) > 0)
+        return pipe
+    plan = cemq.plan_memory(folder, "1000GiB", device="cuda")
+    place(pipe, dataclasses.replace(plan, chosen=chosen), device=device)
+    return pipe
+
+
+def planned_weights(folder: Path, name: str) -> int:
+    """The most weights on the device at a time, as the plan has them."""
+    import cemq
+    from cemq.placement import estimate
+
+    components = cemq.plan_memory(folder, "1000GiB").components
+    bare = [dataclasses.replace(c, activation_bytes=0, vae_activation_bytes=None) for c in components]
+    chosen = placements(folder)[name]
+    return estimate(bare, chosen.placement, "whole", device="cuda", host_limit=None).device_bytes
+
+
+@dataclasses.dataclass
+class Moves:
+    """Weights of the denoiser moved to the device, bytes by step, and the most weights there at a time, bytes."""
+
+    moved: Counter
+    most: int = 0
+
+
+@contextmanager
+def counted(pipe: object) -> Iterator[Moves]:
+    """Watches what diffusers' and accelerate's hooks bring to the device and take away again."""
+    from accelerate.hooks import AlignDevicesHook, CpuOffload
+    from accelerate.utils import named_module_tensors
+    from diffusers.hooks.group_offloading import ModuleGroup
+    from torch import nn
 
     from cemq.runtime import schedule_hook
 
-    warm_up()
-    pipes = {budget: load(folder, vram or None, budget=budget, offload=offload) for budget in (BUDGET, STEPS)}
-    moved: dict[int, dict[int, int]] = {budget: {} for budget in pipes}
-    watched: list[int] = []
-    onload = group_offloading.ModuleGroup.onload_
-    parts = {budget: {id(m) for m in pipe.transformer.modules()} for budget, pipe in pipes.items()}
+    found, there = Moves(Counter()), {}
+    parts = {id(module) for module in pipe.transformer.modules()}
+    own = {id(m) for c in pipe.components.values() if isinstance(c, nn.Module) for m in c.modules()}
 
-    def counted(self: object) -> object:
-        result = onload(self)
-        for budget in watched:
-            if id(self.onload_leader) in parts[budget]:
-                step = schedule_hook(pipes[budget]).tracker.step_index
-                size = sum(t.numel() * t.element_size() for t in self.key_to_tensor.values())
-                moved[budget][step] = moved[budget].get(step, 0) + size
+    def came(key: object, leader: nn.Module, tensors: object) -> None:
+        if id(leader) not in own:
+            return
+        size = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+        there[key] = size
+        found.most = max(found.most, sum(there.values()))
+        if id(leader) in parts:
+            found.moved[schedule_hook(pipe).tracker.step_index] += size
+
+    onload, offload = ModuleGroup.onload_, ModuleGroup.offload_
+    before, after, turn = AlignDevicesHook.pre_forward, AlignDevicesHook.post_forward, CpuOffload.pre_forward
+
+    def onload_(self: ModuleGroup) -> None:
+        onload(self)
+        inside = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
+        came(self, self.onload_leader, [*inside, *self.parameters, *self.buffers])
+
+    def offload_(self: ModuleGroup) -> None:
+        offload(self)
+        there.pop(self, None)
+
+    def pre_forward(self: AlignDevicesHook, module: nn.Module, *args: object, **kwargs: object) -> object:
+        result = before(self, module, *args, **kwargs)
+        if self.offload:
+            tensors = named_module_tensors(module, self.offload_buffers, self.place_submodules, True)
+            came(self, module, [tensor for _, tensor in tensors])
         return result
 
-    group_offloading.ModuleGroup.onload_ = counted
-    seconds: dict[int, list[float]] = {budget: [] for budget in pipes}
-    for turn in range(ROUNDS + 1):
-        for budget in sorted(pipes, reverse=bool(turn % 2)):
-            watched[:] = [budget] if turn == 0 else []
-            taken = picture(pipes[budget])
-            if turn:
-                seconds[budget].append(taken)
-    full = set(schedule_hook(pipes[BUDGET]).schedule.full_steps)
-    plan = getattr(pipes[BUDGET], "cemq_memory_plan", None)
-    return {
-        "placement": plan.chosen.name if plan else "no vram given",
-        "seconds": {str(budget): statistics.mean(taken) for budget, taken in seconds.items()},
-        "ratio": statistics.mean(seconds[BUDGET]) / statistics.mean(seconds[STEPS]),
-        "moved_10_of_50": sum(moved[BUDGET].values()),
-        "moved_50_of_50": sum(moved[STEPS].values()),
-        "moved_on_skipped_steps": sum(size for step, size in moved[BUDGET].items() if step not in full),
-    }
+    def post_forward(self: AlignDevicesHook, module: nn.Module, output: object) -> object:
+        there.pop(self, None)
+        return after(self, module, output)
+
+    def take_turn(self: CpuOffload, module: nn.Module, *args: object, **kwargs: object) -> object:
+        if self.prev_module_hook is not None:  # what accelerate does next, where that is on another device
+            there.pop(self.prev_module_hook.hook, None)
+        if self not in there:
+            came(self, module, [*module.parameters(), *module.buffers()])
+        return turn(self, module, *args, **kwargs)
+
+    with (
+        patch.object(ModuleGroup, "onload_", onload_),
+        patch.object(ModuleGroup, "offload_", offload_),
+        patch.object(AlignDevicesHook, "pre_forward", pre_forward),
+        patch.object(AlignDevicesHook, "post_forward", post_forward),
+        patch.object(CpuOffload, "pre_forward", take_turn),
+    ):
+        yield found
+
+
+# --- all of it
+
+
+def call(stage: str, *arguments: object) -> dict:
+    command = [sys.executable, __file__, stage, *map(str, arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{stage} {arguments}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors") if file.parent != folder)
 
 
-def call(stage: str, *arguments: object) -> dict:
-    command = [sys.executable, __file__, stage, *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main(quick: bool) -> None:
     import cemq
-    from cemq.bench.machine import describe_machine, one_line
+    from cemq.bench.machine import describe_machine
 
-    memories, timings, sizes = [], [], {}
+    content = {"machine": describe_machine(), "weights": {}, "memory": [], "time": []}
+
+    def keep(kind: str, row: dict) -> None:
+        content[kind].append(row)
+        print(row, flush=True)
+        if not quick:
+            write(content)
+
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        call("build", root / "model", 2 if quick else 4)
-        for scheme in SCHEMES:
-            folder = root / scheme
-            call("bundle", root / "model", folder, scheme)
-            sizes[scheme] = size(folder)
-            plan = cemq.plan_memory(folder, "1000GiB", device="cpu")
-            wanted = {
-                e.name: e.device_bytes + plan.reserve_bytes
-                for e in plan.estimates
-                if e.placement.disk and e.placement.hooks == "groups"
-            }
-            for vram in (0, *wanted.values()):
-                offload = root / f"offload-{scheme}-{vram}"
-                for attempt in ("first", "again")[: 2 if vram else 1]:
-                    row = {"scheme": scheme, "vram": vram, "load": attempt, **call("memory", folder, vram, offload)}
-                    memories.append(row)
-                    print(row, flush=True)
-                row = {"scheme": scheme, "vram": vram, **call("timing", folder, vram, offload)}
-                timings.append(row)
-                print(row, flush=True)
-    if quick:
-        return
-    machine = describe_machine()
-    here = Path(__file__).with_suffix("")
-    content = {"machine": machine, "weights": sizes, "memory": memories, "time": timings}
+        for model, scheme in RUNS:
+            named = {"model": model, "scheme": scheme}
+            folder, offload = Path(scratch, f"{model}-{scheme}"), Path(scratch, "offload")
+            call("build", folder, model, scheme, 10 if quick else STEPS)
+            content["weights"][folder.name] = size(folder)
+            reserve = cemq.plan_memory(folder, "1000GiB", device="cpu").reserve_bytes
+            found = placements(folder)
+            on_disk = {name: e.device_bytes + reserve for name, e in found.items() if e.placement.disk}
+            if "group offload to disk, leaf level" in on_disk:
+                on_disk.pop("sequential offload to disk", None)  # needs as much, and comes after it
+            whole = cemq.plan_memory(folder, "1000GiB", device="cpu").chosen.device_bytes + reserve
+            for vram in (whole, *on_disk.values()):
+                for attempt in ("first", "again")[: 1 if vram == whole else 2]:
+                    keep("memory", named | {"load": attempt} | call("memory", folder, vram, offload))
+            for name, e in found.items():
+                if e.placement.disk <= (name in on_disk):
+                    keep("time", named | call("timing", folder, name, offload))
+            shutil.rmtree(folder)
+
+
+def write(content: dict) -> None:
+    from cemq.bench.machine import one_line
+
+    here, machine = Path(__file__).with_suffix(""), content["machine"]
     here.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
 
-    def megabytes(bytes_: int | None) -> str:
-        return "-" if bytes_ is None else f"{bytes_ / MB:.0f}"
+    def megabytes(bytes_: int) -> str:
+        return f"{bytes_ / MB:.0f}"
 
-    shown = [
-        f"| {row['scheme']} | {row['placement']} | {row['load']} | {megabytes(row['planned'])} | "
-        f"{megabytes(row['peak'])} | {megabytes(row['anonymous'])} | {megabytes(row['loading'])} |"
-        for row in memories
+    memories = [
+        f"| {row['model']} | {row['scheme']} | {row['placement']} | {row['load']} | {megabytes(row['planned'])} | "
+        f"{megabytes(row['peak'])} | {megabytes(row['loading'])} | {megabytes(row['anonymous'])} |"
+        for row in content["memory"]
     ]
-    timed = [
-        f"| {row['scheme']} | {row['placement']} | {row['seconds'][str(STEPS)]:.1f} | "
-        f"{row['seconds'][str(BUDGET)]:.1f} | {row['ratio']:.3f} | {megabytes(row['moved_50_of_50'])} | "
-        f"{megabytes(row['moved_10_of_50'])} | {megabytes(row['moved_on_skipped_steps'])} |"
-        for row in timings
+    times = [
+        f"| {row['model']} | {row['scheme']} | {row['placement']} | {megabytes(row['planned_weights'])} | "
+        f"{megabytes(row['counted_weights'])} | {row['seconds']['all']:.1f} | {row['seconds']['few']:.1f} | "
+        f"{row['ratio']:.2f} | {megabytes(row['moved']['all'])} | {megabytes(row['moved']['few'])} | "
+        f"{megabytes(row['moved_on_skipped_steps'])} |"
+        for row in content["time"]
     ]
-    weights = ", ".join(f"{scheme} {megabytes(found)} MB" for scheme, found in sizes.items())
+    weights = ", ".join(f"{name} {megabytes(found)} MB" for name, found in content["weights"].items())
     here.with_suffix(".md").write_text(
         f"""# Memory and time under vram=
 
 {machine["date"][:10]}, {one_line(machine)}.
-Command: `python docs/benchmarks/placement.py`. `builtin:sd3-digits` with an SD3 transformer of random weights in
-bfloat16; weights: {weights}. A CPU has no memory of its own beside the host's, so weights rest on disk; **nothing
-here was taken on a GPU**.
+Command: `python docs/benchmarks/placement.py`. The built-in models with a transformer (and, of sd3, a text encoder) of random
+weights in bfloat16; weights: {weights}. A CPU has no memory of its own beside the host's; **nothing here was taken on a GPU**.
 
-Resident memory above that of the imports, in MB, each row in a process of its own that loads and draws one picture.
-`vram=` is what the plan says the placement needs. `peak` counts mapped files, `anonymous` leaves out pages that
-merely mirror
-a file and can be dropped at any time. A `first` load writes the files that a later one finds: it reads the whole bundle
-through a mapping.
+## Memory
 
-| scheme | placement | load | planned | peak | anonymous | peak of loading |
-|---|---|---|---|---|---|---|
-{chr(10).join(shown)}
+Resident memory above that of the imports, in MB, each row in a process of its own that loads and draws one picture. `vram=` is
+exactly what the plan says the placement needs. `peak` is the kernel's high-water mark (VmHWM) of loading and drawing, with mapped
+files, `loading` that of loading alone; `anonymous` leaves out pages that merely mirror a file and can be dropped at any time. A
+`first` load writes the files that a later one finds.
 
-Seconds of one picture, means of {ROUNDS} rounds taken in turn in one process; transformer weights moved, MB.
-
-| scheme | placement | 50 of 50 | {BUDGET} of 50 | ratio | moved, 50 | moved, {BUDGET} | on skipped steps |
+| model | scheme | placement | load | planned | peak | loading | anonymous |
 |---|---|---|---|---|---|---|---|
-{chr(10).join(timed)}
-"""
+{chr(10).join(memories)}
+
+## Weights and time
+
+Weights on the device at a time, planned and counted at diffusers' and accelerate's hooks, in MB; seconds of one picture, means of
+{ROUNDS} rounds taken in turn in one process; weights of the transformer that one run moved, in MB. Placements that do not go to
+disk were put on with the CPU as the device: what they move costs no time here.
+
+| model | scheme | placement | planned | counted | 50 of 50, s | 10 of 50, s | ratio | moved, 50 | moved, 10 | on skipped steps |
+|---|---|---|---|---|---|---|---|---|---|---|
+{chr(10).join(times)}
+"""  # noqa: E501
     )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["build"]:
-        build(Path(sys.argv[2]), int(sys.argv[3]))
+    stage, *arguments = [*sys.argv[1:], ""]
+    if stage == "build":
+        folder, model, scheme, steps = arguments[:4]
+        build(Path(folder), model, scheme, int(steps))
         print("{}")
-    elif sys.argv[1:2] == ["bundle"]:
-        bundle(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
-        print("{}")
-    elif sys.argv[1:2] in (["memory"], ["timing"]):
-        stage = {"memory": memory, "timing": timing}[sys.argv[1]]
-        print(json.dumps(stage(Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))))
+    elif stage == "memory":
+        print(json.dumps(memory(Path(arguments[0]), int(arguments[1]), Path(arguments[2]))))
+    elif stage == "timing":
+        print(json.dumps(timing(Path(arguments[0]), arguments[1], Path(arguments[2]))))
     else:
         main(quick="--quick" in sys.argv)
