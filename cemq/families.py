@@ -35,9 +35,16 @@ EIGHT_BIT = ("*norm*.linear*", "*adaln*", "*modulation*", "*mod.*", "*time*embed
 # Denoisers in the order they are looked for.
 DENOISERS = ("transformer", "transformer_2", "unet")
 
-# Lists of blocks among a denoiser's own children: what a cached residual stands for. Token refiners and projections are
-# lists too, and run on every step.
+# Lists of blocks among a denoiser's own children: what may be cached in place of its output. Token refiners and
+# projections are lists too, and run on every step.
 BLOCK_LISTS = ("*blocks", "layers")
+
+# Modules of a block whose outputs may be cached each by itself, as its class names them.
+ATTENTION = ("attn", "attn[0-9]", "attention", "*_attn", "*_attn[0-9]", "*_attention")
+FEED_FORWARD = ("ff", "ffn", "ff_*", "*_ff", "feed_forward", "mlp", "img_mlp", "txt_mlp")
+# In blocks that compute both side by side (FLUX's single ones) one projection joins them: its output is cached, and
+# what feeds it alone need not run.
+JOINT_OUTPUT, JOINT_INPUTS = "proj_out", ("attn", "proj_mlp", "act_mlp")
 
 # Pipeline arguments that take a picture: a call names its file, so that it can be written down.
 PICTURE_ARGUMENTS = ("image", "control_image", "mask_image", "ip_adapter_image", "last_image")

@@ -28,8 +28,8 @@ from cemq.evaluation import measure_fidelity, run_batch
 from cemq.models import denoisers, open_pipeline
 from cemq.outputs import as_array, rate_of
 from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
-from cemq.runtime import attached, detach, residual, schedule_hook
-from cemq.runtime.residual import block_stack
+from cemq.runtime import attached, detach, inner, schedule_hook
+from cemq.runtime.inner import block_stack
 from cemq.sampling import Batch, make_batches, run
 from cemq.schedule import CacheSchedule
 from cemq.trajectory import Trajectory, force, record
@@ -162,7 +162,7 @@ def output_cache(family: Family) -> None:
 
 def residual_cache(family: Family) -> None:
     """The same five; and computed, then served on the same input agrees to what rounding leaves."""
-    with patch.object(residual, "TOLERANCE", 1e-5):
+    with patch.object(inner, "TOLERANCE", 1e-5):
         caches_outputs(family.pipeline(), family, "residual")
 
 

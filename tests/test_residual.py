@@ -21,8 +21,9 @@ import cemq
 from cemq import cli
 from cemq.bundle import MANIFEST, _checksum, read_bundle
 from cemq.errors import InputError, ModelError
-from cemq.runtime import Plan, attach, attached, detach, residual_checked, schedule_hook
-from cemq.runtime.residual import ResidualCache, block_stack
+from cemq.runtime import Plan, attach, attached, cache_checked, detach, schedule_hook
+from cemq.runtime.inner import block_stack
+from cemq.runtime.residual import ResidualCache
 from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule
 
@@ -31,8 +32,8 @@ CPU = torch.device("cpu")
 PROMPTS = Batch(conditions=("a bold seven",), seeds=(3,))
 
 
-def run_dit(pipe, steps=STEPS):
-    return run(pipe, BATCH, steps=steps, call=CALL)
+def run_dit(pipe, steps=STEPS, **options):
+    return run(pipe, BATCH, steps=steps, call=CALL, **options)
 
 
 # --- in the head
@@ -142,7 +143,7 @@ class Without(nn.Module):
         ),
         (Idle, "it calls none of its blocks"),
         (Undecided, "which blocks it calls depends on what they return"),
-        (Without, "Without has no list of blocks to cache a residual of; use cache='output'"),
+        (Without, "Without has no list of blocks to cache anything of; use cache='output'"),
     ],
 )
 def test_a_model_whose_blocks_have_no_such_residual_is_refused(kind, message):
@@ -256,13 +257,10 @@ def test_what_is_around_the_blocks_runs_again_only_where_a_residual_is_taken(dit
 def test_only_residuals_that_are_still_needed_are_kept(dit):
     kept = []
     with attached(dit, plan_of(dit, cache="residual")) as hook:
-        run(
-            dit, BATCH, steps=STEPS, call=CALL,
-            on_step=lambda: kept.append([step for each in hook.run.histories.values() for step in each.outputs]),
-        )  # fmt: skip
-        (history,) = hook.run.histories.values()
-    assert kept == [[0], [0, 1], [0, 1], [0, 1], [1, 4], [1, 4]]
-    calls, residual = history.outputs[4]
+        run_dit(dit, on_step=lambda: kept.extend(dict(each.kept) for each in hook.run.histories.values()))
+    assert [list(each) for each in kept] == [[0], [0, 1], [0, 1], [1], [1, 4], []]
+    assert max(map(len, kept)) == HALF.most_kept
+    calls, residual = kept[4][4]
     assert calls == len(dit.transformer.transformer_blocks)
     assert residual.shape == (4, 16, 32)  # two samples and their guidance, tokens, width
     assert residual.dtype == torch.float32
@@ -485,8 +483,8 @@ def test_another_thread_runs_every_block_while_this_one_hands_on(dit):
     plain, found = run_dit(dit), []
 
     def meanwhile(*_):
-        current = schedule_hook(dit).cache.current
-        if current is not None and not current.blocks_run and not found:
+        current = schedule_hook(dit).cache.hooks.current
+        if current is not None and not current.computes and not found:
             thread = threading.Thread(target=lambda: found.append(run_dit(other)))
             thread.start()
             thread.join()
@@ -525,7 +523,7 @@ def test_a_refused_pipeline_is_left_as_it_was():
 
 
 def test_no_other_cache_is_known(dit):
-    with pytest.raises(InputError, match="unknown cache 'residuals': choose from output, residual; did you mean"):
+    with pytest.raises(InputError, match="unknown cache 'residuals': choose from output, residual, modules; did"):
         attach(dit, HALF, cache="residuals")
     with pytest.raises(InputError, match="unknown cache"):
         Plan(schedule=HALF, sampler=None, cache="hidden")
@@ -533,11 +531,11 @@ def test_no_other_cache_is_known(dit):
 
 def test_whether_it_can_be_cached_is_found_out_without_a_schedule(dit):
     plain = run_dit(dit)
-    with residual_checked(dit):
+    with cache_checked(dit, "residual"):
         assert np.array_equal(run_dit(dit), plain)
     assert not any("forward" in vars(module) for module in dit.transformer.modules())
     unet = FAMILIES["sd15"].pipeline()
-    with residual_checked(unet), pytest.raises(ModelError, match="use cache='output'"):
+    with cache_checked(unet, "residual"), pytest.raises(ModelError, match="use cache='output'"):
         draw(unet, FAMILIES["sd15"])
 
 
@@ -576,7 +574,7 @@ def test_a_bundle_runs_with_the_cache_it_was_planned_with(bundle):
     detach(pipe)
     with attached(pipe, plan, cache="output"):
         assert not np.array_equal(run_dit(pipe, steps=8), found)
-    assert "of the blocks' residual" in (bundle / "README.md").read_text()
+    assert "the residual of all blocks" in (bundle / "README.md").read_text()
     evaluation = cemq.evaluate(bundle, samples=2, device="cpu")
     assert evaluation.full_steps == 4
 
@@ -599,7 +597,7 @@ def test_an_export_names_the_cache_and_is_followed(bundle, tmp_path):
     assert hook.plan.cache == "residual"
     detach(pipe)
     assert cemq.apply_schedule(pipe, bundle, cache="output").plan.cache == "output"
-    assert "cemq that of all blocks" in cemq.export(bundle, "cache-dit")
+    assert "cemq the residual of all blocks" in cemq.export(bundle, "cache-dit")
     content = json.loads((tmp_path / "a.json").read_text())
     del content["cache"]  # a file of before
     (tmp_path / "a.json").write_text(json.dumps(content))
@@ -652,7 +650,7 @@ def test_the_command_line_takes_a_cache_and_shows_it(bundle, dit_folder, tmp_pat
 
 
 def test_a_misspelt_cache_in_a_recipe_is_refused():
-    with pytest.raises(InputError, match="cache='residuals' is wrong: input should be 'output' or 'residual'"):
+    with pytest.raises(InputError, match="is wrong: input should be 'output', 'residual' or 'modules'"):
         cemq.quantize_and_schedule("builtin:dit-digits", "nowhere", cache="residuals")
 
 

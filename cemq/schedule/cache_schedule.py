@@ -66,6 +66,17 @@ class CacheSchedule:
         sources = np.flatnonzero(self.served[step_index])[::-1]
         return tuple(sources.tolist()), tuple(self.served[step_index, sources].tolist())
 
+    @cached_property
+    def last_use(self) -> np.ndarray:
+        """The last step that is served from each step, itself too; shape (num_steps,), -1 for skipped steps."""
+        return np.where(self.served != 0, np.arange(self.num_steps)[:, None], -1).max(0)
+
+    @property
+    def most_kept(self) -> int:
+        """How many full-compute steps must be cached at once, at most."""
+        steps = np.arange(self.num_steps)
+        return int(((steps[:, None] <= steps) & (steps < self.last_use[:, None])).sum(0).max())
+
     def strip(self) -> str:
         """One character a step: ``█`` full compute, ``·`` skipped."""
         full = set(self.full_steps)
