@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import threading
 import warnings
@@ -23,6 +24,7 @@ from cemq.bundle import MANIFEST, _checksum, read_bundle
 from cemq.errors import InputError, ModelError
 from cemq.runtime import Plan, attach, attached, cache_checked, detach, schedule_hook
 from cemq.runtime.inner import block_stack
+from cemq.runtime.modules import find_parts
 from cemq.runtime.residual import ResidualCache
 from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule
@@ -389,17 +391,29 @@ def model_offload(pipe):
     pipe.enable_model_cpu_offload(device="cpu")
 
 
+FOUND = {"residual": block_stack, "modules": find_parts}  # what does not run on a skipped step
+both = pytest.mark.parametrize("cache", FOUND)
+
+
 @pytest.mark.parametrize("first", ["schedule", "offload"])
-@pytest.mark.parametrize("offload", [sequential, groups, leaves, model_offload])
-def test_offload_changes_nothing_and_a_skipped_step_moves_no_weight_of_a_block(offload, first, monkeypatch):
+@pytest.mark.parametrize(
+    ("cache", "offload"),
+    [
+        *itertools.product(["residual"], [sequential, groups, leaves, model_offload]),
+        *itertools.product(["modules"], [sequential, leaves, model_offload]),  # a group is a whole block and more
+    ],
+)
+def test_offload_changes_nothing_and_a_skipped_step_moves_no_weight_of_what_is_served(
+    cache, offload, first, monkeypatch
+):
     from diffusers.hooks import group_offloading
 
     pipe = make_flux()
     expected_from = make_flux()
-    with attached(expected_from, SCHEDULE, cache="residual"):
+    with attached(expected_from, SCHEDULE, cache=cache):
         expected = run(expected_from, PROMPTS, steps=STEPS, call=FLUX_CALL)
     moved = []
-    insides = {id(module) for block in block_stack(pipe.transformer) for module in block.modules()}
+    insides = {id(module) for found in FOUND[cache](pipe.transformer) for module in found.modules()}
     onload, place = group_offloading.ModuleGroup.onload_, accelerate.hooks.AlignDevicesHook.pre_forward
 
     def note(module):
@@ -418,9 +432,7 @@ def test_offload_changes_nothing_and_a_skipped_step_moves_no_weight_of_a_block(o
 
     monkeypatch.setattr(group_offloading.ModuleGroup, "onload_", onload_)
     monkeypatch.setattr(accelerate.hooks.AlignDevicesHook, "pre_forward", pre_forward)
-    for do in (lambda: attach(pipe, SCHEDULE, cache="residual"), lambda: offload(pipe))[
-        :: 1 if first == "schedule" else -1
-    ]:
+    for do in (lambda: attach(pipe, SCHEDULE, cache=cache), lambda: offload(pipe))[:: 1 if first == "schedule" else -1]:
         do()
     for _ in range(2):
         moved.clear()
@@ -432,9 +444,10 @@ SCHEDULE = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4), predictor="taylo
 
 
 @pytest.mark.parametrize("regional", [True, False])
-@pytest.mark.parametrize("first", ["schedule", "compile"])
-def test_compiled_blocks_are_skipped_all_the_same(dit, first, regional):
-    plan = plan_of(dit, cache="residual")
+@pytest.mark.parametrize("first", ["schedule", "compile", "a compiled run"])
+@both
+def test_compiled_blocks_are_skipped_all_the_same(dit, cache, first, regional):
+    plan = plan_of(dit, cache=cache)
     dit.transformer._repeated_blocks = ["BasicTransformerBlock"]
     with attached(dit, plan):
         expected = run_dit(dit)
@@ -444,6 +457,8 @@ def test_compiled_blocks_are_skipped_all_the_same(dit, first, regional):
             dit.transformer.compile_repeated_blocks(backend="eager")
         else:
             dit.transformer = torch.compile(dit.transformer, backend="eager")
+        if first == "a compiled run":
+            run_dit(dit)
 
     torch._dynamo.reset()
     for do in (lambda: attach(dit, plan), compiled)[:: 1 if first == "schedule" else -1]:
@@ -454,22 +469,25 @@ def test_compiled_blocks_are_skipped_all_the_same(dit, first, regional):
     torch._dynamo.reset()
 
 
-def test_a_block_that_is_replaced_is_skipped_from_the_next_run_on(dit):
+@both
+def test_a_block_that_is_replaced_is_skipped_from_the_next_run_on(dit, cache):
     old = dit.transformer.transformer_blocks[1]
-    with counted_forwards(dit) as calls, attached(dit, plan_of(dit, cache="residual")):
+    with counted_forwards(dit, FOUND[cache]) as calls, attached(dit, plan_of(dit, cache=cache)):
         expected = run_dit(dit)
         dit.transformer.transformer_blocks[1] = make_dit().transformer.transformer_blocks[1]
+        each = len(calls) // 2
         calls.clear()
         assert np.array_equal(run_dit(dit), expected)
-        assert len(calls) == HALF.budget  # of the first block, the new one is not counted
+        assert len(calls) == each  # of the first block, the new one is not counted
         assert "forward" not in vars(old)
 
 
-def test_another_pipeline_on_the_same_denoiser_runs_every_block(dit):
+@both
+def test_another_pipeline_on_the_same_denoiser_runs_every_block(dit, cache):
     other = DiTPipeline(transformer=dit.transformer, vae=dit.vae, scheduler=copy.deepcopy(dit.scheduler))
     other.set_progress_bar_config(disable=True)
     plain = run_dit(dit)
-    with attached(dit, plan_of(dit, cache="residual")):
+    with attached(dit, plan_of(dit, cache=cache)):
         found = run_dit(dit)
         with pytest.warns(UserWarning, match="another pipeline uses the denoiser"):
             assert np.array_equal(run_dit(other), plain)
@@ -477,7 +495,8 @@ def test_another_pipeline_on_the_same_denoiser_runs_every_block(dit):
 
 
 @pytest.mark.filterwarnings("ignore:cemq. another pipeline")
-def test_another_thread_runs_every_block_while_this_one_hands_on(dit):
+@both
+def test_another_thread_runs_every_block_while_this_one_is_served(dit, cache):
     other = DiTPipeline(transformer=dit.transformer, vae=dit.vae, scheduler=copy.deepcopy(dit.scheduler))
     other.set_progress_bar_config(disable=True)
     plain, found = run_dit(dit), []
@@ -489,7 +508,7 @@ def test_another_thread_runs_every_block_while_this_one_hands_on(dit):
             thread.start()
             thread.join()
 
-    with attached(dit, plan_of(dit, cache="residual")):
+    with attached(dit, plan_of(dit, cache=cache)):
         dit.transformer.pos_embed.register_forward_pre_hook(meanwhile)
         first, second = run_dit(dit), run_dit(dit)
     assert np.array_equal(found[0], plain)
@@ -497,15 +516,17 @@ def test_another_thread_runs_every_block_while_this_one_hands_on(dit):
     assert not np.array_equal(first, plain)
 
 
-def test_inference_mode_changes_nothing(dit):
-    with attached(dit, plan_of(dit, cache="residual")):
+@both
+def test_inference_mode_changes_nothing(dit, cache):
+    with attached(dit, plan_of(dit, cache=cache)):
         expected = run_dit(dit)
         with torch.inference_mode():
             assert np.array_equal(run_dit(dit), expected)
 
 
-def test_a_block_with_a_schedule_is_not_copied(dit):
-    with attached(dit, plan_of(dit, cache="residual")), pytest.raises(ModelError, match="detach"):
+@both
+def test_a_block_with_a_schedule_is_not_copied(dit, cache):
+    with attached(dit, plan_of(dit, cache=cache)), pytest.raises(ModelError, match="detach"):
         copy.deepcopy(dit.transformer.transformer_blocks[0])
 
 
@@ -529,13 +550,14 @@ def test_no_other_cache_is_known(dit):
         Plan(schedule=HALF, sampler=None, cache="hidden")
 
 
-def test_whether_it_can_be_cached_is_found_out_without_a_schedule(dit):
+@both
+def test_whether_it_can_be_cached_is_found_out_without_a_schedule(dit, cache):
     plain = run_dit(dit)
-    with cache_checked(dit, "residual"):
+    with cache_checked(dit, cache):
         assert np.array_equal(run_dit(dit), plain)
     assert not any("forward" in vars(module) for module in dit.transformer.modules())
     unet = FAMILIES["sd15"].pipeline()
-    with cache_checked(unet, "residual"), pytest.raises(ModelError, match="use cache='output'"):
+    with pytest.raises(ModelError, match="use cache='output'"), cache_checked(unet, cache):
         draw(unet, FAMILIES["sd15"])
 
 

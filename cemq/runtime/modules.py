@@ -127,6 +127,8 @@ class ModuleCache:
             return forward(), None
         recorded = _Pass(computes=True)
         output = self.hooks.run(forward, recorded)
+        if not recorded.outputs:
+            self._refuse("it calls none of them")
         if shapes not in self._checked:
             again = self.serve(forward, self._as_prediction(recorded))
             self._check(output, again)

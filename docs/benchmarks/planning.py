@@ -50,7 +50,7 @@ from cemq.schedule import CacheSchedule, neighbours, plan_all, plan_schedule, se
 
 MODELS = ("dit-digits", "sd3-digits")
 SCHEMES = ("w8a8", "w4a8")
-CACHES = ("output", "residual")
+CACHES = ("output", "residual", "modules")
 BUDGETS = (25, 15, 10, 7)
 STEPS = (20, 28, 100)
 PARTS = ("ranking", "cells", "caches", "ablation", "auto", "steps", "solver")
