@@ -455,10 +455,11 @@ def plan_memory(
         _print_json(plan.to_dict())
         return
     print(plan.summary())
-    print(f"\n{'component':<16}{'weights':>12}{'activations':>14}")
+    print(f"\n{'component':<16}{'weights':>12}{'activations':>14}{'cached':>12}")
     for component in plan.components:
+        kept = format_bytes(component.cached_bytes) if component.cached_bytes else "-"
         sizes = [format_bytes(size) for size in (component.weight_bytes, component.activation_bytes)]
-        print(f"{component.name:<16}{sizes[0]:>12}{sizes[1]:>14}")
+        print(f"{component.name:<16}{sizes[0]:>12}{sizes[1]:>14}{kept:>12}")
     width = max(len(candidate.name) for candidate in plan.estimates) + 2
     print(f"\n{'placement':<{width}}{'on device':>12}{'in host':>12}{'moved a run':>14}")
     for candidate in plan.estimates:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
 # Sensitive and small: what turns latents and conditions into tokens, and tokens back into latents.
 FULL_PRECISION = (
     "proj_out",
@@ -42,9 +45,10 @@ BLOCK_LISTS = ("*blocks", "layers")
 # Modules of a block whose outputs may be cached each by itself, as its class names them.
 ATTENTION = ("attn", "attn[0-9]", "attention", "*_attn", "*_attn[0-9]", "*_attention")
 FEED_FORWARD = ("ff", "ffn", "ff_*", "*_ff", "feed_forward", "mlp", "img_mlp", "txt_mlp")
-# In blocks that compute both side by side (FLUX's single ones) one projection joins them: its output is cached, and
-# what feeds it alone need not run.
-JOINT_OUTPUT, JOINT_INPUTS = "proj_out", ("attn", "proj_mlp", "act_mlp")
+# Blocks with both of these compute the two side by side and join them in the latter (FLUX's single ones): its output is
+# cached, and what feeds it alone need not run.
+JOINT = ("proj_mlp", "proj_out")
+JOINT_INPUTS = ("attn", "proj_mlp", "act_mlp")
 
 # Pipeline arguments that take a picture: a call names its file, so that it can be written down.
 PICTURE_ARGUMENTS = ("image", "control_image", "mask_image", "ip_adapter_image", "last_image")
@@ -64,3 +68,11 @@ DEFAULT_FRAME_RATE = 16
 def full_precision_patterns(denoiser_class: str) -> tuple[str, ...]:
     """Patterns of the layers that stay in full precision by default, for a denoiser's class name."""
     return FULL_PRECISION + FAMILY_FULL_PRECISION.get(denoiser_class, ())
+
+
+def cached_modules(children: Iterable[str]) -> tuple[str, ...]:
+    """Which of a block's children, by name, are attention or feed-forward modules whose output may be cached."""
+    names = tuple(children)
+    if set(JOINT) <= set(names):
+        return JOINT[1:]
+    return tuple(name for name in names if any(fnmatchcase(name, each) for each in (*ATTENTION, *FEED_FORWARD)))

@@ -19,7 +19,7 @@ from typing import Any
 
 from cemq.bundle import read_bundle
 from cemq.errors import BundleError, InputError, ModelError, choose
-from cemq.families import DENOISERS, EIGHT_BIT
+from cemq.families import BLOCK_LISTS, DENOISERS, EIGHT_BIT, cached_modules
 from cemq.placement import (
     GIB,
     ComponentMemory,
@@ -118,6 +118,8 @@ def plan_memory(
         call=manifest.call | dict(call or {}),
         full_steps=full_steps,
         samples=samples,
+        cache=manifest.cache,
+        most_kept=manifest.schedule.most_kept,
     )
     kind = choose("device", device.partition(":")[0], ("cuda", "cpu", "mps", "xpu", "npu"))
     return plan_placement(
@@ -138,6 +140,8 @@ def read_footprint(
     full_steps: int,
     samples: int = 1,
     stored_dtype: str | None = None,
+    cache: str = "output",
+    most_kept: int = 0,
 ) -> tuple[ComponentMemory, ...]:
     """Bytes of every model in a pipeline folder, a bundle's or any other.
 
@@ -147,6 +151,8 @@ def read_footprint(
         full_steps: Steps of a run that are computed in full.
         samples: Pictures drawn at once.
         stored_dtype: Of what is not quantized, in the folder; None: ``dtype``.
+        cache: What is cached of a denoiser's full-compute steps; see `cemq.runtime.Plan`.
+        most_kept: Of how many steps at once.
 
     Raises:
         ModelError: The folder is not a pipeline's.
@@ -175,12 +181,14 @@ def read_footprint(
             whole, reduced = _unet_activations(configs[name], configs.get("vae", {}), picture, itemsize), []
         else:
             whole, reduced = _transformer_activations(role, tensors, configs, name, picture, itemsize), []
+        cached = most_kept * _cached_tensors(cache, loaded) if role == "denoiser" else 0
         found.append(
             ComponentMemory(
                 name=name,
                 role=role,
                 weight_bytes=sum(tensor.bytes for tensor in loaded),
                 activation_bytes=whole,
+                cached_bytes=cached and cached * _rows(role, configs, name, picture) * _widths(tensors)[0] * itemsize,
                 calls=full_steps if role == "denoiser" else 1,
                 blocks=_blocks(loaded),
                 largest_leaves=_largest_leaves(loaded),
@@ -236,6 +244,22 @@ def _blocks(tensors: list[Tensor]) -> tuple[int, ...]:
     return tuple(size for _, size in sorted(sizes.items()))
 
 
+def _cached_tensors(cache: str, tensors: list[Tensor]) -> int:
+    """How many tensors as large as the stream between two blocks are cached of a full-compute step; an output is small.
+
+    Text and picture may have modules of their own: those of the text, which is shorter, are counted as if it were not.
+    """
+    if cache == "output":
+        return 0
+    blocks: dict[tuple[str, str], set[str]] = {}
+    for tensor in tensors:
+        parts = tensor.name.split(".")
+        if len(parts) > 3 and parts[1].isdigit() and any(fnmatchcase(parts[0], pattern) for pattern in BLOCK_LISTS):
+            child = parts[3] if parts[2] == "block" else parts[2]  # HiDream wraps its blocks
+            blocks.setdefault((parts[0], parts[1]), set()).add(child)
+    return 1 if cache == "residual" else sum(len(cached_modules(children)) for children in blocks.values())
+
+
 def _largest_leaves(tensors: list[Tensor]) -> tuple[int, int]:
     sizes: Counter[str] = Counter()
     for tensor in tensors:
@@ -260,10 +284,11 @@ def _picture(pipeline: Any, configs: Mapping[str, dict], call: Mapping[str, Any]
     size = native * _vae_scale(configs.get("vae", {})) if native else _DEFAULT_SIZE
     texts = [config for name, config in configs.items() if "text_encoder" in name]
     longest = [config.get("max_position_embeddings") or _TEXT_TOKENS + 1 for config in texts]
-    if longest and max(longest) <= _TEXT_TOKENS:  # CLIP's: they cannot take more
+    sequence = _default(pipeline, "max_sequence_length", call)
+    if longest and max(longest) <= _TEXT_TOKENS and sequence is None:  # CLIP's: they cannot take more
         tokens = max(longest)
-    else:
-        tokens = int(_default(pipeline, "max_sequence_length", call) or _TEXT_TOKENS) + _CLIP_TOKENS
+    else:  # SD3 pads its CLIP tokens with as many empty ones if it has no T5
+        tokens = int(sequence or _TEXT_TOKENS) + min([_CLIP_TOKENS, *longest])
     guided = (_default(pipeline, "guidance_scale", call) or 0) > 1 and not denoiser.get("guidance_embeds")
     guided = guided or (_default(pipeline, "true_cfg_scale", call) or 0) > 1
     return Picture(
@@ -319,22 +344,10 @@ def _transformer_activations(
     picture: Picture,
     itemsize: int,
 ) -> int:
-    config, quantization = configs[name], configs[name].get("quantization_config") or {}
-    layers = [
-        tensor
-        for tensor in tensors
-        if len(tensor.shape) in (2, 3)
-        and tensor.name.endswith(".weight")
-        and not any(fnmatchcase(tensor.name.removesuffix(".weight"), pattern) for pattern in _FEW_ROWS)
-    ]
-    if not layers:
+    quantization = configs[name].get("quantization_config") or {}
+    hidden, widest = _widths(tensors)
+    if not hidden:
         return 0
-    inputs = [tensor.shape[1] * (2 if tensor.dtype == "U8" else 1) for tensor in layers]
-    hidden = Counter(inputs).most_common(1)[0][0]
-    widest = max(*inputs, *(tensor.shape[0] for tensor in layers))
-    tokens = picture.text_tokens
-    if role == "denoiser":
-        tokens += picture.latent_frames(configs.get("vae", {})) * _picture_tokens(config, configs, picture)
     scheme = str(quantization.get("scheme", ""))
     quantized = [prod(t.shape) * (2 if t.dtype == "U8" else 1) for t in tensors if t.dtype in ("I8", "U8")]
     expanded = 0  # the largest weight, as it is multiplied
@@ -343,12 +356,35 @@ def _transformer_activations(
     elif quantized and any(t.dtype == "U8" for t in tensors):
         expanded = max(quantized)
     return expanded + transformer_activation_bytes(
-        rows=picture.samples * picture.branches * tokens,
+        rows=_rows(role, configs, name, picture),
         hidden=hidden,
         widest=widest,
         itemsize=itemsize,
         integer_activations=scheme.endswith("a8"),
     )
+
+
+def _widths(tensors: tuple[Tensor, ...]) -> tuple[int, int]:
+    """Of a transformer's stream of tokens, and of the widest layer that sees it; zeros if none does."""
+    layers = [
+        tensor
+        for tensor in tensors
+        if len(tensor.shape) in (2, 3)
+        and tensor.name.endswith(".weight")
+        and not any(fnmatchcase(tensor.name.removesuffix(".weight"), pattern) for pattern in _FEW_ROWS)
+    ]
+    if not layers:
+        return 0, 0
+    inputs = [tensor.shape[1] * (2 if tensor.dtype == "U8" else 1) for tensor in layers]
+    return Counter(inputs).most_common(1)[0][0], max(*inputs, *(tensor.shape[0] for tensor in layers))
+
+
+def _rows(role: Role, configs: Mapping[str, dict], name: str, picture: Picture) -> int:
+    """Tokens of all samples and branches of guidance."""
+    tokens = picture.text_tokens
+    if role == "denoiser":
+        tokens += picture.latent_frames(configs.get("vae", {})) * _picture_tokens(configs[name], configs, picture)
+    return picture.samples * picture.branches * tokens
 
 
 def _picture_tokens(config: Mapping[str, Any], configs: Mapping[str, dict], picture: Picture) -> int:

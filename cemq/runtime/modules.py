@@ -9,7 +9,6 @@ and final layers. With ``reuse`` this is FORA (arXiv:2407.01425, section 3), wit
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from cemq.errors import ModelError
-from cemq.families import ATTENTION, FEED_FORWARD, JOINT_INPUTS, JOINT_OUTPUT
+from cemq.families import JOINT, JOINT_INPUTS, cached_modules
 from cemq.runtime.history import Weighted, copied, summed
 from cemq.runtime.inner import Arguments, Forward, InnerHooks, StrayError, block_stack, check_served
 
@@ -85,14 +84,9 @@ def _parts_of(block: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
     children = dict(block.named_children())
     if len(children) == 1:  # HiDream wraps its blocks
         return _parts_of(*children.values())
-    if children.keys() >= {JOINT_OUTPUT, *JOINT_INPUTS}:
-        return {name: (children[name], name == JOINT_OUTPUT) for name in (*JOINT_INPUTS, JOINT_OUTPUT)}
-    patterns = (*ATTENTION, *FEED_FORWARD)
-    return {
-        name: (child, True)
-        for name, child in children.items()
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
+    kept = cached_modules(children)
+    fed = JOINT_INPUTS if kept == JOINT[1:] else ()
+    return {name: (child, name in kept) for name, child in children.items() if name in (*kept, *fed)}
 
 
 class ModuleCache:
