@@ -10,10 +10,13 @@ from test_residual import PROMPTS, run_dit
 from test_runtime import BATCH, CALL, EVERY, HALF, STEPS, plan_of
 from tiny_pipelines import FAMILIES
 from torch import nn
+from typer.testing import CliRunner
 
+import cemq
+from cemq import cli
 from cemq.errors import ModelError
 from cemq.placement import format_bytes
-from cemq.runtime import attach, attached, cache_checked
+from cemq.runtime import attach, attached, cache_checked, schedule_hook
 from cemq.runtime.history import Weighted, summed
 from cemq.runtime.modules import ModuleCache, Part, find_parts
 from cemq.sampling import Batch, run
@@ -181,7 +184,7 @@ def test_a_prediction_is_summed_leaf_by_leaf_in_the_newest_dtype():
 
 PARTS = {
     "dit": ["attn1", "ff"],
-    "flux": ["attn", "ff", "ff_context", "attn", "proj_mlp", "act_mlp", "proj_out"],
+    "flux": ["attn", "ff", "ff_context", "proj_mlp", "act_mlp", "proj_out", "attn"],
     "hidream": ["attn1", "ff_i", "ff_t", "attn1", "ff_i"],
     "lumina2": ["attn", "feed_forward"],
     "qwenimage": ["attn", "img_mlp", "txt_mlp"],
@@ -366,3 +369,40 @@ def test_twice_the_samples_take_twice_the_bytes(dit):
 )
 def test_a_schedule_knows_how_many_steps_it_keeps(full_steps, predictor, most):
     assert CacheSchedule(num_steps=6, full_steps=tuple(full_steps), predictor=predictor).most_kept == most
+
+
+# --- bundles
+
+
+def test_a_build_says_what_it_takes_before_long_work_and_the_bundle_keeps_the_cache(dit_folder, tmp_path):
+    (tmp_path / "labels.txt").write_text("1\n2\n")
+    arguments = [
+        "quantize-and-schedule", str(dit_folder), "--cache", "modules", "--steps", "6", "--budget", "3", "--solver",
+        "uniform", "--effort", "quick", "--samples", "2", "--calib", str(tmp_path / "labels.txt"), "-o",
+        str(tmp_path / "out"),
+    ]  # fmt: skip
+    made = CliRunner().invoke(cli.app, arguments)
+    assert made.exit_code == 0, made.output
+    pipe = cemq.from_pretrained(tmp_path / "out", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    step_bytes = len(pipe.transformer.transformer_blocks) * 2 * 2 * 16 * 32 * 4  # of one sample and its guidance
+    said = made.stderr.index(f"the cache keeps {format_bytes(step_bytes)} a sample (")
+    assert said < made.stderr.index("planning, ")
+    assert schedule_hook(pipe).plan.cache == "modules"
+    run_dit(pipe, steps=6)
+    assert (schedule_hook(pipe).full_evaluations, schedule_hook(pipe).skipped_evaluations) == (3, 3)
+    assert "attention and feed-forward modules" in (tmp_path / "out" / "README.md").read_text()
+    assert "attention and feed-forward modules" in cemq.export(tmp_path / "out", "cache-dit")
+    assert "cache       modules" in CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "out")]).stdout
+
+
+def test_a_unet_is_refused_before_any_work(tmp_path):
+    family, stages = FAMILIES["sd15"], []
+    family.pipeline().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    with pytest.raises(ModelError, match="DownBlock2D has no attention or feed-forward module"):
+        cemq.quantize_and_schedule(
+            str(tmp_path / "pipeline"), tmp_path / "out", calib=str(tmp_path / "prompts.txt"), cache="modules",
+            steps=8, budget=4, samples=2, call=family.call, progress=lambda stage, share: stages.append(stage),
+        )  # fmt: skip
+    assert not stages

@@ -35,7 +35,6 @@ class Run:
     histories: dict[Stream, History] = field(default_factory=dict)
     full_evaluations: int = 0
     skipped_evaluations: int = 0
-
     memory: str = ""  # what was said last of the bytes that are cached
 
     def __post_init__(self) -> None:

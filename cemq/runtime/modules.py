@@ -32,9 +32,9 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class _Zeros:
-    """A tensor of zeros that takes no memory."""
+    """Zeros in the shape of an output that is not kept; they take no memory, and stay out of sums."""
 
-    like: torch.Tensor
+    values: torch.Tensor
 
     @classmethod
     def shaped_as(cls, leaf: Any) -> Any:
@@ -59,7 +59,7 @@ class _Pass:
         if part != position:
             raise StrayError
         self.served += 1
-        return tree_map(lambda leaf: leaf.like if isinstance(leaf, _Zeros) else leaf, output)
+        return tree_map(lambda leaf: leaf.values if isinstance(leaf, _Zeros) else leaf, output)
 
 
 def find_parts(denoiser: nn.Module) -> dict[nn.Module, Part]:

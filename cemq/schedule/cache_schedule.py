@@ -68,7 +68,7 @@ class CacheSchedule:
 
     @cached_property
     def last_use(self) -> np.ndarray:
-        """The last step that is served from each step, itself too; shape (num_steps,), -1 for skipped steps."""
+        """The last step that each step serves, at least itself; shape (num_steps,), -1 for skipped steps."""
         return np.where(self.served != 0, np.arange(self.num_steps)[:, None], -1).max(0)
 
     @property
