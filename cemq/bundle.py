@@ -25,6 +25,11 @@ MANIFEST = "cemq.json"
 PRIOR = "prior.safetensors"
 EVIDENCE = "evidence.json"
 CARD = "README.md"
+CACHED = {  # what skipped steps are predicted from, in words
+    "output": "the model's output",
+    "residual": "the residual of all blocks",
+    "modules": "the outputs of attention and feed-forward modules",
+}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -226,7 +231,7 @@ pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
 | PSNR to full precision, same seeds | {fidelity["psnr_db"]:.1f} dB over {fidelity["samples"]} samples |
 | SSIM | {fidelity["ssim"]:.4f} |
 | relative L2 of the final latent | {fidelity["relative_l2"]:.4f} |
-| predictor | {schedule.predictor_text()}, of the {"output" if manifest.cache == "output" else "blocks' residual"} |
+| predictor | {schedule.predictor_text()}, of {CACHED[manifest.cache]} |
 | correction | {manifest.correction or "none"} |
 | sampler | {manifest.sampler.scheduler}, {schedule.num_steps} steps |
 """

@@ -81,7 +81,10 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    console = Console(stderr=True)
+    notes, logger = logging.Handler(), logging.getLogger("cemq.workflow")  # what a build says beside its progress
+    notes.emit = lambda record: console.print(record.getMessage(), soft_wrap=True, highlight=False)
+    with Progress(*columns, console=console) as bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, share: float) -> None:
@@ -89,7 +92,12 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
                 tasks[stage] = bars.add_task(stage, total=1.0)
             bars.update(tasks[stage], completed=share)
 
-        yield report
+        logger.setLevel(logging.INFO)
+        logger.addHandler(notes)
+        try:
+            yield report
+        finally:
+            logger.removeHandler(notes)
 
 
 def _call_arguments(pairs: list[str] | None) -> dict[str, Any]:
@@ -152,7 +160,7 @@ def quantize_and_schedule(
     prior: Annotated[str | None, typer.Option(help="combined, cache or self [combined].")] = None,
     cache: Annotated[
         str | None,
-        typer.Option(help="Predict skipped steps from the output, or from the blocks' residual [output]."),
+        typer.Option(help="Predict skipped steps from: output, residual (of the blocks) or modules [output]."),
     ] = None,
     calib: Annotated[str | None, typer.Option(help="Text file, one prompt or class label a line.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples to profile on [16].")] = None,

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cemq.bundle import MANIFEST, read_bundle
+from cemq.bundle import CACHED, MANIFEST, read_bundle
 from cemq.errors import InputError, choose
 from cemq.prior import SamplerFingerprint
 from cemq.schedule import CacheSchedule
@@ -109,7 +109,7 @@ def _cache_dit(schedule: CacheSchedule, made_for: dict[str, Any], cache: str) ->
 # cache_dit.enable_cache(pipe, **cache_dit.load_configs("this-file.yaml"))
 #
 # The steps are the same, the way skipped ones are served is not: cache-dit always runs the first block and extrapolates
-# the residual of the others, cemq {"the output of the whole model" if cache == "output" else "that of all blocks"}. Fidelity measured with cemq does not carry over.
+# the residual of the others, cemq {CACHED[cache]}. Fidelity measured with cemq does not carry over.
 # The mask holds for {made_for["num_inference_steps"]} inference steps under the sampler it was planned for; cache-dit checks neither.
 {branches if schedule.branch_steps else ""}cache_config:
   num_inference_steps: {schedule.num_steps}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
 # Sensitive and small: what turns latents and conditions into tokens, and tokens back into latents.
 FULL_PRECISION = (
     "proj_out",
@@ -35,9 +38,17 @@ EIGHT_BIT = ("*norm*.linear*", "*adaln*", "*modulation*", "*mod.*", "*time*embed
 # Denoisers in the order they are looked for.
 DENOISERS = ("transformer", "transformer_2", "unet")
 
-# Lists of blocks among a denoiser's own children: what a cached residual stands for. Token refiners and projections are
-# lists too, and run on every step.
+# Lists of blocks among a denoiser's own children: what may be cached in place of its output. Token refiners and
+# projections are lists too, and run on every step.
 BLOCK_LISTS = ("*blocks", "layers")
+
+# Modules of a block whose outputs may be cached each by itself, as its class names them.
+ATTENTION = ("attn", "attn[0-9]", "attention", "*_attn", "*_attn[0-9]", "*_attention")
+FEED_FORWARD = ("ff", "ffn", "ff_*", "*_ff", "feed_forward", "mlp", "img_mlp", "txt_mlp")
+# Blocks with both of these compute the two side by side and join them in the latter (FLUX's single ones): its output is
+# cached, and what feeds it alone need not run.
+JOINT = ("proj_mlp", "proj_out")
+JOINT_INPUTS = ("attn", "proj_mlp", "act_mlp")
 
 # Pipeline arguments that take a picture: a call names its file, so that it can be written down.
 PICTURE_ARGUMENTS = ("image", "control_image", "mask_image", "ip_adapter_image", "last_image")
@@ -57,3 +68,11 @@ DEFAULT_FRAME_RATE = 16
 def full_precision_patterns(denoiser_class: str) -> tuple[str, ...]:
     """Patterns of the layers that stay in full precision by default, for a denoiser's class name."""
     return FULL_PRECISION + FAMILY_FULL_PRECISION.get(denoiser_class, ())
+
+
+def cached_modules(children: Iterable[str]) -> tuple[str, ...]:
+    """Which of a block's children, by name, are attention or feed-forward modules whose output may be cached."""
+    names = tuple(children)
+    if set(JOINT) <= set(names):
+        return JOINT[1:]
+    return tuple(name for name in names if any(fnmatchcase(name, each) for each in (*ATTENTION, *FEED_FORWARD)))

@@ -19,7 +19,7 @@ from typing import Any
 
 from cemq.bundle import read_bundle
 from cemq.errors import BundleError, InputError, ModelError, choose
-from cemq.families import DENOISERS, EIGHT_BIT
+from cemq.families import BLOCK_LISTS, DENOISERS, EIGHT_BIT, cached_modules
 from cemq.placement import (
     GIB,
     ComponentMemory,
@@ -151,7 +151,7 @@ def read_footprint(
         full_steps: Steps of a run that are computed in full.
         samples: Pictures drawn at once.
         stored_dtype: Of what is not quantized, in the folder; None: ``dtype``.
-        cache: What is kept of a full-compute step, ``output`` or ``residual``.
+        cache: What is kept of a full-compute step; see `cemq.runtime.Plan`.
         kept_steps: The most steps of which it is kept at a time.
 
     Raises:
@@ -184,8 +184,10 @@ def read_footprint(
             whole, reduced = _transformer_activations(role, tensors, configs, name, picture, itemsize), []
         kept = 0
         if name == first:  # a second denoiser (Wan 2.2) goes on with what the first one left
-            rows, (hidden, _) = _rows(role, configs, name, picture), _widths(tensors)
-            kept = kept_steps * _cached_bytes(cache, configs[name], rows=rows, hidden=hidden, itemsize=itemsize)
+            features = _output_features(configs[name]) if cache == "output" else _widths(tensors)[0]
+            kept = (
+                kept_steps * _cached_tensors(cache, loaded) * features * _rows(role, configs, name, picture) * itemsize
+            )
         found.append(
             ComponentMemory(
                 name=name,
@@ -248,6 +250,40 @@ def _blocks(tensors: list[Tensor]) -> tuple[int, ...]:
     return tuple(size for _, size in sorted(sizes.items()))
 
 
+def _cached_tensors(cache: str, tensors: list[Tensor]) -> int:
+    """How many tensors with a row for each token are cached of a full-compute step.
+
+    Text and picture may have modules of their own: those of the text, which is shorter, are counted as if it were not.
+    """
+    if cache != "modules":
+        return 1
+    blocks: dict[tuple[str, str], set[str]] = {}
+    for tensor in tensors:
+        parts = tensor.name.split(".")
+        if len(parts) > 3 and parts[1].isdigit() and any(fnmatchcase(parts[0], pattern) for pattern in BLOCK_LISTS):
+            child = parts[3] if parts[2] == "block" else parts[2]  # HiDream wraps its blocks
+            blocks.setdefault((parts[0], parts[1]), set()).add(child)
+    return sum(len(cached_modules(children)) for children in blocks.values())
+
+
+def _output_features(config: Mapping[str, Any]) -> int:
+    """Values of the denoiser's output for each of its tokens."""
+    patch = config.get("patch_size") or 1
+    size = prod(patch) if isinstance(patch, (list, tuple)) else patch**2
+    return size * (config.get("out_channels") or config.get("in_channels") or 1)
+
+
+def _most_kept(schedule: CacheSchedule, full_steps: int) -> int:
+    """`CacheSchedule.most_kept` of another budget: as if its full-compute steps were spread evenly."""
+    if full_steps == schedule.budget:
+        return schedule.most_kept
+    spread = tuple(number * schedule.num_steps // full_steps for number in range(full_steps))
+    return max(
+        CacheSchedule(num_steps=schedule.num_steps, full_steps=spread, predictor=predictor).most_kept
+        for predictor in set(schedule.predictors)
+    )
+
+
 def _largest_leaves(tensors: list[Tensor]) -> tuple[int, int]:
     sizes: Counter[str] = Counter()
     for tensor in tensors:
@@ -274,10 +310,11 @@ def _picture(pipeline: Any, configs: Mapping[str, dict], call: Mapping[str, Any]
     size = native * _vae_scale(configs.get("vae", {})) if native else _DEFAULT_SIZE
     texts = [config for name, config in configs.items() if "text_encoder" in name]
     longest = [config.get("max_position_embeddings") or _TEXT_TOKENS + 1 for config in texts]
-    if longest and max(longest) <= _TEXT_TOKENS:  # CLIP's: they cannot take more
+    sequence = _default(pipeline, "max_sequence_length", call)
+    if longest and max(longest) <= _TEXT_TOKENS and sequence is None:  # CLIP's: they cannot take more
         tokens = max(longest)
-    else:
-        tokens = int(_default(pipeline, "max_sequence_length", call) or _TEXT_TOKENS) + _CLIP_TOKENS
+    else:  # SD3 pads its CLIP tokens with as many empty ones if it has no T5
+        tokens = int(sequence or _TEXT_TOKENS) + min([_CLIP_TOKENS, *longest])
     guided = (_default(pipeline, "guidance_scale", call) or 0) > 1 and not denoiser.get("guidance_embeds")
     guided = guided or (_default(pipeline, "true_cfg_scale", call) or 0) > 1
     return Picture(
@@ -334,6 +371,8 @@ def _transformer_activations(
     itemsize: int,
 ) -> int:
     hidden, widest = _widths(tensors)
+    if not hidden:
+        return 0
     scheme = str((configs[name].get("quantization_config") or {}).get("scheme", ""))
     quantized = [prod(t.shape) * (2 if t.dtype == "U8" else 1) for t in tensors if t.dtype in ("I8", "U8")]
     expanded = 0  # the largest weight, as it is multiplied
@@ -351,7 +390,7 @@ def _transformer_activations(
 
 
 def _widths(tensors: tuple[Tensor, ...]) -> tuple[int, int]:
-    """Of a token between the layers that see every token, and inside the widest of them; 0 where there are none."""
+    """Of a transformer's stream of tokens, and of the widest layer that sees it; zeros if none does."""
     layers = [
         tensor
         for tensor in tensors
@@ -366,33 +405,11 @@ def _widths(tensors: tuple[Tensor, ...]) -> tuple[int, int]:
 
 
 def _rows(role: Role, configs: Mapping[str, dict], name: str, picture: Picture) -> int:
-    """Tokens of everything that one forward is given."""
+    """Tokens of all samples and branches of guidance."""
     tokens = picture.text_tokens
     if role == "denoiser":
         tokens += picture.latent_frames(configs.get("vae", {})) * _picture_tokens(configs[name], configs, picture)
     return picture.samples * picture.branches * tokens
-
-
-def _cached_bytes(cache: str, config: Mapping[str, Any], *, rows: int, hidden: int, itemsize: int) -> int:
-    """What a cache keeps of one full-compute step: a value for each token and feature of what is cached."""
-    patch = config.get("patch_size") or 1
-    outputs = prod(patch) if isinstance(patch, (list, tuple)) else patch**2
-    features = {
-        "output": outputs * (config.get("out_channels") or config.get("in_channels") or 1),
-        "residual": hidden,
-    }
-    return rows * features[cache] * itemsize
-
-
-def _most_kept(schedule: CacheSchedule, full_steps: int) -> int:
-    """`CacheSchedule.most_kept` of another budget: as if its full-compute steps were spread evenly."""
-    if full_steps == schedule.budget:
-        return schedule.most_kept
-    spread = tuple(number * schedule.num_steps // full_steps for number in range(full_steps))
-    return max(
-        CacheSchedule(num_steps=schedule.num_steps, full_steps=spread, predictor=predictor).most_kept
-        for predictor in set(schedule.predictors)
-    )
 
 
 def _picture_tokens(config: Mapping[str, Any], configs: Mapping[str, dict], picture: Picture) -> int:

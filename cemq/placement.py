@@ -28,7 +28,7 @@ class ComponentMemory:
     Args:
         weight_bytes: Parameters and buffers.
         activation_bytes: What one forward allocates beside the weights at most; of a VAE, one decode of all samples.
-        cached_bytes: Of a denoiser, features of earlier steps; they stay on the device until the next run.
+        cached_bytes: Of a denoiser, what its step cache holds beside that at most, until the last step.
         calls: Forwards a run; of a denoiser, its full-compute evaluations.
         blocks: Weights of each block that is moved as one by block-level group offloading, in the order of execution.
         largest_leaves: The largest and second largest weights that belong to a single layer.
@@ -51,7 +51,7 @@ class ComponentMemory:
 
     def activations(self, vae: Vae) -> int:
         if self.vae_activation_bytes is None or vae == "whole":
-            return self.activation_bytes
+            return self.activation_bytes + self.cached_bytes
         return self.vae_activation_bytes[VAE_MODES.index(vae) - 1]
 
     def resident(self, unit: str, streams: bool) -> int:

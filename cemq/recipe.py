@@ -31,7 +31,7 @@ class Recipe(BaseModel):
     correction: str = "auto"
     effort: str = "normal"
     prior: str = "combined"
-    cache: Literal["output", "residual"] = "output"  # what skipped steps are predicted from; see docs/caching.md
+    cache: Literal["output", "residual", "modules"] = "output"  # what skipped steps are predicted from
     calib: str | None = None  # a file beside the recipe, in calib_data/, or anywhere
     samples: int = Field(default=16, ge=1)
     batch_size: int = Field(default=4, ge=1)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -21,13 +22,14 @@ from cemq.errors import InputError, ModelError, choose
 from cemq.evaluation import measure_fidelity, run_batch
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
 from cemq.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
+from cemq.placement import format_bytes
 from cemq.planning import EFFORTS, check_planning, plan
 from cemq.prior import VIEWS
 from cemq.processes import ALONE, Processes
 from cemq.profiling import profile, record_references
 from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
-from cemq.runtime import Plan, attached, from_pretrained, residual_checked
+from cemq.runtime import Plan, attached, cache_checked, from_pretrained
 from cemq.sampling import (
     Batch,
     Progress,
@@ -138,8 +140,10 @@ def quantize_and_schedule(
             )
             for index, conditions in enumerate((profiled, held_out, held_out[turned:] + held_out[:turned]))
         )
-        if settled.cache == "residual":
-            _check_residual(pipe, batches[0], steps, settled.call)
+        if settled.cache != "output":
+            said = _check_cache(pipe, batches[0], steps, settled)
+            if processes.is_main:
+                logging.getLogger("cemq.workflow").info(said)
 
         # Every process quantizes, from all calls: as long a wait as for one that does, and nothing to send afterwards.
         recorded: list[dict[str, Any]] = []
@@ -319,15 +323,24 @@ class _EnoughError(Exception):
     """A run was only to begin."""
 
 
-def _check_residual(pipe: Any, batch: Batch, steps: int, call: dict[str, Any]) -> None:
-    """One step, before hours of work: raises ModelError if this pipeline's residual cannot be cached."""
+def _check_cache(pipe: Any, batch: Batch, steps: int, plan: Recipe) -> str:
+    """One step of one sample, before hours of work; returns how much memory the cache takes, in words.
+
+    Raises:
+        ModelError: This pipeline cannot be cached so.
+    """
 
     def stop() -> None:
         raise _EnoughError
 
     one = Batch(conditions=batch.conditions[:1], seeds=batch.seeds[:1])
-    with suppress(_EnoughError), residual_checked(pipe):
-        run(pipe, one, steps=steps, call=call, on_step=stop)
+    with cache_checked(pipe, plan.cache) as memory, suppress(_EnoughError):
+        run(pipe, one, steps=steps, call=plan.call, on_step=stop)
+    return (
+        f"the cache keeps {format_bytes(memory.step_bytes)} a sample ({memory.contents}) of every full-compute step "
+        f"that is looked back to: one with reuse, two with taylor1, three with taylor2; {plan.batch_size} samples are "
+        "drawn at once"
+    )
 
 
 def _stride(steps: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from cemq.evaluation import measure_fidelity, run_batch
 from cemq.models import denoisers, open_pipeline
 from cemq.outputs import as_array, rate_of
 from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
-from cemq.runtime import attached, detach, residual, schedule_hook
-from cemq.runtime.residual import block_stack
+from cemq.runtime import attached, detach, inner, schedule_hook
+from cemq.runtime.inner import block_stack
+from cemq.runtime.modules import find_parts
 from cemq.sampling import Batch, make_batches, run
 from cemq.schedule import CacheSchedule
 from cemq.trajectory import Trajectory, force, record
@@ -91,39 +92,45 @@ def counted_blocks(pipe: Any) -> Iterator[list[int]]:
 
 
 @contextmanager
-def counted_forwards(pipe: Any) -> Iterator[list[int]]:
-    """Grows by one whenever a block of the stack runs; with a residual each is called on every step, to hand on.
+def counted_forwards(pipe: Any, find: Callable[[nn.Module], Iterable[nn.Module]] = block_stack) -> Iterator[list[int]]:
+    """Grows by one whenever a module that ``find`` finds in a denoiser runs; served ones are called all the same.
 
     To be entered before a schedule is attached.
     """
     calls: list[int] = []
-    blocks = [block for _, denoiser in denoisers(pipe) for block in block_stack(denoiser)]
+    found = {module for _, denoiser in denoisers(pipe) for module in find(denoiser)}
 
     def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
-        def run_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if block in blocks:  # ControlNets and refiners have others of the same class
+        def run_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module in found:  # ControlNets and refiners have others of the same class
                 calls.append(1)
-            return forward(block, *args, **kwargs)
+            return forward(module, *args, **kwargs)
 
-        return run_block
+        return run_module
 
     with ExitStack() as patches:
-        for kind in set(map(type, blocks)):
+        for kind in set(map(type, found)):
             patches.enter_context(patch.object(kind, "forward", counting(kind.forward)))
         yield calls
 
 
+COUNTED = {
+    "output": counted_blocks,
+    "residual": counted_forwards,
+    "modules": functools.partial(counted_forwards, find=find_parts),
+}
+
+
 def caches_outputs(pipe: Any, family: Family, cache: str = "output") -> None:
     """The five promises of a cache, on a pipeline quantized or not."""
-    counted_calls = counted_forwards if cache == "residual" else counted_blocks
     plain, trajectory = plain_run(pipe, family)
     assert np.isfinite(plain).all()
     with attached(pipe, every_step(trajectory), trajectory.sampler, cache=cache) as hook:
         assert np.array_equal(draw(pipe, family), plain), "the full budget changes the output"
         evaluations = hook.full_evaluations
     schedule = few_steps(trajectory)
-    with counted_calls(pipe) as blocks:
+    with COUNTED[cache](pipe) as blocks:
         draw(pipe, family)
         in_full = len(blocks)
         blocks.clear()
@@ -162,8 +169,14 @@ def output_cache(family: Family) -> None:
 
 def residual_cache(family: Family) -> None:
     """The same five; and computed, then served on the same input agrees to what rounding leaves."""
-    with patch.object(residual, "TOLERANCE", 1e-5):
+    with patch.object(inner, "TOLERANCE", 1e-5):
         caches_outputs(family.pipeline(), family, "residual")
+
+
+def module_cache(family: Family) -> None:
+    """The same five; and computed, then served on the same input agrees bit for bit."""
+    with patch.object(inner, "TOLERANCE", 0.0):
+        caches_outputs(family.pipeline(), family, "modules")
 
 
 def w8a8(family: Family) -> None:
@@ -308,6 +321,7 @@ def compiled(family: Family) -> None:
 CHECKS: dict[str, Callable[[Family], str | None]] = {
     "output cache": output_cache,
     "residual cache": residual_cache,
+    "module cache": module_cache,
     "W8A8": w8a8,
     "W4A8": w4a8,
     "bundle": bundle,

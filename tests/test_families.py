@@ -26,6 +26,8 @@ pytestmark = pytest.mark.filterwarnings(
 REFUSED = {
     ("sd15", "residual cache"): "DownBlock2D returns a shape that it is not given",
     ("sdxl", "residual cache"): "DownBlock2D returns a shape that it is not given",
+    ("sd15", "module cache"): "DownBlock2D has no attention or feed-forward module that cemq knows by name",
+    ("sdxl", "module cache"): "DownBlock2D has no attention or feed-forward module that cemq knows by name",
 }
 
 
@@ -39,6 +41,7 @@ def cells(column, quick):
     [
         *cells("output cache", FAMILIES),
         *cells("residual cache", FAMILIES),
+        *cells("module cache", FAMILIES),
         *cells("W8A8", FAMILIES),
         *cells("W4A8", FEW),
         *cells("bundle", FAMILIES),

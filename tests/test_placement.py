@@ -20,6 +20,7 @@ from cemq.bench.architectures import ARCHITECTURES
 from cemq.bench.random_models import empty_model
 from cemq.errors import BundleError, InputError, ModelError, PlacementError
 from cemq.footprint import read_footprint
+from cemq.models import locate, open_pipeline
 from cemq.placement import (
     ComponentMemory,
     estimate,
@@ -28,9 +29,11 @@ from cemq.placement import (
     transformer_activation_bytes,
     vae_activation_bytes,
 )
-from cemq.runtime import schedule_hook
+from cemq.recipe import load_recipe
+from cemq.runtime import attached, schedule_hook
 from cemq.runtime.place import place
-from cemq.sampling import Batch, run
+from cemq.sampling import Batch, check_conditions, run
+from cemq.schedule import CacheSchedule
 
 CPU = torch.device("cpu")
 TEXT = ComponentMemory(name="text_encoder", role="other", weight_bytes=500, activation_bytes=10, largest_leaves=(90, 5))
@@ -304,6 +307,35 @@ def test_a_larger_picture_needs_more(bundle):
     assert activations(call={"guidance_scale": 1.0})["denoiser"] < small["denoiser"]
 
 
+@pytest.mark.parametrize("cache", ["residual", "modules"])
+@pytest.mark.parametrize("name", ["dit-digits", "sd3-digits"])
+def test_what_is_cached_is_estimated_from_the_files(name, cache):
+    folder, call = locate(f"builtin:{name}").folder, load_recipe(name).call
+    pipe, found = open_pipeline(folder, dtype="float32", device="cpu"), []
+    pipe.set_progress_bar_config(disable=True)
+    schedule = CacheSchedule(num_steps=4, full_steps=(0, 1), predictor="taylor1")
+    batch = Batch(conditions=check_conditions(pipe, ["seven", "one"]), seeds=(0, 1))
+    with attached(pipe, schedule, cache=cache) as hook:
+        run(pipe, batch, steps=4, call=call, on_step=lambda: found.append(hook.cached_bytes))
+    estimated = [
+        sum(c.cached_bytes for c in read_footprint(
+            folder, dtype="float32", call=call, full_steps=2, samples=2, cache=each, most_kept=schedule.most_kept
+        ))
+        for each in ("output", cache)
+    ]  # fmt: skip
+    assert estimated[0] == 0
+    assert max(found) <= estimated[1] <= (1 if name == "dit-digits" else 1.6) * max(found)
+
+
+def test_a_cache_is_on_the_device_while_the_denoiser_runs():
+    cached = dataclasses.replace(MODEL, cached_bytes=1000)
+    with_cache, without = (
+        plan_placement((TEXT, model, VAE), 10_000, device="cuda").chosen.device_bytes for model in (cached, MODEL)
+    )
+    assert with_cache - (TEXT.weight_bytes + MODEL.weight_bytes + VAE.weight_bytes) == 100 + 1000
+    assert without == 1550 + VAE.activation_bytes
+
+
 def test_folders_that_hold_no_pipeline_are_refused(tmp_path, bundle):
     with pytest.raises(BundleError, match="is not a cemq bundle"):
         cemq.plan_memory(tmp_path, "8GiB")
@@ -326,7 +358,7 @@ def test_what_is_kept_of_earlier_steps_is_planned_for(cache, tmp_path):
 
     def watch():
         histories = schedule_hook(pipe).run.histories.values()
-        leaves = [t for h in histories for kept in h.outputs.values() for t in kept if torch.is_tensor(t)]
+        leaves = [t for h in histories for kept in h.kept.values() for t in kept if torch.is_tensor(t)]
         found.append(sum(t.numel() * t.element_size() for t in leaves))
 
     run(pipe, PROMPT, steps=6, call={"height": 32, "width": 32}, on_step=watch)

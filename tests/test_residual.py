@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import threading
 import warnings
@@ -21,8 +22,10 @@ import cemq
 from cemq import cli
 from cemq.bundle import MANIFEST, _checksum, read_bundle
 from cemq.errors import InputError, ModelError
-from cemq.runtime import Plan, attach, attached, detach, residual_checked, schedule_hook
-from cemq.runtime.residual import ResidualCache, block_stack
+from cemq.runtime import Plan, attach, attached, cache_checked, detach, schedule_hook
+from cemq.runtime.inner import block_stack
+from cemq.runtime.modules import find_parts
+from cemq.runtime.residual import ResidualCache
 from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule
 
@@ -31,8 +34,8 @@ CPU = torch.device("cpu")
 PROMPTS = Batch(conditions=("a bold seven",), seeds=(3,))
 
 
-def run_dit(pipe, steps=STEPS):
-    return run(pipe, BATCH, steps=steps, call=CALL)
+def run_dit(pipe, steps=STEPS, **options):
+    return run(pipe, BATCH, steps=steps, call=CALL, **options)
 
 
 # --- in the head
@@ -142,7 +145,7 @@ class Without(nn.Module):
         ),
         (Idle, "it calls none of its blocks"),
         (Undecided, "which blocks it calls depends on what they return"),
-        (Without, "Without has no list of blocks to cache a residual of; use cache='output'"),
+        (Without, "Without has no list of blocks to cache anything of; use cache='output'"),
     ],
 )
 def test_a_model_whose_blocks_have_no_such_residual_is_refused(kind, message):
@@ -256,13 +259,10 @@ def test_what_is_around_the_blocks_runs_again_only_where_a_residual_is_taken(dit
 def test_only_residuals_that_are_still_needed_are_kept(dit):
     kept = []
     with attached(dit, plan_of(dit, cache="residual")) as hook:
-        run(
-            dit, BATCH, steps=STEPS, call=CALL,
-            on_step=lambda: kept.append([step for each in hook.run.histories.values() for step in each.outputs]),
-        )  # fmt: skip
-        (history,) = hook.run.histories.values()
-    assert kept == [[0], [0, 1], [0, 1], [0, 1], [1, 4], [1, 4]]
-    calls, residual = history.outputs[4]
+        run_dit(dit, on_step=lambda: kept.extend(dict(each.kept) for each in hook.run.histories.values()))
+    assert [list(each) for each in kept] == [[0], [0, 1], [0, 1], [1], [1, 4], []]
+    assert max(map(len, kept)) == HALF.most_kept
+    calls, residual = kept[4][4]
     assert calls == len(dit.transformer.transformer_blocks)
     assert residual.shape == (4, 16, 32)  # two samples and their guidance, tokens, width
     assert residual.dtype == torch.float32
@@ -391,17 +391,29 @@ def model_offload(pipe):
     pipe.enable_model_cpu_offload(device="cpu")
 
 
+FOUND = {"residual": block_stack, "modules": find_parts}  # what does not run on a skipped step
+both = pytest.mark.parametrize("cache", FOUND)
+
+
 @pytest.mark.parametrize("first", ["schedule", "offload"])
-@pytest.mark.parametrize("offload", [sequential, groups, leaves, model_offload])
-def test_offload_changes_nothing_and_a_skipped_step_moves_no_weight_of_a_block(offload, first, monkeypatch):
+@pytest.mark.parametrize(
+    ("cache", "offload"),
+    [
+        *itertools.product(["residual"], [sequential, groups, leaves, model_offload]),
+        *itertools.product(["modules"], [sequential, leaves, model_offload]),  # a group is a whole block and more
+    ],
+)
+def test_offload_changes_nothing_and_a_skipped_step_moves_no_weight_of_what_is_served(
+    cache, offload, first, monkeypatch
+):
     from diffusers.hooks import group_offloading
 
     pipe = make_flux()
     expected_from = make_flux()
-    with attached(expected_from, SCHEDULE, cache="residual"):
+    with attached(expected_from, SCHEDULE, cache=cache):
         expected = run(expected_from, PROMPTS, steps=STEPS, call=FLUX_CALL)
     moved = []
-    insides = {id(module) for block in block_stack(pipe.transformer) for module in block.modules()}
+    insides = {id(module) for found in FOUND[cache](pipe.transformer) for module in found.modules()}
     onload, place = group_offloading.ModuleGroup.onload_, accelerate.hooks.AlignDevicesHook.pre_forward
 
     def note(module):
@@ -420,9 +432,7 @@ def test_offload_changes_nothing_and_a_skipped_step_moves_no_weight_of_a_block(o
 
     monkeypatch.setattr(group_offloading.ModuleGroup, "onload_", onload_)
     monkeypatch.setattr(accelerate.hooks.AlignDevicesHook, "pre_forward", pre_forward)
-    for do in (lambda: attach(pipe, SCHEDULE, cache="residual"), lambda: offload(pipe))[
-        :: 1 if first == "schedule" else -1
-    ]:
+    for do in (lambda: attach(pipe, SCHEDULE, cache=cache), lambda: offload(pipe))[:: 1 if first == "schedule" else -1]:
         do()
     for _ in range(2):
         moved.clear()
@@ -434,9 +444,10 @@ SCHEDULE = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4), predictor="taylo
 
 
 @pytest.mark.parametrize("regional", [True, False])
-@pytest.mark.parametrize("first", ["schedule", "compile"])
-def test_compiled_blocks_are_skipped_all_the_same(dit, first, regional):
-    plan = plan_of(dit, cache="residual")
+@pytest.mark.parametrize("first", ["schedule", "compile", "a compiled run"])
+@both
+def test_compiled_blocks_are_skipped_all_the_same(dit, cache, first, regional):
+    plan = plan_of(dit, cache=cache)
     dit.transformer._repeated_blocks = ["BasicTransformerBlock"]
     with attached(dit, plan):
         expected = run_dit(dit)
@@ -446,6 +457,8 @@ def test_compiled_blocks_are_skipped_all_the_same(dit, first, regional):
             dit.transformer.compile_repeated_blocks(backend="eager")
         else:
             dit.transformer = torch.compile(dit.transformer, backend="eager")
+        if first == "a compiled run":
+            run_dit(dit)
 
     torch._dynamo.reset()
     for do in (lambda: attach(dit, plan), compiled)[:: 1 if first == "schedule" else -1]:
@@ -456,22 +469,25 @@ def test_compiled_blocks_are_skipped_all_the_same(dit, first, regional):
     torch._dynamo.reset()
 
 
-def test_a_block_that_is_replaced_is_skipped_from_the_next_run_on(dit):
+@both
+def test_a_block_that_is_replaced_is_skipped_from_the_next_run_on(dit, cache):
     old = dit.transformer.transformer_blocks[1]
-    with counted_forwards(dit) as calls, attached(dit, plan_of(dit, cache="residual")):
+    with counted_forwards(dit, FOUND[cache]) as calls, attached(dit, plan_of(dit, cache=cache)):
         expected = run_dit(dit)
         dit.transformer.transformer_blocks[1] = make_dit().transformer.transformer_blocks[1]
+        each = len(calls) // 2
         calls.clear()
         assert np.array_equal(run_dit(dit), expected)
-        assert len(calls) == HALF.budget  # of the first block, the new one is not counted
+        assert len(calls) == each  # of the first block, the new one is not counted
         assert "forward" not in vars(old)
 
 
-def test_another_pipeline_on_the_same_denoiser_runs_every_block(dit):
+@both
+def test_another_pipeline_on_the_same_denoiser_runs_every_block(dit, cache):
     other = DiTPipeline(transformer=dit.transformer, vae=dit.vae, scheduler=copy.deepcopy(dit.scheduler))
     other.set_progress_bar_config(disable=True)
     plain = run_dit(dit)
-    with attached(dit, plan_of(dit, cache="residual")):
+    with attached(dit, plan_of(dit, cache=cache)):
         found = run_dit(dit)
         with pytest.warns(UserWarning, match="another pipeline uses the denoiser"):
             assert np.array_equal(run_dit(other), plain)
@@ -479,19 +495,20 @@ def test_another_pipeline_on_the_same_denoiser_runs_every_block(dit):
 
 
 @pytest.mark.filterwarnings("ignore:cemq. another pipeline")
-def test_another_thread_runs_every_block_while_this_one_hands_on(dit):
+@both
+def test_another_thread_runs_every_block_while_this_one_is_served(dit, cache):
     other = DiTPipeline(transformer=dit.transformer, vae=dit.vae, scheduler=copy.deepcopy(dit.scheduler))
     other.set_progress_bar_config(disable=True)
     plain, found = run_dit(dit), []
 
     def meanwhile(*_):
-        current = schedule_hook(dit).cache.current
-        if current is not None and not current.blocks_run and not found:
+        current = schedule_hook(dit).cache.hooks.current
+        if current is not None and not current.computes and not found:
             thread = threading.Thread(target=lambda: found.append(run_dit(other)))
             thread.start()
             thread.join()
 
-    with attached(dit, plan_of(dit, cache="residual")):
+    with attached(dit, plan_of(dit, cache=cache)):
         dit.transformer.pos_embed.register_forward_pre_hook(meanwhile)
         first, second = run_dit(dit), run_dit(dit)
     assert np.array_equal(found[0], plain)
@@ -499,15 +516,17 @@ def test_another_thread_runs_every_block_while_this_one_hands_on(dit):
     assert not np.array_equal(first, plain)
 
 
-def test_inference_mode_changes_nothing(dit):
-    with attached(dit, plan_of(dit, cache="residual")):
+@both
+def test_inference_mode_changes_nothing(dit, cache):
+    with attached(dit, plan_of(dit, cache=cache)):
         expected = run_dit(dit)
         with torch.inference_mode():
             assert np.array_equal(run_dit(dit), expected)
 
 
-def test_a_block_with_a_schedule_is_not_copied(dit):
-    with attached(dit, plan_of(dit, cache="residual")), pytest.raises(ModelError, match="detach"):
+@both
+def test_a_block_with_a_schedule_is_not_copied(dit, cache):
+    with attached(dit, plan_of(dit, cache=cache)), pytest.raises(ModelError, match="detach"):
         copy.deepcopy(dit.transformer.transformer_blocks[0])
 
 
@@ -525,19 +544,20 @@ def test_a_refused_pipeline_is_left_as_it_was():
 
 
 def test_no_other_cache_is_known(dit):
-    with pytest.raises(InputError, match="unknown cache 'residuals': choose from output, residual; did you mean"):
+    with pytest.raises(InputError, match="unknown cache 'residuals': choose from output, residual, modules; did"):
         attach(dit, HALF, cache="residuals")
     with pytest.raises(InputError, match="unknown cache"):
         Plan(schedule=HALF, sampler=None, cache="hidden")
 
 
-def test_whether_it_can_be_cached_is_found_out_without_a_schedule(dit):
+@both
+def test_whether_it_can_be_cached_is_found_out_without_a_schedule(dit, cache):
     plain = run_dit(dit)
-    with residual_checked(dit):
+    with cache_checked(dit, cache):
         assert np.array_equal(run_dit(dit), plain)
     assert not any("forward" in vars(module) for module in dit.transformer.modules())
     unet = FAMILIES["sd15"].pipeline()
-    with residual_checked(unet), pytest.raises(ModelError, match="use cache='output'"):
+    with pytest.raises(ModelError, match="use cache='output'"), cache_checked(unet, cache):
         draw(unet, FAMILIES["sd15"])
 
 
@@ -576,7 +596,7 @@ def test_a_bundle_runs_with_the_cache_it_was_planned_with(bundle):
     detach(pipe)
     with attached(pipe, plan, cache="output"):
         assert not np.array_equal(run_dit(pipe, steps=8), found)
-    assert "of the blocks' residual" in (bundle / "README.md").read_text()
+    assert "the residual of all blocks" in (bundle / "README.md").read_text()
     evaluation = cemq.evaluate(bundle, samples=2, device="cpu")
     assert evaluation.full_steps == 4
 
@@ -599,7 +619,7 @@ def test_an_export_names_the_cache_and_is_followed(bundle, tmp_path):
     assert hook.plan.cache == "residual"
     detach(pipe)
     assert cemq.apply_schedule(pipe, bundle, cache="output").plan.cache == "output"
-    assert "cemq that of all blocks" in cemq.export(bundle, "cache-dit")
+    assert "cemq the residual of all blocks" in cemq.export(bundle, "cache-dit")
     content = json.loads((tmp_path / "a.json").read_text())
     del content["cache"]  # a file of before
     (tmp_path / "a.json").write_text(json.dumps(content))
@@ -652,7 +672,7 @@ def test_the_command_line_takes_a_cache_and_shows_it(bundle, dit_folder, tmp_pat
 
 
 def test_a_misspelt_cache_in_a_recipe_is_refused():
-    with pytest.raises(InputError, match="cache='residuals' is wrong: input should be 'output' or 'residual'"):
+    with pytest.raises(InputError, match="is wrong: input should be 'output', 'residual' or 'modules'"):
         cemq.quantize_and_schedule("builtin:dit-digits", "nowhere", cache="residuals")
 
 

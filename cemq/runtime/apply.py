@@ -23,15 +23,16 @@ def apply_schedule(
         pipe: Anything with a ``scheduler`` and a ``transformer`` or ``unet``.
         schedule: A file of ``cemq export --format json``, a bundle's folder, or a `CacheSchedule`.
         any_sampler: Follow it under every sampler with as many steps. A `CacheSchedule` names no sampler: it always is.
-        cache: What skipped steps are predicted from, ``output`` or the blocks' ``residual``; None takes what the
-            schedule was planned for, for a `CacheSchedule` the output.
+        cache: What skipped steps are predicted from, ``output``, the blocks' ``residual``, or the outputs of their
+            attention and feed-forward ``modules``; None takes what the schedule was planned for, for a `CacheSchedule`
+            the output.
 
     Returns:
         The hook, which counts full and skipped evaluations of the latest run.
 
     Raises:
         ModelError: The pipeline has no denoiser, or another cache is active on it, or it has no blocks whose residual
-            could be cached.
+            or modules could be cached.
         InputError, BundleError: The schedule cannot be read, or there is no such cache.
     """
     found, sampler, planned_cache = read_schedule(schedule)

@@ -1,157 +1,72 @@
-"""The denoiser hook: a skipped step is served from earlier outputs, or residuals, and runs no block of the model."""
+"""The denoiser hook: a skipped step is served from what is cached of earlier steps."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from cemq.errors import ModelError
 from cemq.models import denoisers
+from cemq.placement import format_bytes
 from cemq.prior import SamplerFingerprint
+from cemq.runtime.branches import Branches
+from cemq.runtime.caches import Cache, make_caches
 from cemq.runtime.callers import ThreadContexts, calling_pipeline
+from cemq.runtime.history import History
 from cemq.runtime.plan import Plan
 from cemq.runtime.registration import HOOK, Uncopied, install, keep_outermost, refuse_other_caches, uninstall
-from cemq.runtime.residual import Forward, ResidualCache, Routes
 from cemq.runtime.steps import AnySamplerTracker, StepTracker, Stream
 from cemq.schedule import CacheSchedule
 
 
 @dataclass
-class History:
-    """What is cached of one stream's full-compute steps and still needed, and the shapes it was computed for."""
-
-    shapes: Any = None
-    outputs: dict[int, list[Any]] = field(default_factory=dict)  # or residuals; flattened, by step index
-    structure: Any = None
-
-    def keep(self, step_index: int, value: Any, shapes: Any, last_use: np.ndarray) -> None:
-        """Note that a step was computed; ``value`` is what is cached of it, None if nothing is."""
-        if shapes != self.shapes:
-            self.outputs = {}
-        self.shapes = shapes
-        self.outputs = {step: kept for step, kept in self.outputs.items() if last_use[step] > step_index}
-        if value is not None:
-            self.outputs[step_index], self.structure = tree_flatten(value)
-
-    def serve(self, sources: tuple[int, ...], weights: tuple[float, ...]) -> Any:
-        columns = zip(*(self.outputs[step] for step in sources), strict=True)
-        return tree_unflatten([_combine(leaves, weights) for leaves in columns], self.structure)
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if torch.is_tensor(leaf) else leaf
-
-
-def _combine(leaves: tuple[Any, ...], coefficients: tuple[float, ...]) -> Any:
-    newest = leaves[0]
-    if coefficients == (1.0,) or not torch.is_tensor(newest) or not newest.is_floating_point():
-        return _copied(newest)
-    total = sum(weight * leaf.float() for weight, leaf in zip(coefficients, leaves, strict=True))
-    return total.to(newest.dtype)
-
-
-class Branch:
-    """What one branch of guidance follows: a schedule, its full-compute steps, and the last use of each output."""
-
-    def __init__(self, schedule: CacheSchedule) -> None:
-        self.schedule, self.full = schedule, frozenset(schedule.full_steps)
-        self.last_use = schedule.last_use
-
-
-def _leaf_shapes(leaves: list[Any]) -> list[Any]:
-    return [leaf.shape if torch.is_tensor(leaf) else None for leaf in leaves]
-
-
-def _added(leaf: Any, other: Any, sign: float) -> Any:
-    """In float32: a difference of two halves has few digits left."""
-    is_number = torch.is_tensor(leaf) and leaf.is_floating_point()
-    return torch.add(leaf.float(), other.float(), alpha=sign) if is_number else leaf
-
-
-def _like(leaf: Any, value: Any) -> Any:
-    return value.to(leaf.dtype) if torch.is_tensor(leaf) else value
-
-
-@dataclass
 class Run:
-    """What a pipeline's denoisers (Wan 2.2 has two) know together of the current or latest run.
-
-    Where the schedule skips branches of guidance, of the others only the difference to the first is kept and served.
-    """
+    """What a pipeline's denoisers (Wan 2.2 has two) know together of the current or latest run."""
 
     schedule: CacheSchedule
     histories: dict[Stream, History] = field(default_factory=dict)
     full_evaluations: int = 0
     skipped_evaluations: int = 0
+    memory: str = ""  # what was said last of the bytes that are cached
 
     def __post_init__(self) -> None:
-        self.by_difference = bool(self.schedule.branch_steps)
-        self.first = Branch(self.schedule)
-        self.others = Branch(self.schedule.between_branches) if self.by_difference else self.first
-        self._first_output: list[Any] = []  # of this step, flattened
-
-    def forget(self) -> None:
-        """Free the memory, keep the counts."""
-        self.histories, self._first_output = {}, []
-
-    def less_the_first(self, output: Any, *, is_first: bool) -> Any:
-        """What is kept of an output: of others than the first the difference to it, None where there is none."""
-        if not self.by_difference:
-            return output
-        leaves, structure = tree_flatten(output)
-        if is_first:
-            self._first_output = leaves
-            return output
-        if _leaf_shapes(leaves) != _leaf_shapes(self._first_output):
-            return None
-        return tree_unflatten([_added(a, b, -1.0) for a, b in zip(leaves, self._first_output, strict=True)], structure)
-
-    def with_the_first(self, served: Any, *, is_first: bool) -> Any:
-        """The opposite, for what is served."""
-        if not self.by_difference:
-            return served
-        leaves, structure = tree_flatten(served)
-        if is_first:
-            self._first_output = leaves
-            return served
-        if _leaf_shapes(leaves) != _leaf_shapes(self._first_output):
-            return None
-        pairs = zip(self._first_output, leaves, strict=True)
-        return tree_unflatten([_like(first, _added(first, leaf, 1.0)) for first, leaf in pairs], structure)
+        self.branches = Branches(self.schedule)
 
     def begin(self, schedule: CacheSchedule) -> None:
         """Forget the run before; follow ``schedule``."""
-        self.__init__(schedule)
+        self.__init__(schedule, memory=self.memory)
 
+    @property
+    def cached_bytes(self) -> int:
+        return sum(history.bytes() for history in self.histories.values())
 
-class OutputCache:
-    """What `ScheduleHook` keeps and serves where the output is cached: a skipped step runs nothing of the denoiser."""
+    def forget(self) -> None:
+        """Free the memory, keep the counts."""
+        self.histories = {}
+        self.branches.forget()
 
-    @torch.compiler.disable(recursive=False)
-    def compute(self, forward: Forward, *, wanted: bool, shapes: Any) -> tuple[Any, Any]:
-        output = forward()
-        return output, self._copy(output) if wanted else None
-
-    @torch.compiler.disable
-    def serve(self, forward: Forward, value: Any) -> Any:
-        return value
-
-    @torch.compiler.disable
-    def _copy(self, output: Any) -> Any:  # whoever gets the output may change it in place
-        return tree_map(_copied, output)
-
-    def install(self) -> None: ...
-
-    def remove(self) -> None: ...
+    def say_memory(self, step_index: int, contents: str) -> None:
+        """Log what the cache takes, once it has kept a first step of all calls; again only if that changes."""
+        kept = {step for history in self.histories.values() for step in history.kept}
+        if len(kept) != 1 or step_index in kept:
+            return
+        step_bytes, most = self.cached_bytes, self.schedule.most_kept
+        memory = (
+            f"the cache keeps {format_bytes(step_bytes)} of a full-compute step ({contents}), "
+            f"at most {most} of them at once: {format_bytes(most * step_bytes)}"
+        )
+        if memory != self.memory:
+            self.memory = memory
+            logging.getLogger("cemq.runtime").info(memory)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -165,7 +80,7 @@ class _Call:
 
 
 class ScheduleHook(Uncopied, ModelHook):
-    """Runs the denoiser on full-compute steps and predicts its output on skipped ones; one history per stream.
+    """Runs the denoiser on full-compute steps and serves skipped ones from predictions; one history per stream.
 
     ``full_evaluations`` and ``skipped_evaluations`` count the calls of the current or latest run, of all denoisers;
     ``schedule`` is that of the current or latest run, which at another step count is not the one that was attached.
@@ -173,9 +88,7 @@ class ScheduleHook(Uncopied, ModelHook):
 
     _is_stateful = True  # diffusers hands the cache context only to stateful hooks, through a StateManager attribute
 
-    def __init__(
-        self, pipe: Any, plan: Plan, tracker: StepTracker, run: Run, cache: OutputCache | ResidualCache
-    ) -> None:
+    def __init__(self, pipe: Any, plan: Plan, tracker: StepTracker, run: Run, cache: Cache) -> None:
         super().__init__()
         self.plan, self.tracker, self.run, self.cache = plan, tracker, run, cache
         self.contexts = ThreadContexts()
@@ -193,6 +106,11 @@ class ScheduleHook(Uncopied, ModelHook):
     @property
     def skipped_evaluations(self) -> int:
         return self.run.skipped_evaluations
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of all that is cached at this moment, of all denoisers."""
+        return self.run.cached_bytes
 
     @torch.compiler.disable(recursive=False)  # the model within is compiled, what is decided from step to step is not
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -218,30 +136,35 @@ class ScheduleHook(Uncopied, ModelHook):
         if step_index is None:
             self.run.full_evaluations += 1
             return _Call()
+        if self.plan.cache != "output":  # which takes no more than the latents do
+            self.run.say_memory(step_index, self.cache.contents)
         history = self.run.histories.setdefault(stream, History())
-        shapes = _shapes((args, kwargs))
-        run, is_first = self.run, self.tracker.is_first_call
-        branch = run.first if is_first else run.others
+        shapes, is_first, branches = _shapes((args, kwargs)), self.tracker.is_first_call, self.run.branches
+        branch, prediction = branches.of(is_first=is_first), None
+        needed = branch.needed_after(step_index)
         if step_index not in branch.full:
             sources, weights = branch.schedule.serving(step_index)
-            known = history.shapes == shapes and history.outputs.keys() >= set(sources)
-            served = run.with_the_first(history.serve(sources, weights), is_first=is_first) if known else None
-            if served is not None:
-                run.skipped_evaluations += 1
-                return _Call(served=served)
-            self.tracker.warn_once("a call to the denoiser on a skipped step has no earlier output of its shape")
-        run.full_evaluations += 1
-        is_used = bool(branch.last_use[step_index] > step_index)
+            if history.shapes == shapes and history.kept.keys() >= set(sources):
+                prediction = branches.with_the_first(history.serve(sources, weights), is_first=is_first)
+            if prediction is None:
+                self.tracker.warn_once("a call to the denoiser on a skipped step has no earlier output of its shape")
+        history.retain(needed, shapes)  # before anything is computed: what is not needed any more leaves room
+        if prediction is not None:
+            self.run.skipped_evaluations += 1
+            return _Call(served=prediction)
+        self.run.full_evaluations += 1
+        is_needed = step_index in needed
 
         def keep(value: Any) -> None:
-            kept = None if value is None else run.less_the_first(value, is_first=is_first)
-            history.keep(step_index, kept if is_used else None, shapes, branch.last_use)
+            kept = branches.less_the_first(value, is_first=is_first)
+            if is_needed and kept is not None:
+                history.keep(step_index, kept)
 
-        return _Call(wanted=is_used or (run.by_difference and is_first), shapes=shapes, keep=keep)
+        return _Call(wanted=is_needed or (branches.by_difference and is_first), shapes=shapes, keep=keep)
 
     @torch.compiler.disable
     def _after(self, call: _Call, value: Any) -> None:
-        if call.keep is not None:
+        if value is not None:
             call.keep(value)
 
     @torch.compiler.disable
@@ -289,20 +212,20 @@ def attach(
     must be that of the schedule.
 
     Args:
-        cache: ``output`` or ``residual``, see `Plan`; None takes the plan's, for a schedule the output.
+        cache: ``output``, ``residual`` or ``modules``, see `Plan`; None takes the plan's, for a schedule the output.
+            What the latter two keep is logged (INFO, logger ``cemq.runtime``) in bytes, once a first step is kept.
 
     Raises:
         ModelError: A cemq schedule or another cache is active on the denoiser already, or it has no blocks whose
-            residual could be cached. Whether the residual serves is checked on the first step that it is taken from:
-            computed, then served on the same input, must agree.
+            residual, or whose modules, could be cached. Whether these serve is checked on the first step that they
+            are kept of: computed, then served on the same input, must agree.
         InputError: No such cache.
     """
     if isinstance(plan, CacheSchedule):
         plan = Plan(schedule=plan, sampler=sampler)
     if cache is not None:
         plan = replace(plan, cache=cache)
-    found, run, reference = denoisers(pipe), Run(plan.schedule), weakref.ref(pipe)
-    routes: Routes = {}
+    models, run, reference = [model for _, model in denoisers(pipe)], Run(plan.schedule), weakref.ref(pipe)
     hooks: list[ScheduleHook] = []
 
     def start(schedule: CacheSchedule) -> None:
@@ -318,17 +241,16 @@ def attach(
             hook.cache.install()
 
     tracker = (AnySamplerTracker if plan.sampler is None else StepTracker)(plan, on_start=start)
-    for _, denoiser in found:
+    for denoiser in models:
         refuse_other_caches(denoiser)
     try:
-        for _, denoiser in found:
-            cached = ResidualCache(denoiser, routes) if plan.cache == "residual" else OutputCache()
+        for denoiser, cached in zip(models, make_caches(plan.cache, models), strict=True):
             hook = ScheduleHook(pipe, plan, tracker, run, cached)
             install(denoiser, hook)
             hooks.append(hook)
             cached.install()
     except ModelError:
-        for _, denoiser in found[: len(hooks)]:
+        for denoiser in models[: len(hooks)]:
             _uninstall(denoiser)
         raise
     tracker.follow(pipe.scheduler)

@@ -9,16 +9,16 @@ from cemq.errors import InfeasibleBudgetError, InputError, ModelError, choose
 from cemq.prior import ErrorPrior, SamplerFingerprint
 from cemq.schedule import AUTO, SOLVERS, CacheSchedule, plan_branches
 
-CACHES = ("output", "residual")
+CACHES = ("output", "residual", "modules")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """``prior`` was measured under ``sampler``; without one nothing can be planned anew. No sampler means any.
 
-    ``cache`` says what skipped steps are predicted from: the denoiser's ``output``, or the ``residual`` of its blocks,
-    with the rest of the denoiser computed. Raises InputError for anything else, and for a residual where the schedule
-    skips branches of guidance.
+    ``cache`` says what skipped steps are predicted from: the denoiser's ``output``, the ``residual`` of its blocks, or
+    the outputs of their attention and feed-forward ``modules``; the rest of the denoiser is computed. Raises InputError
+    for anything else, and for anything but the output where the schedule skips branches of guidance.
     """
 
     schedule: CacheSchedule

@@ -5,7 +5,7 @@ Every part is measured on evaluation seeds that no plan has seen, against full p
 * ranking: Spearman of every predicted cost with the error found in closed loop (`cemq analyze`)
 * cells: the default plan against `uniform` and `cem`, for each scheme and budget
 * ceiling: what a closed-loop local search of ``--minutes`` for each budget finds (not measured by default)
-* caches: even spacing served from the output and from the blocks' residual
+* caches: even spacing served from the output, from the blocks' residual and from their modules
 * ablation: the schedule planned on each view of the prior, run on the quantized model
 * auto: the budget that `--budget auto` finds, and its error on evaluation seeds
 * steps: a prior of 50 steps carried over to 20, 28 and 100, against one measured there
@@ -51,7 +51,7 @@ from cemq.schedule import CacheSchedule, neighbours, plan_all, plan_schedule, se
 
 MODELS = ("dit-digits", "sd3-digits")
 SCHEMES = ("w8a8", "w4a8")
-CACHES = ("output", "residual")
+CACHES = ("output", "residual", "modules")
 BUDGETS = (25, 15, 10, 7)
 STEPS = (20, 28, 100)
 PARTS = ("ranking", "cells", "caches", "ablation", "auto", "steps", "solver")
@@ -491,9 +491,9 @@ so, for as many minutes as given; `search, taylor1` is what the default search f
         )
     }
 
-## Output or residual
+## Output, residual or modules
 
-Uniform schedules, PSNR in dB served from the output / from the [blocks' residual](../caching.md).
+Uniform schedules, PSNR in dB served from the [output / the blocks' residual / their modules](../caching.md).
 
 {table(["model", "scheme", "budget", "taylor1", "reuse"], caches)}
 

@@ -1,0 +1,80 @@
+"""Branches of guidance that may be skipped one by one, where the denoiser is called once for each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from cemq.runtime.history import summed
+from cemq.schedule import CacheSchedule
+
+
+class Branch:
+    """What one branch of guidance follows."""
+
+    def __init__(self, schedule: CacheSchedule) -> None:
+        self.schedule, self.full = schedule, frozenset(schedule.full_steps)
+
+    def needed_after(self, step_index: int) -> list[int]:
+        """The full-compute steps so far that later steps are served from."""
+        return [step for step in self.full if step <= step_index < self.schedule.last_use[step]]
+
+
+class Branches:
+    """The first branch of guidance, and the others.
+
+    Where the schedule skips branches, of the others only the difference to the first is kept and served.
+    """
+
+    def __init__(self, schedule: CacheSchedule) -> None:
+        self.by_difference = bool(schedule.branch_steps)
+        self._first = Branch(schedule)
+        self._others = Branch(schedule.between_branches) if self.by_difference else self._first
+        self._first_output: list[Any] = []  # of this step, flattened
+
+    def of(self, *, is_first: bool) -> Branch:
+        return self._first if is_first else self._others
+
+    def forget(self) -> None:
+        self._first_output = []
+
+    def less_the_first(self, output: Any, *, is_first: bool) -> Any:
+        """What is kept of an output: of others than the first the difference to it, None where there is none."""
+        if not self.by_difference:
+            return output
+        leaves, structure = tree_flatten(output)
+        if is_first:
+            self._first_output = leaves
+            return output
+        if _shapes(leaves) != _shapes(self._first_output):
+            return None
+        return tree_unflatten([_added(a, b, -1.0) for a, b in zip(leaves, self._first_output, strict=True)], structure)
+
+    def with_the_first(self, prediction: Any, *, is_first: bool) -> Any:
+        """The opposite, for what is served."""
+        if not self.by_difference:
+            return prediction
+        leaves, structure = tree_flatten(summed(prediction))
+        if is_first:
+            self._first_output = leaves
+            return tree_unflatten(leaves, structure)
+        if _shapes(leaves) != _shapes(self._first_output):
+            return None
+        pairs = zip(self._first_output, leaves, strict=True)
+        return tree_unflatten([_like(first, _added(first, leaf, 1.0)) for first, leaf in pairs], structure)
+
+
+def _shapes(leaves: list[Any]) -> list[Any]:
+    return [leaf.shape if torch.is_tensor(leaf) else None for leaf in leaves]
+
+
+def _added(leaf: Any, other: Any, sign: float) -> Any:
+    """In float32: a difference of two halves has few digits left."""
+    is_number = torch.is_tensor(leaf) and leaf.is_floating_point()
+    return torch.add(leaf.float(), other.float(), alpha=sign) if is_number else leaf
+
+
+def _like(leaf: Any, value: Any) -> Any:
+    return value.to(leaf.dtype) if torch.is_tensor(leaf) else value

@@ -1,0 +1,70 @@
+"""What is cached of one stream of denoiser calls, and the weighted sums that skipped steps are served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """One leaf of a prediction, not summed yet: of a denoiser's modules there are hundreds, served one after the other.
+
+    Leaves that are no floating-point tensors, and a single one of weight 1, are those of the newest step.
+    """
+
+    leaves: tuple[Any, ...]  # newest first
+    weights: tuple[float, ...]
+
+    def sum(self) -> Any:
+        """The prediction, a tensor of its own in the newest leaf's dtype."""
+        newest = self.leaves[0]
+        if self.weights == (1.0,) or not torch.is_tensor(newest) or not newest.is_floating_point():
+            return copied(newest)
+        total = sum(weight * leaf.float() for weight, leaf in zip(self.weights, self.leaves, strict=True))
+        return total.to(newest.dtype)
+
+
+def summed(prediction: Any) -> Any:
+    """The tree with every `Weighted` leaf summed."""
+    return tree_map(lambda leaf: leaf.sum() if isinstance(leaf, Weighted) else leaf, prediction)
+
+
+def copied(leaf: Any) -> Any:
+    """A tensor of its own, for whoever gets the original may change it in place; anything else as it is."""
+    return leaf.detach().clone() if torch.is_tensor(leaf) else leaf
+
+
+@dataclass
+class History:
+    """What is cached of one stream's full-compute steps and still needed, and the shapes it was computed for."""
+
+    shapes: Any = None
+    kept: dict[int, list[Any]] = field(default_factory=dict)  # flattened, by step index
+    structure: Any = None
+
+    def retain(self, needed: Iterable[int], shapes: Any) -> None:
+        """Free the other steps' memory, and all of it if the shapes have changed."""
+        needed = set(needed) if shapes == self.shapes else set()
+        self.shapes = shapes
+        self.kept = {step: leaves for step, leaves in self.kept.items() if step in needed}
+
+    def keep(self, step_index: int, value: Any) -> None:
+        self.kept[step_index], self.structure = tree_flatten(value)
+
+    def serve(self, sources: tuple[int, ...], weights: tuple[float, ...]) -> Any:
+        """The sum of what is kept of these steps, newest first; its leaves are `Weighted`."""
+        columns = zip(*(self.kept[step] for step in sources), strict=True)
+        return tree_unflatten([Weighted(leaves, weights) for leaves in columns], self.structure)
+
+    def bytes(self) -> int:
+        return tensor_bytes(list(self.kept.values()))
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors in a tree."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_flatten(tree)[0] if torch.is_tensor(leaf))
