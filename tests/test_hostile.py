@@ -1020,8 +1020,9 @@ def test_classes_of_diffusers_that_nobody_listed_work(name):
             del family.call[key]
     check_drivable(pipe)
     caches_outputs(pipe, family)
-    with pytest.raises(ModelError, match="DownBlock2D returns") if hasattr(pipe, "unet") else nullcontext():
-        caches_outputs(pipe, family, "residual")
+    for cache in ("residual", "modules"):
+        with pytest.raises(ModelError, match="DownBlock2D") if hasattr(pipe, "unet") else nullcontext():
+            caches_outputs(pipe, family, cache)
 
 
 def test_too_few_pictures_for_a_batch_say_so():
