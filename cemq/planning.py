@@ -44,7 +44,7 @@ PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that the search gives to single segments
 WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
-BRANCH_SHARES = (0.25, 0.5, 0.75)  # of the full-compute steps that compute both branches of guidance
+BRANCH_SHARES = (0.5, 0.75, 0.9)  # of the full-compute steps that compute both branches of guidance
 _FIT_SHARE = 0.45  # of the effort goes into runs that only teach
 _TAUGHT_SHARE = 2 / 3  # of the samples for those: more runs teach more than more samples do
 
