@@ -51,7 +51,7 @@ def measure(scheme: str) -> list[dict[str, Any]]:
     )
     references = record_references(pipe, profiled, steps=STEPS, call=CALL)
     aims = {key: [run_batch(pipe, b, steps=STEPS, call=CALL) for b in key] for key in (taught, judged)}
-    if scheme != "none":
+    if scheme != "none":  # rounded to nearest
         quantize_in_place(pipe.transformer, CemqConfig(scheme))
     prior = profile(pipe, profiled, references, steps=STEPS, call=CALL, scheme=scheme, dtype="float32")
     teacher, judge = (
@@ -89,7 +89,7 @@ def page(rows: list[dict[str, Any]], machine: dict[str, Any], minutes: float) ->
         f"sd3-digits, its two branches of guidance called one by one, {STEPS} steps, guidance scale 3, taylor1,",
         f"{SAMPLES} samples that nothing was fitted to. A row has the same compute throughout; a column says on what",
         "share of its full-compute steps both branches are computed, the conditional one only on the others. PSNR in",
-        "dB against full precision.",
+        "dB against full precision; W4A8 rounded to nearest.",
         "",
         "| scheme | full steps' worth | plan | " + " | ".join("both" if s == 1 else f"{s:g}" for s in shares) + " |",
         "|---|---|---|" + "---|" * len(shares),
