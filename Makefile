@@ -39,6 +39,7 @@ bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; about 90 min
 	$(BIN)/python docs/benchmarks/quantization.py
 	$(BIN)/python docs/benchmarks/planning.py
 	$(BIN)/python docs/benchmarks/fidelity.py
+	$(BIN)/python docs/benchmarks/guidance.py
 	$(BIN)/python docs/benchmarks/memory.py
 	$(BIN)/python docs/benchmarks/speed.py
 	$(BIN)/python docs/benchmarks/placement.py

@@ -143,7 +143,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
     for path in files:
         if path.suffix in _PICKLED:
             raise BundleError(f"'{path.relative_to(folder)}' may hold a pickle: bundles hold safetensors and text only")
-    content = dataclasses.asdict(manifest)
+    content = dataclasses.asdict(manifest) | {"schedule": manifest.schedule.to_dict()}
     content["files"] = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in files

@@ -183,7 +183,7 @@ def estimate(
     """
     stays = [c for c in components if _stays(c, placement)]
     moves = [c for c in components if c not in stays]
-    base = sum(c.weight_bytes for c in stays) + sum(c.cached_bytes for c in components)
+    base = sum(c.weight_bytes for c in stays)
 
     def resident(component: ComponentMemory) -> int:
         if component in stays:

@@ -18,7 +18,7 @@ import cemq
 from cemq import cli
 from cemq.bundle import MANIFEST, read_bundle
 from cemq.errors import BundleError, HubError, InputError, ModelError
-from cemq.exporting import read_schedule
+from cemq.exporting import _cache_dit, read_schedule
 from cemq.runtime import schedule_hook
 from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule
@@ -79,6 +79,16 @@ def test_the_cache_dit_mask_is_the_schedule(bundle):
     assert section["num_inference_steps"] == len(section["steps_computation_mask"]) == 8
     assert section["taylorseer_order"] == 1
     assert all(len(line) < 400 for line in text.splitlines())
+
+
+def test_what_a_cache_dit_file_cannot_say_stands_in_its_head():
+    schedule = CacheSchedule(
+        num_steps=6, full_steps=(0, 2, 4), predictor=("reuse", "taylor1", "reuse"), branch_steps=(4,)
+    )
+    text = _cache_dit(schedule, {"model": "m", "scheme": "w8a8", "num_inference_steps": 6}, "output")
+    assert "no counterpart of the predictor reuse, taylor1, reuse" in text
+    assert "# cemq skips one branch of guidance on 1 of these steps" in text
+    assert yaml.safe_load(text)["cache_config"]["steps_computation_mask"] == [1, 0, 1, 0, 1, 0]
 
 
 @pytest.fixture

@@ -319,11 +319,11 @@ def test_what_is_cached_is_estimated_from_the_files(name, cache):
         run(pipe, batch, steps=4, call=call, on_step=lambda: found.append(hook.cached_bytes))
     estimated = [
         sum(c.cached_bytes for c in read_footprint(
-            folder, dtype="float32", call=call, full_steps=2, samples=2, cache=each, most_kept=schedule.most_kept
+            folder, dtype="float32", call=call, full_steps=2, samples=2, cache=each, kept_steps=schedule.most_kept
         ))
         for each in ("output", cache)
     ]  # fmt: skip
-    assert estimated[0] == 0
+    assert 0 < estimated[0] < estimated[1]
     assert max(found) <= estimated[1] <= (1 if name == "dit-digits" else 1.6) * max(found)
 
 
@@ -369,15 +369,6 @@ def test_what_is_kept_of_earlier_steps_is_planned_for(cache, tmp_path):
     assert 0 < max(found) <= planned[3] <= 1.5 * max(found)  # tokens of text are counted, and may have no part in it
     assert planned[2] * 3 == planned[3] * 2  # taylor2 looks back to three steps, if there are as many
     assert planned[6] == 0
-
-
-def test_what_is_kept_lies_on_the_device_whatever_moves():
-    cached = dataclasses.replace(MODEL, cached_bytes=30)
-    for with_it, without in zip(
-        *(plan_placement((TEXT, model, VAE), 10**6, device="cuda").estimates for model in (cached, MODEL)), strict=True
-    ):
-        assert with_it.device_bytes == without.device_bytes + 30
-        assert with_it.moved_bytes == without.moved_bytes
 
 
 def limits(bundle):

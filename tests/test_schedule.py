@@ -193,12 +193,11 @@ def test_one_branch_alone_cannot_be_computed_on_such_steps(branch_steps):
         CacheSchedule(num_steps=9, full_steps=(0, 2, 5, 6), branch_steps=branch_steps)
 
 
-def test_branches_are_skipped_evenly():
+def test_branches_are_skipped_on_every_other_of_the_last_steps():
     schedule = CacheSchedule(num_steps=12, full_steps=(0, 2, 4, 6, 8, 10))
-    assert skip_branches(schedule, 4).branch_steps == (2, 4, 8, 10)
-    assert skip_branches(schedule, 5).branch_steps == (4, 10)  # both on the 1st, 2nd, 4th and 5th
-    assert skip_branches(schedule, 6) == schedule
-    assert skip_branches(schedule, 9) == schedule
+    assert skip_branches(schedule, 6) == skip_branches(schedule, 9) == schedule
+    assert skip_branches(schedule, 5).branch_steps == (6, 10)
+    assert skip_branches(schedule, 4).branch_steps == (2, 6, 8, 10)  # 8 comes after 10, 6 and 2
     assert skip_branches(schedule, 3).branch_steps == (2, 4, 6, 8, 10)  # one step with both is the least
 
 

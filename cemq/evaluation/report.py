@@ -70,7 +70,9 @@ def print_description(description: dict[str, Any]) -> None:
         "scheme": f"{description['scheme']} ({description['backend']})",
         "denoiser": f"{description['model_bytes']:,} bytes, full precision {description['reference_bytes']:,}",
         "sampler": f"{description['sampler']['scheduler']}, {schedule['num_steps']} steps",
-        "schedule": f"{len(schedule['full_steps'])} full-compute steps, compute ratio "
+        "schedule": f"{len(schedule['full_steps'])} full-compute steps"
+        + (f", one branch of guidance on {len(only)} of them" if (only := schedule.get("branch_steps")) else "")
+        + f", compute ratio "
         f"{schedule['compute_ratio']:.2f}, {schedule['solver']} on the {description['prior']['view']} prior, "
         f"{', '.join([names] if isinstance(names := schedule['predictor'], str) else dict.fromkeys(names))}",
         "correction": description["correction"] or "none",
@@ -83,12 +85,12 @@ def print_description(description: dict[str, Any]) -> None:
     console.print(f"\n{schedule['strip']}", soft_wrap=True)
     _print_curve(console, description["planning"]["curve"])
     table = Table("step", "timestep", "full", "quantization floor", "predicted error", box=None, padding=(0, 2))
-    full, prior = set(schedule["full_steps"]), description["prior"]
+    prior = description["prior"]
     for step, timestep in enumerate(description["sampler"]["timesteps"][: schedule["num_steps"]]):
         table.add_row(
             str(step),
             f"{timestep:.4g}",
-            "█" if step in full else "",
+            schedule["strip"][step].strip("·"),
             f"{prior['quantization_floor'][step]:.4f}",
             f"{prior['predicted_error'][step]:.4f}",
         )
