@@ -38,7 +38,7 @@ PIPELINES = {  # of random weights, in place of those of the built-in model: 205
     "dit": {"num_layers": 6} | WIDE,
 }
 TEXT = {"num_hidden_layers": 8, "intermediate_size": 16384}  # 34 MB
-RUNS = (("sd3", "none"), ("sd3", "w8a8"), ("dit", "w8a8"))
+RUNS = (("sd3", "none"), ("dit", "w8a8"), ("sd3", "w8a8"))
 STREAMS = "streams"  # which want a device that has them
 
 
