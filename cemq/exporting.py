@@ -38,6 +38,7 @@ def export(bundle: str | Path, format: str = "json") -> str:
         "backend": manifest.backend,
         "num_inference_steps": manifest.num_inference_steps,
         "call": manifest.call,
+        "correction": manifest.correction,  # which stays behind: its tables are the bundle's
     }
     if format == "cache-dit":
         return _cache_dit(manifest.schedule, made_for, manifest.cache)

@@ -70,8 +70,8 @@ def test_a_plan_skips_the_branch_that_says_nothing_new():
     assert found.schedule.branch_steps
     assert found.schedule.budget == 4 < len(found.schedule.full_steps)
     assert CacheSchedule.from_dict(winner["schedule"]) == found.schedule
-    assert winner["psnr_db"] > max(t.psnr_db for t in loop.candidates if t.schedule.budget <= 4)
-    assert all(trial not in loop.candidates for trial in tried)
+    assert winner["psnr_db"] > max(t.psnr_db for t in loop.plain() if t.schedule.budget <= 4)
+    assert all(trial not in loop.plain() for trial in tried)
     with attached(loop.pipe, Plan(schedule=found.schedule, sampler=loop.prior.metadata.sampler)) as hook:
         run_batch(loop.pipe, loop.batches[0], steps=STEPS, call=loop.call)
         assert hook.full_evaluations == 2 * 4
@@ -80,7 +80,7 @@ def test_a_plan_skips_the_branch_that_says_nothing_new():
 def test_a_plan_with_guidance_is_never_worse_for_trying_to_skip_a_branch():
     loop = loop_of(make_flux(), ("a bold seven", "a thin two"), FLUX_CALL)
     found = plan(loop, 3, effort="quick", correction="none")
-    plain = max(trial.psnr_db for trial in loop.candidates if trial.schedule.budget <= 3)
+    plain = max(trial.psnr_db for trial in loop.plain() if trial.schedule.budget <= 3)
     tried = [trial for trial in loop.trials if trial.schedule.branch_steps]
     assert tried
     assert all(trial.schedule.budget == 3 for trial in tried)

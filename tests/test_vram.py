@@ -5,23 +5,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import cemq
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark of memory is read from /proc")
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    path = Path(__file__).parents[1] / "docs" / "benchmarks" / "placement.py"
-    spec = importlib.util.spec_from_file_location("placement_benchmark", path)
+@pytest.fixture
+def benchmark(request, monkeypatch):
+    """A script of docs/benchmarks as a module."""
+    path = Path(__file__).parents[1] / "docs" / "benchmarks" / f"{request.param}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{request.param}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclasses look themselves up
     spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return module
 
 
+@pytest.mark.parametrize("benchmark", ["placement"], indirect=True)
 @pytest.mark.parametrize(
     ("model", "scheme", "placement"),
     [("sd3", "none", "group offload to disk, block level"), ("dit", "w8a8", "sequential offload to disk")],
@@ -37,3 +39,24 @@ def test_loading_and_drawing_never_take_more_than_the_plan(benchmark, model, sch
     found = benchmark.call("memory", bundle, limit, tmp_path / "offload")
     assert (found["placement"], found["planned"]) == (placement, limit)
     assert 0 < found["loading"] <= found["peak"] <= limit
+
+
+@pytest.mark.parametrize("benchmark", ["flux_vram"], indirect=True)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure for an hour")
+def test_the_measurement_for_gpus_says_in_one_line_that_it_needs_one(benchmark):
+    with pytest.raises(SystemExit, match=r"^flux_vram\.py: no CUDA device here"):
+        benchmark.main([])
+
+
+@pytest.mark.parametrize("benchmark", ["flux_vram"], indirect=True)
+def test_the_measurement_for_gpus_runs_at_tiny_size(benchmark, tmp_path):
+    bundle = tmp_path / "bundle"
+    benchmark.build(bundle, benchmark.TINY, "cpu")
+    whole, least = benchmark.limits_of(bundle, "cpu", tiny=True)
+    assert least < whole
+    for limit, placement in ((whole, "on device"), (least, "group offload to disk")):
+        found = benchmark.measure(bundle, limit, "cpu", tmp_path / "offload")
+        assert found["placement"].startswith(placement)
+        assert found["planned"] < limit
+        assert (found["full_evaluations"], found["skipped_evaluations"]) == (benchmark.BUDGET, 18)
+        assert 0 < found["skipped_step_seconds"] < found["full_step_seconds"]
