@@ -381,7 +381,8 @@ def write(content: dict) -> None:
     ]
     times = [
         f"| {row['model']} | {row['scheme']} | {row['placement']} | {megabytes(row['planned_weights'])} | "
-        f"{megabytes(row['counted_weights'])} | {row['seconds']['all']:.1f} | {row['seconds']['few']:.1f} | "
+        f"{megabytes(row['counted_weights']) if row['counted_weights'] else '-'} | "
+        f"{row['seconds']['all']:.1f} | {row['seconds']['few']:.1f} | "
         f"{row['ratio']:.2f} | {megabytes(row['moved']['all'])} | {megabytes(row['moved']['few'])} | "
         f"{megabytes(row['moved_on_skipped_steps'])} |"
         for row in content["time"]
