@@ -170,7 +170,7 @@ import sys
 from pathlib import Path
 
 import cemq
-from cemq import cli, planning
+from cemq import cli, closed_loop
 from cemq.analysis import analyze
 from cemq.processes import launched
 
@@ -217,7 +217,7 @@ if processes.is_main:
     print(json.dumps([found, few, ranks, parallel]), flush=True)
 
 # One of them fails, as a command would; there is no launcher here that would end the other.
-runs, run_batch = [], planning.run_batch
+runs, run_batch = [], closed_loop.run_batch
 
 
 def interrupted(*arguments, **keywords):
@@ -232,7 +232,7 @@ for bad in (["--calib", "nowhere.txt"], []):
     sys.argv = [*build, "-o", str(folder / "failed")]
     if processes.rank == 1:
         sys.argv += bad
-        planning.run_batch = interrupted
+        closed_loop.run_batch = interrupted
     try:
         cli.main()
     except SystemExit as end:
