@@ -26,6 +26,7 @@ from cemq.prior import ErrorPrior
 from cemq.propagation import sample_schedules
 from cemq.schedule import (
     AUTO,
+    SEGMENT_PREDICTORS,
     SOLVERS,
     CacheSchedule,
     check_budget,
@@ -40,7 +41,6 @@ SEARCH = "search"  # the solver that is all of this module
 AUTO_BUDGET = "auto"
 PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
-SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that the search gives to single segments
 WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
 BRANCH_SHARES = (0.5, 0.75, 0.9)  # of the full-compute steps that compute both branches of guidance
 SEARCHED = 0.5  # share of the samples that all but the finals run on

@@ -13,11 +13,12 @@ from cemq.schedule.plan import (
     plan_schedule,
     uniform_steps,
 )
-from cemq.schedule.search import improve, neighbours
+from cemq.schedule.search import SEGMENT_PREDICTORS, improve, neighbours
 from cemq.schedule.segment import segment_costs, solve_segments
 
 __all__ = [
     "AUTO",
+    "SEGMENT_PREDICTORS",
     "SOLVERS",
     "CacheSchedule",
     "CemRule",

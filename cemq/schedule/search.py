@@ -9,6 +9,7 @@ import numpy as np
 from cemq.prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
 
+SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that it gives to single segments
 SHIFTS = (-1, 1, -2, 2, -4, 4)
 
 
