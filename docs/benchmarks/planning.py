@@ -521,8 +521,8 @@ Tolerance 0.15: error (relative L2 of the final latent) over that of the same qu
 ## Other step counts
 
 A bundle made at 50 steps with 15 of them full, run at another step count: its prior is carried over, solved there and
-improved on its predictions, in a tenth of a second to one. `native` was profiled, fitted and searched (`--effort quick`) at
-that step count.
+improved on its predictions, in a tenth of a second to one. `native` was profiled, fitted and searched
+(`--effort quick`) at that step count.
 
 {table(["model", "scheme", "steps", "budget", "carried over", "native", "difference"], steps)}
 
