@@ -32,6 +32,7 @@ from cemq.schedule import (
     check_budget,
     improve,
     neighbours,
+    paid_steps,
     plan_all,
     plan_schedule,
     skip_branches,
@@ -331,7 +332,7 @@ class _Search:
         kept, prior = chosen, loop.fit(self.view).prior
         skippable = loop.calls_per_step >= 2 and loop.cache == "output"
         for share in BRANCH_SHARES if skippable else ():
-            more = min(round(2 * budget / (1 + share)), loop.num_steps)
+            more = paid_steps(budget, share, loop.num_steps)
             planned = plan_schedule(prior, more, predictor=self.predictor, view=self.view)
             better = improve(prior, planned, predictors=self._choices, view=self.view)
             for schedule in (skip_branches(each, budget) for each in (planned, better)):

@@ -140,13 +140,38 @@ def block_stack(denoiser: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def check_served(computed: Any, served: Any, refuse: Callable[[str], NoReturn]) -> None:
-    """Have ``refuse`` say so if a denoiser, served what was cached of the very same input, gives another output."""
-    difference = total = 0.0
-    for one, other in zip(tree_flatten(computed)[0], tree_flatten(served)[0], strict=True):
-        if torch.is_tensor(one) and one.is_floating_point():
-            difference += (one.double() - other.double()).square().sum().item()
-            total += one.double().square().sum().item()
-    error = math.sqrt(difference / total) if total else math.sqrt(difference)
-    if math.isfinite(total) and not error <= TOLERANCE:
-        refuse(f"served on the very input it was found on, it gives another output (relative error {error:.2g})")
+class InnerCache:
+    """What caches of something inside of one denoiser share: its hooks, and the check before the first use."""
+
+    cached: str  # what of the blocks, in words
+    strayed: str  # why it cannot be, where other modules are called when they are served
+
+    def __init__(self, denoiser: nn.Module, find: Callable[[nn.Module], dict[nn.Module, Any]]):
+        self._denoiser, self.hooks = denoiser, InnerHooks(denoiser, find)
+        self._checked: set[Any] = set()  # shapes of arguments
+
+    def install(self) -> None:
+        self.hooks.install()
+
+    def remove(self) -> None:
+        self.hooks.remove()
+
+    @torch.compiler.disable
+    def _check(self, computed: Any, served: Any) -> None:
+        """Raises ModelError if the denoiser, served what was cached of the very same input, gives another output."""
+        if served is None:
+            self._refuse(self.strayed)
+        difference = total = 0.0
+        for one, other in zip(tree_flatten(computed)[0], tree_flatten(served)[0], strict=True):
+            if torch.is_tensor(one) and one.is_floating_point():
+                difference += (one.double() - other.double()).square().sum().item()
+                total += one.double().square().sum().item()
+        error = math.sqrt(difference / total) if total else math.sqrt(difference)
+        if math.isfinite(total) and not error <= TOLERANCE:
+            self._refuse(
+                f"served on the very input it was found on, it gives another output (relative error {error:.2g})"
+            )
+
+    def _refuse(self, reason: str) -> NoReturn:
+        name = type(self._denoiser).__name__
+        raise ModelError(f"the {self.cached} of {name}'s blocks cannot be cached: {reason}; use cache='output'")

@@ -9,7 +9,7 @@ and final layers. With ``reuse`` this is FORA (arXiv:2407.01425, section 3), wit
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from cemq.errors import ModelError
 from cemq.families import JOINT, JOINT_INPUTS, cached_modules
 from cemq.runtime.history import Weighted, copied, summed
-from cemq.runtime.inner import Arguments, Forward, InnerHooks, StrayError, block_stack, check_served
+from cemq.runtime.inner import Arguments, Forward, InnerCache, StrayError, block_stack
 
 
 @dataclass(frozen=True)
@@ -89,26 +89,20 @@ def _parts_of(block: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
     return {name: (child, name in kept) for name, child in children.items() if name in (*kept, *fed)}
 
 
-class ModuleCache:
+class ModuleCache(InnerCache):
     """What `ScheduleHook` keeps and serves where modules are cached; hooks every one of them in one denoiser.
 
     Raises:
         ModelError: As `find_parts`.
     """
 
+    cached, strayed = "modules", "which of them it calls depends on what they return"
+
     def __init__(self, denoiser: nn.Module):
-        self._denoiser = denoiser
-        self.hooks = InnerHooks(denoiser, find_parts)
-        self._checked: set[Any] = set()  # shapes of arguments
+        super().__init__(denoiser, find_parts)
         kept = [part for part in find_parts(denoiser).values() if part.kept]
         names = ", ".join(dict.fromkeys(part.name for part in kept))
         self.contents = f"{len(kept)} outputs of {len({part.block for part in kept})} blocks ({names})"
-
-    def install(self) -> None:
-        self.hooks.install()
-
-    def remove(self) -> None:
-        self.hooks.remove()
 
     @torch.compiler.disable(recursive=False)
     def compute(self, forward: Forward, *, wanted: bool, shapes: Any) -> tuple[Any, Any]:
@@ -142,13 +136,3 @@ class ModuleCache:
     @torch.compiler.disable
     def _as_prediction(self, recorded: _Pass) -> Any:
         return tree_map(lambda leaf: Weighted((leaf,), (1.0,)), recorded.outputs)
-
-    @torch.compiler.disable
-    def _check(self, output: Any, again: Any) -> None:
-        if again is None:
-            self._refuse("which of them it calls depends on what they return")
-        check_served(output, again, self._refuse)
-
-    def _refuse(self, reason: str) -> NoReturn:
-        name = type(self._denoiser).__name__
-        raise ModelError(f"the modules of {name}'s blocks cannot be cached: {reason}; use cache='output'")

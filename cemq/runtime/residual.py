@@ -9,7 +9,7 @@ added between blocks (ControlNets) come from the skipped step itself, and are in
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cemq.errors import ModelError
 from cemq.runtime.history import summed
-from cemq.runtime.inner import Arguments, Forward, InnerHooks, StrayError, block_stack, check_served
+from cemq.runtime.inner import Arguments, Forward, InnerCache, StrayError, block_stack
 
 Residual = tuple[int, list[Any]]  # at the end of which call of a block it is added, and what, leaf by leaf
 Position = tuple[int, type]  # of a block in the stack, and its class
@@ -119,7 +119,7 @@ def _positions(denoiser: nn.Module) -> dict[nn.Module, Position]:
     return {block: (number, type(block)) for number, block in enumerate(block_stack(denoiser))}
 
 
-class ResidualCache:
+class ResidualCache(InnerCache):
     """What `ScheduleHook` keeps and serves where the residual is cached; hooks every block of one denoiser.
 
     ``routes`` are shared by all denoisers of a pipeline.
@@ -128,17 +128,12 @@ class ResidualCache:
         ModelError: The denoiser has no list of blocks.
     """
 
+    cached, strayed = "residual", "which blocks it calls depends on what they return"
+
     def __init__(self, denoiser: nn.Module, routes: Routes):
-        self._denoiser, self.routes = denoiser, routes
-        self.hooks = InnerHooks(denoiser, _positions)
-        self._checked: set[Any] = set()  # shapes of arguments
+        super().__init__(denoiser, _positions)
+        self.routes = routes
         self.contents = f"the residual of {len(block_stack(denoiser))} blocks"
-
-    def install(self) -> None:
-        self.hooks.install()
-
-    def remove(self) -> None:
-        self.hooks.remove()
 
     @torch.compiler.disable(recursive=False)
     def compute(self, forward: Forward, *, wanted: bool, shapes: Any) -> tuple[Any, Residual | None]:
@@ -181,7 +176,7 @@ class ResidualCache:
         if not full.called:
             self._refuse("it calls none of its blocks")
         if full.called != bare.called:
-            self._refuse("which blocks it calls depends on what they return")
+            self._refuse(self.strayed)
         leaves = [
             end.detach().to(_wide(end)) - start.detach().to(_wide(end)) if torch.is_tensor(end) else end
             for end, start in zip(full.end, bare.end, strict=True)
@@ -194,13 +189,3 @@ class ResidualCache:
         return calls, [
             r.to(end.dtype) if torch.is_tensor(end) else end for r, end in zip(leaves, full.end, strict=True)
         ]
-
-    @torch.compiler.disable
-    def _check(self, output: Any, again: Any) -> None:
-        if again is None:
-            self._refuse("which blocks it calls depends on what they return")
-        check_served(output, again, self._refuse)
-
-    def _refuse(self, reason: str) -> NoReturn:
-        name = type(self._denoiser).__name__
-        raise ModelError(f"the residual of {name}'s blocks cannot be cached: {reason}; use cache='output'")

@@ -1,6 +1,6 @@
 """Schedules: which denoising steps run in full. NumPy only; importing this loads no torch."""
 
-from cemq.schedule.branches import plan_branches, skip_branches
+from cemq.schedule.branches import paid_steps, plan_branches, skip_branches
 from cemq.schedule.cache_schedule import CacheSchedule
 from cemq.schedule.cem import CemRule, cem_costs, published_errors, solve_cem, solve_relaxed_cem
 from cemq.schedule.plan import (
@@ -27,6 +27,7 @@ __all__ = [
     "check_predictors",
     "improve",
     "neighbours",
+    "paid_steps",
     "parse_budget",
     "plan_all",
     "plan_branches",

@@ -22,6 +22,11 @@ def skip_branches(schedule: CacheSchedule, budget: int) -> CacheSchedule:
     return replace(schedule, branch_steps=tuple(sorted(latest_first[:count])))
 
 
+def paid_steps(budget: int, share: float, num_steps: int) -> int:
+    """The full-compute steps that ``budget`` pays for where ``share`` of them compute both branches, the others one."""
+    return min(max(round(2 * budget / (1 + share)), budget), num_steps)
+
+
 def plan_branches(prior: ErrorPrior, budget: int | str, share: float, **settings: Any) -> CacheSchedule:
     """`plan_schedule` for more steps than ``budget`` pays for, of which ``share`` compute both branches of guidance.
 
@@ -33,5 +38,4 @@ def plan_branches(prior: ErrorPrior, budget: int | str, share: float, **settings
         InfeasibleBudgetError: See `plan_schedule`.
     """
     count = parse_budget(budget, prior.num_steps)
-    more = min(max(round(2 * count / (1 + share)), count), prior.num_steps)
-    return skip_branches(plan_schedule(prior, more, **settings), count)
+    return skip_branches(plan_schedule(prior, paid_steps(count, share, prior.num_steps), **settings), count)

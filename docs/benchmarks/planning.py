@@ -484,7 +484,7 @@ best of both with either. "full steps" is what the default plan spends: it may l
 ## How far from the ceiling
 
 A blind local search in closed loop, one full-compute step moved at a time from even spacing, kept where 10 samples say
-so, for as many minutes as given; `search, taylor1` is what the default search finds in 15 runs' worth.
+so, for as many minutes as given; `search, taylor1` is what the default search finds in 12 runs' worth.
 
 {
         table(
