@@ -26,6 +26,7 @@ from cemq.prior import ErrorPrior
 from cemq.propagation import sample_schedules
 from cemq.schedule import (
     AUTO,
+    SEARCH,
     SEGMENT_PREDICTORS,
     SOLVERS,
     CacheSchedule,
@@ -38,7 +39,6 @@ from cemq.schedule import (
     skip_branches,
 )
 
-SEARCH = "search"  # the solver that is all of this module
 AUTO_BUDGET = "auto"
 PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error

@@ -182,8 +182,10 @@ class ErrorPrior:
             served: What each step is served as (`cemq.predict.serving_matrix`).
         """
         gram = self.view(view)
-        overlap = served @ gram.xy
-        return served @ gram.xx @ served.T - overlap - overlap.T + gram.yy
+        used = np.flatnonzero(served.any(0))  # of the many columns, those of full-compute steps
+        weights = served[:, used]
+        overlap = weights @ gram.xy[used]
+        return weights @ gram.xx[np.ix_(used, used)] @ weights.T - overlap - overlap.T + gram.yy
 
     def step_errors(self, served: np.ndarray, view: str = "combined") -> np.ndarray:
         """Relative L2 error of the prediction at every step, shape (num_steps,)."""

@@ -232,11 +232,11 @@ def test_only_outputs_that_are_still_needed_are_kept(dit, full_steps, predictor,
 # --- other step counts and budgets
 
 
-@pytest.mark.parametrize("solver", ["uniform", "segment", "cem"])
+@pytest.mark.parametrize("solver", ["uniform", "segment", "cem", "search"])
 @pytest.mark.parametrize("steps", [4, 9, 12])
 def test_another_step_count_follows_a_schedule_of_the_same_compute_ratio(dit, steps, solver):
     schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 5), solver=solver)
-    plan = plan_of(dit, schedule, prior=profiled(dit))
+    plan = plan_of(dit, schedule, prior=profiled(dit), solver=solver)
     with attached(dit, plan) as hook, warnings.catch_warnings():
         warnings.simplefilter("error")
         run(dit, BATCH, steps=steps, call=CALL)
@@ -256,7 +256,7 @@ def test_another_step_count_follows_a_schedule_of_the_same_compute_ratio(dit, st
 def test_a_rule_without_a_path_at_another_step_count_gives_way_to_segments(dit):
     prior = profiled(dit, 50)
     schedule = CacheSchedule(num_steps=50, full_steps=(*range(0, 45, 5), 49), solver="cem")
-    plan = Plan(schedule=schedule, sampler=prior.metadata.sampler, prior=prior)
+    plan = Plan(schedule=schedule, sampler=prior.metadata.sampler, prior=prior, solver="cem")
     with pytest.raises(InfeasibleBudgetError):
         plan_schedule(prior.resampled(sampler_of(dit, 20)), 4, solver="cem")
     assert plan.carried_over(sampler_of(dit, 20)).schedule.solver == "segment"
@@ -277,11 +277,10 @@ def test_another_sampler_class_computes_in_full_with_one_warning(dit):
 def test_another_budget_is_planned_and_followed_until_it_is_set_again(dit):
     plain = run(dit, BATCH, steps=STEPS, call=CALL)
     schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 4), solver="uniform", predictor="reuse")
-    with attached(dit, plan_of(dit, schedule, prior=profiled(dit))):
+    asked = {"solver": "uniform", "predictor": "reuse"}
+    with attached(dit, plan_of(dit, schedule, prior=profiled(dit), **asked)):
         first = run(dit, BATCH, steps=STEPS, call=CALL)
-        assert set_budget(dit, 2) == CacheSchedule(
-            num_steps=STEPS, full_steps=(0, 3), solver="uniform", predictor="reuse"
-        )
+        assert set_budget(dit, 2) == CacheSchedule(num_steps=STEPS, full_steps=(0, 3), **asked)
         assert not np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), first)
         assert schedule_hook(dit).full_evaluations == 2
         assert set_budget(dit, "1x").budget == STEPS

@@ -26,6 +26,7 @@ from cemq.schedule import (
     parse_budget,
     plan_all,
     plan_branches,
+    plan_predicted,
     plan_schedule,
     published_errors,
     segment_costs,
@@ -33,6 +34,7 @@ from cemq.schedule import (
     solve_cem,
     solve_relaxed_cem,
     solve_segments,
+    stretched,
     uniform_steps,
 )
 from cemq.schedule.segment import SLOPES
@@ -502,6 +504,49 @@ def test_an_improved_schedule_has_no_better_neighbour(prior, data):
     assert best.budget == budget
     assert least <= prior.final_error(start.served)
     assert all(prior.final_error(move.served) >= least * (1 - 1e-6) for move in neighbours(best, tuple(SLOPES)))
+
+
+@given(prior=priors(), data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_what_is_planned_on_predictions_is_no_worse_than_any_start(prior, data):
+    budget = data.draw(st.integers(2, prior.num_steps))
+    others = st.lists(st.integers(1, prior.num_steps - 1), unique=True, min_size=budget - 1, max_size=budget - 1)
+    other = CacheSchedule(num_steps=prior.num_steps, full_steps=(0, *sorted(data.draw(others))))
+    starts = [plan_schedule(prior, budget, predictor=name) for name in (AUTO, "taylor1")]
+    starts += [plan_schedule(prior, budget, solver="uniform"), other]
+    found = plan_predicted(prior, budget, also=[other])
+    assert found.budget <= budget
+    least = min(prior.final_error(start.served) for start in starts)
+    assert prior.final_error(found.served) <= least * (1 + 1e-9) + 1e-12
+    whole = plan_predicted(prior, budget, predictor="reuse")
+    assert set(whole.predictors) == {"reuse"}
+
+
+def test_a_schedule_is_stretched_by_hand():
+    times = tuple(range(50, 0, -1))
+    schedule = CacheSchedule(
+        num_steps=50, full_steps=(0, 5, 10, 20, 30, 40), predictor=("reuse",) * 3 + ("taylor1",) * 3
+    )
+    assert stretched(schedule, times, times, 6) == schedule
+    fewer = stretched(schedule, times, times, 3)
+    assert (fewer.full_steps, fewer.predictors) == ((0, 10, 30), ("reuse", "reuse", "taylor1"))
+    finer = tuple(np.arange(50, 0, -0.5).tolist())
+    assert stretched(schedule, times, finer, 6).full_steps == (0, 10, 20, 40, 60, 80)
+    shifted = stretched(schedule, times, tuple(t * 0.8 for t in times), 6)  # where the noise was less, it is sooner
+    assert shifted.full_steps[0] == 0
+    assert all(ours <= theirs for ours, theirs in zip(shifted.full_steps, schedule.full_steps, strict=True))
+    noisier = stretched(schedule, times, tuple(t * 1.2 for t in times), 6)
+    assert noisier.full_steps[0] == 0
+
+
+@given(st.integers(2, 60), st.integers(2, 60), st.data())
+@settings(max_examples=50, deadline=None)
+def test_a_stretched_schedule_spends_the_budget(before, after, data):
+    full = data.draw(st.sets(st.integers(1, before - 1)))
+    schedule = CacheSchedule(num_steps=before, full_steps=(0, *sorted(full)))
+    budget = data.draw(st.integers(1, after))
+    old, new = (np.linspace(1, 1 / steps, steps) for steps in (before, after))
+    assert stretched(schedule, old, new, budget).budget == budget  # and its steps rise, or it could not be made
 
 
 # --- ERTACache's threshold

@@ -18,6 +18,7 @@ from cemq.runtime.hook import attach
 from cemq.runtime.place import disk_folder, free_host_memory, place
 from cemq.runtime.plan import Plan
 from cemq.runtime.save import save_as_bundle
+from cemq.schedule import AUTO, SEARCH
 
 
 def from_pretrained(
@@ -63,6 +64,7 @@ def from_pretrained(
     manifest = read_bundle(folder, verify=verify)
     prior, schedule = ErrorPrior.load(folder / PRIOR), manifest.schedule
     correction = manifest.correction and make_correction(manifest.correction, prior, schedule)
+    asked = manifest.recipe or {}
     plan = Plan(
         schedule=schedule,
         sampler=manifest.sampler,
@@ -70,6 +72,8 @@ def from_pretrained(
         correction=correction,
         view=manifest.view,
         cache=manifest.cache,
+        solver=asked.get("solver", SEARCH),
+        predictor=asked.get("predictor", AUTO),
     )
     if budget is not None:
         plan = plan.with_budget(budget)

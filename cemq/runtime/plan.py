@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from cemq.correction import Correction
 from cemq.errors import InfeasibleBudgetError, InputError, ModelError, choose
 from cemq.prior import ErrorPrior, SamplerFingerprint
-from cemq.schedule import AUTO, SEGMENT_PREDICTORS, SOLVERS, CacheSchedule, improve, plan_branches
+from cemq.schedule import AUTO, SEARCH, CacheSchedule, parse_budget, plan_branches, plan_predicted, stretched
 
 CACHES = ("output", "residual", "modules")
-_ROUNDS, _MOST_STEPS = 8, 128  # of local search while a user waits: a tenth of a second for 50 steps, one for 100
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +27,8 @@ class Plan:
     correction: Correction | None = None
     view: str = "combined"
     cache: str = "output"
+    solver: str = SEARCH
+    predictor: str = AUTO
 
     def __post_init__(self) -> None:
         choose("cache", self.cache, CACHES)
@@ -59,13 +60,14 @@ class Plan:
     def _planned(
         self, prior: ErrorPrior, sampler: SamplerFingerprint, budget: int | str, solver: str | None = None
     ) -> Plan:
-        is_searched = self.schedule.solver not in SOLVERS
-        solver = solver or ("segment" if is_searched else self.schedule.solver)
-        predictor = self.schedule.predictor if isinstance(self.schedule.predictor, str) else AUTO
+        solver, settings = solver or self.solver, {"predictor": self.predictor, "view": self.view}
         share = 1 - len(self.schedule.branch_steps) / len(self.schedule.full_steps)
-        schedule = plan_branches(prior, budget, share, solver=solver, predictor=predictor, view=self.view)
-        if is_searched and not schedule.branch_steps and prior.num_steps <= _MOST_STEPS:
-            own = SEGMENT_PREDICTORS if predictor == AUTO else ()
-            schedule = improve(prior, schedule, predictors=own, view=self.view, rounds=_ROUNDS)
+        if solver == SEARCH and share == 1:
+            count = parse_budget(budget, prior.num_steps)
+            known = stretched(self.schedule, self.sampler.timesteps, sampler.timesteps, count)
+            schedule = plan_predicted(prior, count, also=[known], **settings)
+        else:
+            solver = "segment" if solver == SEARCH else solver
+            schedule = plan_branches(prior, budget, share, solver=solver, **settings)
         correction = self.correction and self.correction.carried_over(prior, schedule)
         return replace(self, schedule=schedule, sampler=sampler, prior=prior, correction=correction)

@@ -13,11 +13,12 @@ from cemq.schedule.plan import (
     plan_schedule,
     uniform_steps,
 )
-from cemq.schedule.search import SEGMENT_PREDICTORS, improve, neighbours
+from cemq.schedule.search import SEARCH, SEGMENT_PREDICTORS, improve, neighbours, plan_predicted, stretched
 from cemq.schedule.segment import segment_costs, solve_segments
 
 __all__ = [
     "AUTO",
+    "SEARCH",
     "SEGMENT_PREDICTORS",
     "SOLVERS",
     "CacheSchedule",
@@ -31,6 +32,7 @@ __all__ = [
     "parse_budget",
     "plan_all",
     "plan_branches",
+    "plan_predicted",
     "plan_schedule",
     "published_errors",
     "segment_costs",
@@ -38,5 +40,6 @@ __all__ = [
     "solve_cem",
     "solve_relaxed_cem",
     "solve_segments",
+    "stretched",
     "uniform_steps",
 ]

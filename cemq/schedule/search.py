@@ -1,70 +1,129 @@
-"""Local search: better schedules in small moves, by whatever says how good one is."""
+"""Local search: better schedules in small moves, by the error that the prior predicts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from cemq.prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
+from cemq.schedule.plan import AUTO, parse_budget, plan_schedule
 
+SEARCH = "search"  # the solver that is all of this, and of `cemq.planning`
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that it gives to single segments
 SHIFTS = (-1, 1, -2, 2, -4, 4)
+_MOST_STEPS = 128  # that are searched while a user waits
 
 
 def neighbours(schedule: CacheSchedule, predictors: Sequence[str] = ()) -> Iterator[CacheSchedule]:
     """Schedules of the same budget with one full-compute step moved, or one segment served by another predictor."""
+    for index in range(len(schedule.full_steps)):
+        yield from _moves(schedule, index, predictors)
+
+
+def _moves(schedule: CacheSchedule, index: int, predictors: Sequence[str]) -> Iterator[CacheSchedule]:
+    """Those of one full-compute step and its segment."""
     full, names = schedule.full_steps, schedule.predictors
-    for index in range(1, len(full)):
-        for shift in SHIFTS:
-            moved = full[index] + shift
-            below, above = full[index - 1], full[index + 1] if index + 1 < len(full) else schedule.num_steps
-            if below < moved < above:
-                yield _changed(schedule, (*full[:index], moved, *full[index + 1 :]), names)
-    for index, name in enumerate(names):
-        for other in predictors:
-            if other != name:
-                yield _changed(schedule, full, (*names[:index], other, *names[index + 1 :]))
-    for removed in range(1, len(full)):  # a step from where it is needed least to the middle of the longest gap
-        kept, kept_names = full[:removed] + full[removed + 1 :], names[:removed] + names[removed + 1 :]
-        gaps = np.diff(kept, append=schedule.num_steps)
-        wide = int(gaps.argmax())
-        if gaps[wide] > 1 and (added := kept[wide] + int(gaps[wide]) // 2) != full[removed]:
-            yield _changed(
-                schedule,
-                (*kept[: wide + 1], added, *kept[wide + 1 :]),
-                (*kept_names[: wide + 1], kept_names[wide], *kept_names[wide + 1 :]),
-            )
+    for other in predictors:
+        if other != names[index]:
+            yield _changed(schedule, full, (*names[:index], other, *names[index + 1 :]))
+    if index == 0:
+        return
+    for shift in SHIFTS:
+        moved = full[index] + shift
+        below, above = full[index - 1], full[index + 1] if index + 1 < len(full) else schedule.num_steps
+        if below < moved < above:
+            yield _changed(schedule, (*full[:index], moved, *full[index + 1 :]), names)
+    # from where it is to the middle of the longest gap
+    kept, kept_names = full[:index] + full[index + 1 :], names[:index] + names[index + 1 :]
+    gaps = np.diff(kept, append=schedule.num_steps)
+    wide = int(gaps.argmax())
+    if gaps[wide] > 1 and (added := kept[wide] + int(gaps[wide]) // 2) != full[index]:
+        yield _changed(
+            schedule,
+            (*kept[: wide + 1], added, *kept[wide + 1 :]),
+            (*kept_names[: wide + 1], kept_names[wide], *kept_names[wide + 1 :]),
+        )
 
 
 def _changed(schedule: CacheSchedule, full_steps: tuple[int, ...], predictors: tuple[str, ...]) -> CacheSchedule:
-    return CacheSchedule(num_steps=schedule.num_steps, full_steps=full_steps, predictor=predictors, solver="search")
+    return CacheSchedule(num_steps=schedule.num_steps, full_steps=full_steps, predictor=predictors, solver=SEARCH)
 
 
 def improve(
-    prior: ErrorPrior, schedule: CacheSchedule, *, predictors: Sequence[str] = (), view: str = "combined", rounds=200
+    prior: ErrorPrior,
+    starts: CacheSchedule | Iterable[CacheSchedule],
+    *,
+    predictors: Sequence[str] = (),
+    view: str = "combined",
+    rounds: int = 50,
 ) -> CacheSchedule:
-    """Move by move to a schedule whose predicted error no single move lowers."""
+    """Move by move to a schedule whose predicted error no single move lowers; the best of several starts.
+
+    Args:
+        starts: There are many such schedules, and which is found depends on where the search begins.
+        predictors: That a segment may be served by instead; none leaves them as they are.
+        rounds: Of moving every full-compute step once, at most.
+    """
 
     def predicted(candidate: CacheSchedule) -> float:
         return prior.final_error(candidate.served, view)
 
-    return descend(schedule, predicted, lambda best: neighbours(best, predictors), rounds=rounds)
+    def descend(best: CacheSchedule) -> CacheSchedule:
+        least = predicted(best)
+        for _ in range(rounds):
+            before = least
+            for index in range(len(best.full_steps)):
+                moved = min(_moves(best, index, predictors), key=predicted, default=best)
+                if (error := predicted(moved)) < least * (1 - 1e-9):
+                    best, least = moved, error
+            if least == before:
+                break
+        return best
+
+    found = [descend(start) for start in ([starts] if isinstance(starts, CacheSchedule) else starts)]
+    return min(found, key=predicted)
 
 
-def descend(
-    schedule: CacheSchedule,
-    error: Callable[[CacheSchedule], float],
-    moves: Callable[[CacheSchedule], Iterator[CacheSchedule]],
+def plan_predicted(
+    prior: ErrorPrior,
+    budget: int | str,
     *,
-    rounds: int,
+    predictor: str = AUTO,
+    view: str = "combined",
+    also: Iterable[CacheSchedule] = (),
 ) -> CacheSchedule:
-    """Steepest descent: the best move of each round, until none helps."""
-    best, least = schedule, error(schedule)
-    for _ in range(rounds):
-        found, candidate = min(((error(move), index, move) for index, move in enumerate(moves(best))))[::2]
-        if found >= least * (1 - 1e-9):
-            break
-        best, least = candidate, found
-    return best
+    """The schedule with the least predicted error that is found without running any.
+
+    Local search from the schedules of the dynamic program, from even spacing, and from ``also``.
+
+    Args:
+        predictor: One for all, or ``auto``: one for each segment.
+
+    Raises:
+        InfeasibleBudgetError: The budget is out of range.
+    """
+    count, whole = parse_budget(budget, prior.num_steps), "taylor1" if predictor == AUTO else predictor
+    starts = [plan_schedule(prior, count, predictor=name, view=view) for name in dict.fromkeys((predictor, whole))]
+    if prior.num_steps > _MOST_STEPS:
+        return starts[0]
+    evenly = plan_schedule(prior, count, solver="uniform", predictor=whole)
+    choices = SEGMENT_PREDICTORS if predictor == AUTO else ()
+    return improve(prior, [*starts, evenly, *also], predictors=choices, view=view)
+
+
+def stretched(schedule: CacheSchedule, old: Sequence[float], new: Sequence[float], budget: int) -> CacheSchedule:
+    """As many full-compute steps as ``budget``, lying among the timesteps ``new`` as the schedule's lie among ``old``.
+
+    Both fall. Each step takes the predictor of the one that it stands in for.
+    """
+    places = np.interp(-np.array(old)[list(schedule.full_steps)], -np.array(new), np.arange(len(new)))
+    places[0] = 0.0  # also where the new timesteps begin with more noise
+    ranks = np.linspace(0, len(places), budget, endpoint=False)
+    wanted = np.interp(ranks, np.arange(len(places) + 1), [*places, len(new)]).round().astype(int)
+    order = np.arange(budget)
+    apart = np.maximum.accumulate(wanted - order) + order  # no two on one step
+    full_steps = np.minimum(apart, len(new) - budget + order)
+    names = tuple(schedule.predictors[int(rank)] for rank in ranks)
+    return CacheSchedule(num_steps=len(new), full_steps=full_steps.tolist(), predictor=names, solver=schedule.solver)
