@@ -18,6 +18,7 @@ from cemq.models import default_device, locate, open_pipeline
 from cemq.predict import check_predictor
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.processes import ALONE, Processes
+from cemq.propagation import SAMPLE
 from cemq.runtime import detach, from_pretrained
 from cemq.sampling import EVALUATION_SEED_OFFSET, Progress, iterate, make_batches
 from cemq.schedule import CacheSchedule, cem_costs, uniform_steps
@@ -159,9 +160,7 @@ def test_schedules(num_steps: int, count: int, predictor: str, budget: int) -> l
         if full_steps not in seen:
             misses = 0
             seen.add(full_steps)
-            found.append(
-                CacheSchedule(num_steps=num_steps, full_steps=full_steps, predictor=predictor, solver="sample")
-            )
+            found.append(CacheSchedule(num_steps=num_steps, full_steps=full_steps, predictor=predictor, solver=SAMPLE))
     return found
 
 

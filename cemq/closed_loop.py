@@ -14,10 +14,12 @@ from cemq.evaluation import Outcome, run_batch
 from cemq.evaluation.metrics import PSNR_CEILING_DB, error_of, psnr_db, relative_l2
 from cemq.prior import ErrorPrior
 from cemq.processes import ALONE, Processes
-from cemq.propagation import Fit, fit_propagation
+from cemq.propagation import SAMPLE, Fit, fit_propagation
 from cemq.runtime import Plan, attached
 from cemq.sampling import Batch
 from cemq.schedule import CacheSchedule
+
+FULL = "full"  # the solver of full compute
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,12 +159,17 @@ class ClosedLoop:
     def plain(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.is_plain]
 
-    def fit(self, view: str) -> Fit:
-        """What all plain trials so far say about how errors reach the final image."""
+    def fit(self, view: str, *, repeated: float = 1.0) -> Fit:
+        """What all plain trials so far say about how errors reach the final image.
+
+        Those that were not drawn to teach count ``repeated`` each.
+        """
         plain = [trial for trial in self.plain() if trial.psnr_db < PSNR_CEILING_DB]
         samples = min((trial.samples for trial in plain), default=0)  # that all of them were run on
         errors = [error_of(trial.sample_psnr_db[:samples].mean()) for trial in plain]
-        return fit_propagation(self.prior, [trial.schedule for trial in plain], errors, view=view)
+        schedules = [trial.schedule for trial in plain]
+        counts = [1.0 if schedule.solver in (FULL, SAMPLE) else repeated for schedule in schedules]
+        return fit_propagation(self.prior, schedules, errors, counts=counts, view=view)
 
 
 def _count(batches: Sequence[Batch]) -> int:

@@ -3,7 +3,7 @@
 A plan is a prediction from recorded trajectories. Here schedules are run in closed loop on calibration samples that
 were not profiled: first some to learn how errors reach the final sample (`cemq.propagation`), then what several solvers
 propose, then the neighbours of the best one, most promising first. Every run sharpens the predictions for the next.
-All this is done on half of the samples; the few best then meet what was published on all of them, and the best is kept:
+All this is done on two thirds of the samples; the few best then meet what was published on all of them, and the best is kept:
 never worse on these samples than ``uniform`` or ``cem``.
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from cemq.closed_loop import ClosedLoop, Trial
+from cemq.closed_loop import FULL, ClosedLoop, Trial
 from cemq.correction import METHODS, Correction, make_correction
 from cemq.errors import InfeasibleBudgetError, InputError, choose
 from cemq.evaluation.metrics import error_of, psnr_of
 from cemq.predict import PREDICTORS
 from cemq.prior import ErrorPrior
-from cemq.propagation import sample_schedules
+from cemq.propagation import SAMPLE, sample_schedules
 from cemq.schedule import (
     AUTO,
     SEARCH,
@@ -35,6 +35,7 @@ from cemq.schedule import (
     neighbours,
     paid_steps,
     plan_all,
+    plan_predicted,
     plan_schedule,
     skip_branches,
 )
@@ -44,9 +45,11 @@ PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
 BRANCH_SHARES = (0.5, 0.75, 0.9)  # of the full-compute steps that compute both branches of guidance
-SEARCHED = 0.5  # share of the samples that all but the finals run on
+SEARCHED = 0.6  # share of the samples that all but the finals run on
 FINALISTS = 4
-_FIT_SHARE = 0.45  # of the effort goes into runs that only teach
+_RETRIED = 2  # of them meet the target of budget=auto on all samples, or do not
+_REPEATED = 0.4  # what a run of the search counts in the prior that is kept: its neighbours say much the same
+_FIT_SHARE = 0.5  # of the effort goes into runs that only teach
 _BISECTED = 0.7  # of it may be spent when budget=auto has found a budget; the rest is for its finals
 
 
@@ -60,7 +63,7 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(full_runs=5, fitted_to=8),
-    "normal": Effort(full_runs=12, fitted_to=32),
+    "normal": Effort(full_runs=13, fitted_to=32),
     "thorough": Effort(full_runs=40, fitted_to=40),
 }
 
@@ -121,7 +124,7 @@ def plan(
         InfeasibleBudgetError: The budget is out of range, or no budget reaches the target.
     """
     effort_limits = EFFORTS[effort]
-    full = loop.run(CacheSchedule(num_steps=loop.num_steps, full_steps=range(loop.num_steps), solver="full"))
+    full = loop.run(CacheSchedule(num_steps=loop.num_steps, full_steps=range(loop.num_steps), solver=FULL))
     loop.spent = 0.0  # its error is what all others are measured by, not part of the search
     if budget == AUTO_BUDGET and target_psnr is None and not full.relative_l2:
         raise InputError("budget=auto: full compute has no error without quantization, so give a target PSNR")
@@ -148,7 +151,7 @@ def plan(
     chosen, fix = _corrected(loop, best, correction)
     if solver == SEARCH and best is not full and correction in (AUTO, "none"):
         chosen, fix = search.with_skipped_branches(chosen, fix)
-    fit = loop.fit(view)
+    fit = loop.fit(view, repeated=_REPEATED)
     curve = search.curve(fit.prior)
     evidence = {
         "solver": solver,
@@ -252,6 +255,7 @@ class _Search:
             planned = plan_schedule(prior, budget, predictor=name, view=self.view)
             yield planned
             yield improve(prior, planned, predictors=self._choices if name == AUTO else (), view=self.view)
+        yield plan_predicted(prior, budget, predictor=self.predictor, view=self.view)
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -291,8 +295,8 @@ class _Search:
             loop.run(min(moves.values(), key=lambda move: prior.final_error(move.served, self.view)), share=SEARCHED)
         return self._ranked(self._tried(budget))[0]
 
-    def _finalists(self, budget: int) -> list[Trial]:
-        return [self.loop.run(trial.schedule) for trial in self._ranked(self._tried(budget))[:FINALISTS]]
+    def _finalists(self, budget: int, count: int = FINALISTS) -> list[Trial]:
+        return [self.loop.run(trial.schedule) for trial in self._ranked(self._tried(budget))[:count]]
 
     def _tried(self, budget: int) -> list[Trial]:
         """What a plan of this budget may be."""
@@ -365,7 +369,7 @@ class _Search:
             else:
                 low = middle + 1
         for budget in range(high, loop.num_steps):  # what some samples promised, all of them may not keep
-            met = [trial for trial in self._finalists(budget) if wanted.met_by(trial)]
+            met = [trial for trial in self._finalists(budget, _RETRIED) if wanted.met_by(trial)]
             if met:
                 best = self.best(budget)
                 return best if wanted.met_by(best) else self._ranked(met)[0]
@@ -390,7 +394,7 @@ class _Search:
         full = self.loop.trials[0]
         points = []
         for budget, schedule in enumerate(planned, start=2):
-            tried = [t for t in self.loop.trials if t.schedule.budget == budget and t.schedule.solver != "sample"]
+            tried = [t for t in self.loop.trials if t.schedule.budget == budget and t.schedule.solver != SAMPLE]
             best = max(tried, key=lambda trial: trial.psnr_db, default=None)
             points.append(
                 {

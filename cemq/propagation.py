@@ -22,6 +22,7 @@ from numpy.polynomial import legendre
 from cemq.prior import ErrorPrior
 from cemq.schedule import CacheSchedule, uniform_steps
 
+SAMPLE = "sample"  # the solver of schedules that are drawn, not planned
 DEGREE = 5
 RIDGE = 0.15  # pulls the higher terms to zero: fewer runs than terms still give a smooth sensitivity
 _COHERENCE = 8.0  # steps; where the fit begins, and where it stays if runs say nothing about it
@@ -55,24 +56,31 @@ def sample_schedules(num_steps: int, count: int, predictors: Sequence[str], seed
                 num_steps=num_steps,
                 full_steps=(0, *sorted(chosen)),
                 predictor=predictors[index // 2 % len(predictors)],
-                solver="sample",
+                solver=SAMPLE,
             )
         )
     return found
 
 
 def fit_propagation(
-    prior: ErrorPrior, schedules: Sequence[CacheSchedule], errors: Sequence[float], *, view: str = "combined"
+    prior: ErrorPrior,
+    schedules: Sequence[CacheSchedule],
+    errors: Sequence[float],
+    *,
+    counts: Sequence[float] | None = None,
+    view: str = "combined",
 ) -> Fit:
     """Sensitivity and coherence with which `ErrorPrior.final_error` comes closest to what was measured.
 
     Args:
         schedules: That were run in closed loop.
         errors: What was found for each, in any unit that grows with the error in proportion.
+        counts: As how many each counts; one, if not given.
     """
     grams = np.stack([prior.error_gram(schedule.served, view) for schedule in schedules])
     grams *= np.outer(prior.step_sizes, prior.step_sizes)
     wanted = np.log(np.maximum(errors, 1e-12))
+    shares = np.sqrt(np.ones(len(wanted)) if counts is None else counts)
     basis = legendre.legvander(np.linspace(-1, 1, prior.num_steps), DEGREE)
     apart = np.abs(np.arange(prior.num_steps)[:, None] - np.arange(prior.num_steps))
     # errors come in the model's units: begin with a constant that is right on average
@@ -84,7 +92,8 @@ def fit_propagation(
 
     def residuals(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         predicted, slopes = _predict(at, grams, basis, apart)
-        return np.r_[predicted - wanted, penalty * (at - start)], np.vstack([slopes, np.diag(penalty)])
+        misses, turns = shares * (predicted - wanted), shares[:, None] * slopes
+        return np.r_[misses, penalty * (at - start)], np.vstack([turns, np.diag(penalty)])
 
     # Levenberg-Marquardt
     damping = 1e-2
@@ -104,7 +113,7 @@ def fit_propagation(
         else:
             damping = min(damping * 4, 1e6)
     fitted = replace(prior, sensitivity=np.exp(basis @ parameters[:-1]), coherence=float(np.exp(parameters[-1])))
-    return Fit(prior=fitted, rms_log_error=float(np.sqrt(np.mean(value[: len(wanted)] ** 2))))
+    return Fit(prior=fitted, rms_log_error=float(np.sqrt(np.sum(value[: len(wanted)] ** 2) / np.sum(shares**2))))
 
 
 def _predict(

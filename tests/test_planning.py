@@ -80,7 +80,8 @@ def test_the_winner_is_the_best_that_was_run_within_the_budget(searched):
 def test_the_search_keeps_within_its_effort_but_for_the_corrections(searched):
     loop, found = searched
     corrections = sum(trial.schedule.budget / STEPS for trial in loop.trials if trial.correction)
-    assert found.evidence["full_run_equivalents"] <= EFFORTS["quick"].full_runs + corrections + 0.01
+    always = loop.cost(found.schedule.budget, SEARCHED)  # the program's own schedule, whatever is left
+    assert found.evidence["full_run_equivalents"] <= EFFORTS["quick"].full_runs + always + corrections + 0.01
     assert found.evidence["full_run_equivalents"] == pytest.approx(loop.spent, abs=0.01)
     spent = sum(trial.schedule.budget / STEPS for trial in loop.trials[1:])  # the first is full compute, not a search
     assert spent <= loop.spent + 1e-9  # a sample that was drawn twice counts twice
@@ -273,7 +274,7 @@ def test_what_can_be_planned_passes(changes):
     check_planning(**VALID | changes)
 
 
-def test_the_search_takes_half_of_the_samples_and_the_finals_all():
+def test_the_search_takes_some_of_the_samples_and_the_finals_all():
     loop = ClosedLoop(**prepared(batch_size=1))
     found = plan(loop, BUDGET, effort="normal", correction="none")
     searched = [trial for trial in loop.trials if trial.samples < loop.samples]
