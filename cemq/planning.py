@@ -3,8 +3,8 @@
 A plan is a prediction from recorded trajectories. Here schedules are run in closed loop on calibration samples that
 were not profiled: first some to learn how errors reach the final sample (`cemq.propagation`), then what several solvers
 propose, then the neighbours of the best one, most promising first. Every run sharpens the predictions for the next.
-All this is done on two thirds of the samples; the few best then meet what was published on all of them, and the best is kept:
-never worse on these samples than ``uniform`` or ``cem``.
+All this is done on two thirds of the samples; the few best then meet what was published on all of them, and the best
+is kept: never worse on these samples than ``uniform`` or ``cem``.
 """
 
 from __future__ import annotations
