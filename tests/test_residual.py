@@ -354,16 +354,25 @@ def test_skip_layer_guidance_has_a_residual_of_the_blocks_it_calls(layers):
         assert np.array_equal(draw(pipe, family), found)
 
 
+# --- both caches inside of a denoiser
+
+
+FOUND = {"residual": block_stack, "modules": find_parts}  # what does not run on a skipped step
+both = pytest.mark.parametrize("cache", FOUND)
+
+
+@both
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
 @pytest.mark.parametrize("name", ["dit", "flux", "wan22", "hunyuan_dit"])
-def test_quantized_pipelines_keep_every_promise(name, scheme):
-    caches_outputs(quantized(FAMILIES[name], scheme), FAMILIES[name], "residual")
+def test_quantized_pipelines_keep_every_promise(name, scheme, cache):
+    caches_outputs(quantized(FAMILIES[name], scheme), FAMILIES[name], cache)
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_passes_the_check(dit, dtype):
+def test_half_precision_passes_the_check(dit, dtype, cache):
     plain = run_dit(dit.to(dtype))
-    with attached(dit, plan_of(dit, cache="residual")) as hook:
+    with attached(dit, plan_of(dit, cache=cache)) as hook:
         found = run_dit(dit)
     assert hook.skipped_evaluations == 3
     assert not np.array_equal(found, plain)
@@ -389,10 +398,6 @@ def leaves(pipe):
 
 def model_offload(pipe):
     pipe.enable_model_cpu_offload(device="cpu")
-
-
-FOUND = {"residual": block_stack, "modules": find_parts}  # what does not run on a skipped step
-both = pytest.mark.parametrize("cache", FOUND)
 
 
 @pytest.mark.parametrize("first", ["schedule", "offload"])
