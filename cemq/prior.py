@@ -57,6 +57,11 @@ class SamplerFingerprint:
         margin = 0.1 * (self.timesteps[0] - self.timesteps[-1])
         return other.timesteps[0] <= self.timesteps[0] + margin and other.timesteps[-1] >= self.timesteps[-1] - margin
 
+    def places_in(self, other: SamplerFingerprint) -> np.ndarray:
+        """Where each of its timesteps lies among the steps of ``other``, in steps and parts of them; both fall."""
+        old, new = (np.array(each.timesteps) for each in (self, other))
+        return np.interp(-old, -new, np.arange(len(new)))
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SamplerFingerprint:
         return cls(scheduler=fields["scheduler"], config=fields["config"], timesteps=tuple(fields["timesteps"]))

@@ -328,6 +328,12 @@ def test_resampled_to_its_own_timesteps_a_prior_stays_as_it_is():
         assert getattr(same, name) == pytest.approx(getattr(prior, name), abs=1e-12)
 
 
+def test_timesteps_have_their_places_among_others():
+    coarse, fine = (dataclasses.replace(sampler_of(50), timesteps=t) for t in ((900.0, 500.0, 100.0), (900.0, 300.0)))
+    assert coarse.places_in(fine).tolist() == pytest.approx([0, 2 / 3, 1])
+    assert fine.places_in(coarse).tolist() == pytest.approx([0, 1.5])
+
+
 def test_a_change_of_the_shift_carries_over():
     shifted = sampler_of(40, config={"beta_end": 0.02, "shift": 3.0})
     shifted = dataclasses.replace(shifted, timesteps=tuple(3 * t / (1 + 2 * t / 1000) for t in shifted.timesteps))

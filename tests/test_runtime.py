@@ -274,6 +274,13 @@ def test_another_sampler_class_computes_in_full_with_one_warning(dit):
         assert hook.skipped_evaluations == 0
 
 
+def test_another_budget_of_a_sampler_that_meets_timesteps_twice(dit):
+    dit.scheduler = PNDMScheduler(skip_prk_steps=True)
+    schedule = CacheSchedule(num_steps=STEPS + 1, full_steps=(0, 2, 4))
+    other = plan_of(dit, schedule, prior=profiled(dit)).with_budget(5).schedule
+    assert (other.num_steps, other.budget) == (STEPS + 1, 5)
+
+
 def test_another_budget_is_planned_and_followed_until_it_is_set_again(dit):
     plain = run(dit, BATCH, steps=STEPS, call=CALL)
     schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 4), solver="uniform", predictor="reuse")

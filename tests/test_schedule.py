@@ -523,30 +523,27 @@ def test_what_is_planned_on_predictions_is_no_worse_than_any_start(prior, data):
 
 
 def test_a_schedule_is_stretched_by_hand():
-    times = tuple(range(50, 0, -1))
-    schedule = CacheSchedule(
-        num_steps=50, full_steps=(0, 5, 10, 20, 30, 40), predictor=("reuse",) * 3 + ("taylor1",) * 3
-    )
-    assert stretched(schedule, times, times, 6) == schedule
-    fewer = stretched(schedule, times, times, 3)
+    full = (0, 5, 10, 20, 30, 40)
+    schedule = CacheSchedule(num_steps=50, full_steps=full, predictor=("reuse",) * 3 + ("taylor1",) * 3)
+    assert stretched(schedule, full, 50, 6) == schedule
+    fewer = stretched(schedule, full, 50, 3)
     assert (fewer.full_steps, fewer.predictors) == ((0, 10, 30), ("reuse", "reuse", "taylor1"))
-    finer = tuple(np.arange(50, 0, -0.5).tolist())
-    assert stretched(schedule, times, finer, 6).full_steps == (0, 10, 20, 40, 60, 80)
-    shifted = stretched(schedule, times, tuple(t * 0.8 for t in times), 6)  # where the noise was less, it is sooner
-    assert shifted.full_steps[0] == 0
-    assert all(ours <= theirs for ours, theirs in zip(shifted.full_steps, schedule.full_steps, strict=True))
-    noisier = stretched(schedule, times, tuple(t * 1.2 for t in times), 6)
-    assert noisier.full_steps[0] == 0
+    more = stretched(schedule, full, 50, 12)
+    assert more.full_steps == (0, 2, 5, 8, 10, 15, 20, 25, 30, 35, 40, 45)
+    assert more.predictors == tuple(name for name in schedule.predictors for _ in range(2))
+    assert stretched(schedule, [2 * step for step in full], 100, 6).full_steps == (0, 10, 20, 40, 60, 80)
+    assert stretched(schedule, [0, 0, 0.2, 0.4, 1, 1], 6, 6).full_steps == (0, 1, 2, 3, 4, 5)  # no room to lie closer
+    assert stretched(schedule, [3, 4, 5, 6, 7, 8], 9, 6).full_steps == (0, 4, 5, 6, 7, 8)  # the first step is full
 
 
 @given(st.integers(2, 60), st.integers(2, 60), st.data())
 @settings(max_examples=50, deadline=None)
 def test_a_stretched_schedule_spends_the_budget(before, after, data):
-    full = data.draw(st.sets(st.integers(1, before - 1)))
-    schedule = CacheSchedule(num_steps=before, full_steps=(0, *sorted(full)))
+    full = (0, *sorted(data.draw(st.sets(st.integers(1, before - 1)))))
+    schedule = CacheSchedule(num_steps=before, full_steps=full)
+    places = sorted(data.draw(st.lists(st.floats(0, after - 1), min_size=len(full), max_size=len(full))))
     budget = data.draw(st.integers(1, after))
-    old, new = (np.linspace(1, 1 / steps, steps) for steps in (before, after))
-    assert stretched(schedule, old, new, budget).budget == budget  # and its steps rise, or it could not be made
+    assert stretched(schedule, places, after, budget).budget == budget  # and its steps rise, or it could not be made
 
 
 # --- ERTACache's threshold

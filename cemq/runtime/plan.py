@@ -64,7 +64,9 @@ class Plan:
         share = 1 - len(self.schedule.branch_steps) / len(self.schedule.full_steps)
         if solver == SEARCH and share == 1:
             count = parse_budget(budget, prior.num_steps)
-            known = stretched(self.schedule, self.sampler.timesteps, sampler.timesteps, count)
+            full_steps = list(self.schedule.full_steps)
+            places = full_steps if sampler is self.sampler else self.sampler.places_in(sampler)[full_steps]
+            known = stretched(self.schedule, places, prior.num_steps, count)
             schedule = plan_predicted(prior, count, also=[known], **settings)
         else:
             solver = "segment" if solver == SEARCH else solver

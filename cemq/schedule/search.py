@@ -113,17 +113,18 @@ def plan_predicted(
     return improve(prior, [*starts, evenly, *also], predictors=choices, view=view)
 
 
-def stretched(schedule: CacheSchedule, old: Sequence[float], new: Sequence[float], budget: int) -> CacheSchedule:
-    """As many full-compute steps as ``budget``, lying among the timesteps ``new`` as the schedule's lie among ``old``.
+def stretched(schedule: CacheSchedule, places: Sequence[float], num_steps: int, budget: int) -> CacheSchedule:
+    """As many full-compute steps as ``budget`` among ``num_steps``, lying as those of another schedule would.
 
-    Both fall. Each step takes the predictor of the one that it stands in for.
+    Args:
+        places: Where its full-compute steps would lie among the new steps, rising, in steps and parts of them. Each new
+            one takes the predictor of the one that it stands in for.
     """
-    places = np.interp(-np.array(old)[list(schedule.full_steps)], -np.array(new), np.arange(len(new)))
-    places[0] = 0.0  # also where the new timesteps begin with more noise
     ranks = np.linspace(0, len(places), budget, endpoint=False)
-    wanted = np.interp(ranks, np.arange(len(places) + 1), [*places, len(new)]).round().astype(int)
+    knots = [0.0, *places[1:], num_steps]  # the first step is full wherever the run begins
+    wanted = np.interp(ranks, np.arange(len(knots)), knots).round().astype(int)
     order = np.arange(budget)
     apart = np.maximum.accumulate(wanted - order) + order  # no two on one step
-    full_steps = np.minimum(apart, len(new) - budget + order)
+    full_steps = np.minimum(apart, num_steps - budget + order)
     names = tuple(schedule.predictors[int(rank)] for rank in ranks)
-    return CacheSchedule(num_steps=len(new), full_steps=full_steps.tolist(), predictor=names, solver=schedule.solver)
+    return CacheSchedule(num_steps=num_steps, full_steps=full_steps.tolist(), predictor=names, solver=schedule.solver)
