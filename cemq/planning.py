@@ -49,6 +49,7 @@ SEARCHED = 0.6  # share of the samples that all but the finals run on
 FINALISTS = 4
 _RETRIED = 2  # of them meet the target of budget=auto on all samples, or do not
 _REPEATED = 0.4  # what a run of the search counts in the prior that is kept: its neighbours say much the same
+_CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
 _FIT_SHARE = 0.5  # of the effort goes into runs that only teach
 _BISECTED = 0.7  # of it may be spent when budget=auto has found a budget; the rest is for its finals
 
@@ -148,7 +149,7 @@ def plan(
         else:
             prior = loop.fit(view).prior
             best = loop.run(plan_schedule(prior, steps, solver=solver, predictor=predictor, view=view))
-    chosen, fix = _corrected(loop, best, correction)
+    chosen, fix = _corrected(loop, best, correction, effort_limits.full_runs + _CORRECTIONS)
     if solver == SEARCH and best is not full and correction in (AUTO, "none"):
         chosen, fix = search.with_skipped_branches(chosen, fix)
     fit = loop.fit(view, repeated=_REPEATED)
@@ -175,8 +176,9 @@ def plan(
     return Planned(schedule=chosen.schedule, correction=fix, prior=fit.prior, evidence=evidence)
 
 
-def _corrected(loop: ClosedLoop, best: Trial, correction: str) -> tuple[Trial, Correction | None]:
-    """The trial with the correction asked for, or with the best one if it is worth having."""
+def _corrected(loop: ClosedLoop, best: Trial, correction: str, limit: float) -> tuple[Trial, Correction | None]:
+    """The trial with the correction asked for, or with the best one if it is worth having, of those tried until
+    ``limit`` is spent."""
     if correction == "none":
         return best, None
     if correction != AUTO:
@@ -188,6 +190,8 @@ def _corrected(loop: ClosedLoop, best: Trial, correction: str) -> tuple[Trial, C
             fix = make_correction(method, loop.prior, best.schedule)
         except InputError:  # the prior has no statistics for it
             continue
+        if loop.spent + loop.cost(best.schedule.budget) > limit:
+            break
         trial = loop.run(best.schedule, fix)
         if trial.psnr_db > chosen.psnr_db and _is_certain(trial.sample_psnr_db - best.sample_psnr_db):
             chosen, kept = trial, fix

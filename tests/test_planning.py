@@ -80,6 +80,7 @@ def test_the_winner_is_the_best_that_was_run_within_the_budget(searched):
 def test_the_search_keeps_within_its_effort_but_for_the_corrections(searched):
     loop, found = searched
     corrections = sum(trial.schedule.budget / STEPS for trial in loop.trials if trial.correction)
+    assert 0 < corrections <= 2
     always = loop.cost(found.schedule.budget, SEARCHED)  # the program's own schedule, whatever is left
     assert found.evidence["full_run_equivalents"] <= EFFORTS["quick"].full_runs + always + corrections + 0.01
     assert found.evidence["full_run_equivalents"] == pytest.approx(loop.spent, abs=0.01)
