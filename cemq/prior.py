@@ -80,6 +80,21 @@ def _cubic_weights(old: np.ndarray, new: np.ndarray, points: int = 4) -> np.ndar
     return weights
 
 
+def _unshared(noise: np.ndarray) -> np.ndarray:
+    """Of covariances between at least four steps: each step's variance that its neighbours do not share."""
+    variances = np.diag(noise).clip(0)
+    deviations = np.sqrt(np.maximum(variances, 1e-300))
+    correlations = noise / np.outer(deviations, deviations)
+
+    def apart(steps: int) -> np.ndarray:
+        beside, none = np.diag(correlations, steps), np.full(steps, np.nan)
+        return np.nanmean([np.r_[beside, none], np.r_[none, beside]], axis=0)
+
+    # where a parabola through the correlations of one and of two steps apart meets the step itself
+    shared = (4 * apart(1) - apart(2)) / 3
+    return variances * (1 - shared).clip(0, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PriorMetadata:
     """Under which conditions the prior was measured."""
@@ -239,7 +254,9 @@ class ErrorPrior:
         """The prior at other timesteps of the same noise scheduler: predictions are smooth in the noise level.
 
         Gram matrices, means and sensitivity are interpolated over the timestep by cubics, step sizes as the share of
-        the sample that a step moves per timestep.
+        the sample that a step moves per timestep. Quantization noise that no two steps share (nearly all of it where
+        activations are rounded and weights are not, W8A8) is no function of the noise level: a mean of two steps would
+        have less of it, and correlate with both. Its variance is interpolated by itself.
 
         Raises:
             PriorMismatchError: The sampler is not one that this prior carries over to.
@@ -256,10 +273,11 @@ class ErrorPrior:
         linear = _cubic_weights(old, new, points=2)
         spans = [-np.diff(times, append=0.0) for times in (old, new)]
         spans = [np.maximum(span, 0.01 * span.mean()) for span in spans]  # some samplers end at timestep 0
+        own_noise = _unshared(self.qq - self.qv - self.qv.T + self.vv)
         cosines, means, grams = self.token_cosines, self.channel_means, self.channel_grams
         return dataclasses.replace(
             self,
-            qq=between @ self.qq @ between.T,
+            qq=between @ (self.qq - np.diag(own_noise)) @ between.T + np.diag(linear @ own_noise),
             qv=between @ self.qv @ between.T,
             vv=between @ self.vv @ between.T,
             step_sizes=linear @ (self.step_sizes / spans[0]) * spans[1],

@@ -321,6 +321,21 @@ def test_a_resampled_prior_agrees_with_one_measured_there(steps):
         assert resampled.final_error(schedule.served) == pytest.approx(native.final_error(schedule.served), rel=0.02)
 
 
+@pytest.mark.parametrize("steps", [20, 28, 100])
+def test_noise_of_its_own_has_its_variance_at_other_timesteps_and_correlates_with_none(steps):
+    def noisy(sampler):  # beside the smooth error of q, one that is drawn anew at every step
+        prior = smooth_prior(sampler)
+        return dataclasses.replace(prior, qq=prior.qq + np.diag(1e-3 + 1e-6 * np.array(sampler.timesteps)))
+
+    resampled, native = noisy(sampler_of(50)).resampled(sampler_of(steps)), noisy(sampler_of(steps))
+    inside = np.array(sampler_of(steps).timesteps) <= 981
+    both = np.ix_(inside, inside)
+    assert resampled.qq[both] == pytest.approx(native.qq[both], abs=3e-5)
+    for full_steps in (range(0, steps, 2), range(0, steps, 5)):  # what extrapolation makes of noise, above all
+        schedule = CacheSchedule(num_steps=steps, full_steps=full_steps)
+        assert resampled.final_error(schedule.served) == pytest.approx(native.final_error(schedule.served), rel=0.02)
+
+
 def test_resampled_to_its_own_timesteps_a_prior_stays_as_it_is():
     prior = smooth_prior(sampler_of(50))
     same = prior.resampled(sampler_of(50))
