@@ -89,8 +89,11 @@ def memory(folder: Path, vram: int, offload: Path, group: Path | None = None) ->
     warm_up()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # 10 MB that the C library keeps of it would be used again, and not count
+    for top in (folder, offload):
+        for file in filter(Path.is_file, top.rglob("*")):
+            (drop if vram else read)(file)
     if group:
-        join(group, folder, offload, files_count=bool(vram))
+        (group / "cgroup.procs").write_text(str(os.getpid()))
     with Watch() as whole:
         with Watch() as loading:
             pipe = load(folder, vram=vram or None, offload_folder=offload)
@@ -182,6 +185,21 @@ def warm_up() -> None:
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
 
 
+# --- files in the page cache: they count for the control group of whoever read them first
+
+
+def drop(file: Path) -> None:
+    """From the page cache, so that what is used of it counts, and only that: what is there is mapped by up to 2 MB."""
+    with file.open("rb") as opened:
+        os.fsync(opened)  # what has yet to be written is not dropped
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(file: Path) -> None:
+    """Into the page cache, so that using it does not count."""
+    file.read_bytes()
+
+
 # --- memory that the kernel grants
 
 # Where control groups of version 1 and 2 have memory; its limit; that of swap, and what to write there for none.
@@ -197,7 +215,10 @@ class Killed(Exception):
 
 @contextmanager
 def memory_group(limit: int) -> Iterator[Path | None]:
-    """A control group of so many bytes, for processes that end before it does; None where it cannot be made."""
+    """A control group of so many bytes, for processes that end before it does; None where it cannot be made.
+
+    It counts what the kernel grants after a process has joined; memory of before stays with the group of before.
+    """
     group = next(filter(None, (make_group(limit, *controller) for controller in CONTROLLERS)), None)
     try:
         yield group
@@ -218,22 +239,6 @@ def make_group(limit: int, mounted: str, memory: str, swap: str, no_swap: str) -
     if (group / swap).exists():
         (group / swap).write_text(no_swap.format(limit=limit))
     return group
-
-
-def join(group: Path, *folders: Path, files_count: bool) -> None:
-    """From here on, what the kernel grants this process counts in the group, and files do if they are to.
-
-    Memory of before stays with the group of before. So do pages of files, and one that another process has left in the
-    page cache is granted to nobody else: to count, those of the folders are dropped; not to count, they are read here.
-    """
-    for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
-        with file.open("rb") as opened:
-            if files_count:
-                os.fsync(opened)  # what has yet to be written is not dropped
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            else:
-                opened.read()
-    (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def enforced(limit: int, folder: Path, vram: int, offload: Path) -> str | None:
@@ -473,23 +478,24 @@ def write(content: dict) -> None:
         f"""# Memory and time under vram=
 
 {machine["date"][:10]}, {one_line(machine)}.
-Command: `python docs/benchmarks/placement.py`. Processes that wanted the machine's cores, this one counted:
-{min(content["load"]):.0f} to {max(content["load"]):.0f}; where that is more than there are cores, ratios hold, seconds do not. The built-in models with a
-transformer (and, of sd3, a text encoder) of random weights in bfloat16; weights: {weights}.
-A CPU has no memory of its own beside the host's; **nothing here was taken on a GPU**.
+Command: `python docs/benchmarks/placement.py`. {min(content["load"]):.0f} to {max(content["load"]):.0f} processes wanted the {machine["cores"]} cores, this one counted; if they were more
+than the cores, bytes hold, ratios roughly, seconds do not. The built-in models with a transformer (and, of sd3, a text encoder) of
+random weights in bfloat16; weights: {weights}. A CPU has no memory of its own beside the host's;
+**nothing here was taken on a GPU**.
 
 ## Memory
 
 Resident memory above that of the imports, in MB, each row in a process of its own that loads and draws one picture. `vram=` is
 exactly what the plan says the placement needs. `peak` is the kernel's high-water mark (VmHWM) of loading and drawing, with mapped
 files, `loading` that of loading alone; `anonymous` leaves out pages that merely mirror a file and can be dropped at any time. A
-`first` load writes the files that a later one finds.
+`first` load writes the files that a later one finds. Files are dropped from the page cache beforehand: what is there is mapped in
+pieces of up to 2 MB, which `peak` would count, though the kernel grants nothing.
 
 `enforced`: the same again in a memory control group of exactly the planned bytes, which counts all that the kernel grants from the
-end of the imports on: anonymous memory, page tables and the like, and the files of the bundle and of offloaded weights, whose pages
-it takes back when room runs out; a process that wants more is killed. `without vram=` is loaded whole under that limit, with
-its files read beforehand so that they do not count (else the kernel reads them over and over, for minutes, before it kills).
-`not tried`: a group could not be made, which takes root.
+end of the imports on: anonymous memory, page tables and the like, and pages of files, mapped or not, which it takes back when room
+runs out. A process that wants more is killed. `without vram=`: loaded whole under the same limit, with files read beforehand so that
+they do not count (else the kernel reads them over and over, for minutes, before it kills). `not tried`: a group could not be made,
+which takes root.
 
 | model | scheme | placement | load | planned | peak | loading | anonymous | enforced | without vram= |
 |---|---|---|---|---|---|---|---|---|---|
