@@ -1,6 +1,7 @@
 """Memory under ``vram=`` of a bundle larger than the limit, as docs/benchmarks/placement.py builds and measures it."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,33 +13,52 @@ import cemq
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark of memory is read from /proc")
 
 
-@pytest.fixture
-def benchmark(request, monkeypatch):
+@pytest.fixture(scope="module")
+def benchmark(request):
     """A script of docs/benchmarks as a module."""
     path = Path(__file__).parents[1] / "docs" / "benchmarks" / f"{request.param}.py"
     spec = importlib.util.spec_from_file_location(f"benchmark_{request.param}", path)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # its dataclasses look themselves up
+        spec.loader.exec_module(module)
+        yield module
 
 
-@pytest.mark.parametrize("benchmark", ["placement"], indirect=True)
-@pytest.mark.parametrize(
-    ("model", "scheme", "placement"),
-    [("sd3", "none", "group offload to disk, block level"), ("dit", "w8a8", "sequential offload to disk")],
+@pytest.fixture(
+    scope="module",
+    params=[("sd3", "none", "group offload to disk, block level"), ("dit", "w8a8", "sequential offload to disk")],
+    ids=["sd3", "dit"],
 )
-def test_loading_and_drawing_never_take_more_than_the_plan(benchmark, model, scheme, placement, tmp_path):
-    bundle = tmp_path / "bundle"
+def larger(request, benchmark, tmp_path_factory):
+    """A bundle larger than what a placement needs of memory; that placement, and what it needs."""
+    model, scheme, placement = request.param
+    bundle = tmp_path_factory.mktemp("larger") / "bundle"
     benchmark.build(bundle, model, scheme, steps=10)
     plan = cemq.plan_memory(bundle, "1000GiB", device="cpu")
     wanted = next(e for e in plan.estimates if e.name == placement)
     limit = wanted.device_bytes + plan.reserve_bytes
     assert sum(component.weight_bytes for component in plan.components) > 1.5 * limit
+    yield bundle, placement, limit
+    shutil.rmtree(bundle)
+
+
+@pytest.mark.parametrize("benchmark", ["placement"], indirect=True)
+def test_loading_and_drawing_never_take_more_than_the_plan(benchmark, larger, tmp_path):
+    bundle, placement, limit = larger
     # a process of its own; the first load, which writes the files that weights rest in
     found = benchmark.call("memory", bundle, limit, tmp_path / "offload")
     assert (found["placement"], found["planned"]) == (placement, limit)
     assert 0 < found["loading"] <= found["peak"] <= limit
+
+
+@pytest.mark.parametrize("benchmark", ["placement"], indirect=True)
+def test_a_kernel_that_grants_what_is_planned_kills_only_who_loads_without_vram(benchmark, larger, tmp_path):
+    bundle, _, limit = larger
+    ends = {vram: benchmark.enforced(limit, bundle, vram, tmp_path / "offload") for vram in (limit, 0)}
+    if None in ends.values():
+        pytest.skip("no memory control group can be made here: that takes root and a cgroup file system to write to")
+    assert ends == {limit: "finished", 0: "killed"}
 
 
 @pytest.mark.parametrize("benchmark", ["flux_vram"], indirect=True)

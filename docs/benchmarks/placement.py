@@ -2,22 +2,26 @@
 
 Pipelines whose weights are larger than the limit, each run in a process of its own. On a CPU the device's memory is the
 process's: resident memory, of which the kernel keeps the high-water mark, is held against the plan, for the first load,
-which writes the files that weights rest in, and for a later one. Placements that keep weights in host memory are put on
-with the CPU as the device, where they save nothing: the weights that are there at a time are counted instead. For every
-placement: weights moved on each step, and the time of 10 of 50 steps against 50 of 50. Writes placement.md and
-placement.json beside itself, row by row. About 15 minutes on 2 CPU cores; --quick tries everything with 10 steps and
-writes nothing. (tests/test_vram.py runs the stages ``build`` and ``memory``.)
+which writes the files that weights rest in, and for a later one. Then each again where the kernel grants no more than
+the plan, with ``vram=`` and without: in a memory control group, where one can be made (version 1 or 2; it takes root).
+Limits of a process (RLIMIT_AS, RLIMIT_DATA) would not do: they count mapped files and empty tensors, neither of which
+is memory.
 
-No limit that the kernel enforces fits: those of a process (RLIMIT_AS, RLIMIT_DATA) count files that are mapped and
-empty tensors, neither of which is memory, and control groups want privileges.
+Placements that keep weights in host memory are put on with the CPU as the device, where they save nothing: the weights
+that are there at a time are counted instead. For every placement: weights moved on each step, and the time of 10 of 50
+steps against 50 of 50. Writes placement.md and placement.json beside itself, row by row. About 20 minutes on 2 CPU
+cores; --quick tries everything with 10 steps and writes nothing. (tests/test_vram.py runs ``build`` and ``memory``.)
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import json
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -80,9 +84,16 @@ def build(folder: Path, model: str, scheme: str, steps: int) -> None:
     seal(folder, manifest)
 
 
-def memory(folder: Path, vram: int, offload: Path) -> dict[str, object]:
-    """Peaks of loading and of one run, above the imports."""
+def memory(folder: Path, vram: int, offload: Path, group: Path | None = None) -> dict[str, object]:
+    """Peaks of loading and of one run, above the imports; as a member of the control group, if one is given."""
     warm_up()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # 10 MB that the C library keeps of it would be used again, and not count
+    for top in (folder, offload):
+        for file in filter(Path.is_file, top.rglob("*")):
+            (drop if vram else read)(file)
+    if group:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
     with Watch() as whole:
         with Watch() as loading:
             pipe = load(folder, vram=vram or None, offload_folder=offload)
@@ -172,6 +183,74 @@ def warm_up() -> None:
     pipe.set_progress_bar_config(disable=True)
     run(pipe, Batch(conditions=("a",), seeds=(0,)), steps=2, call={"height": 32, "width": 32})
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
+
+
+# --- files in the page cache: they count for the control group of whoever read them first
+
+
+def drop(file: Path) -> None:
+    """From the page cache, so that what is used of it counts, and only that: what is there is mapped by up to 2 MB."""
+    with file.open("rb") as opened:
+        os.fsync(opened)  # what has yet to be written is not dropped
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(file: Path) -> None:
+    """Into the page cache, so that using it does not count."""
+    file.read_bytes()
+
+
+# --- memory that the kernel grants
+
+# Where control groups of version 1 and 2 have memory; its limit; that of swap, and what to write there for none.
+CONTROLLERS = (
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "{limit}"),
+    ("/sys/fs/cgroup", "memory.max", "memory.swap.max", "0"),
+)
+
+
+class Killed(Exception):
+    """By the kernel, as is a process that wants more memory than its control group has."""
+
+
+@contextmanager
+def memory_group(limit: int) -> Iterator[Path | None]:
+    """A control group of so many bytes, for processes that end before it does; None where it cannot be made.
+
+    It counts what the kernel grants after a process has joined; memory of before stays with the group of before.
+    """
+    group = next(filter(None, (make_group(limit, *controller) for controller in CONTROLLERS)), None)
+    try:
+        yield group
+    finally:
+        if group:
+            group.rmdir()
+
+
+def make_group(limit: int, mounted: str, memory: str, swap: str, no_swap: str) -> Path | None:
+    try:
+        group = Path(tempfile.mkdtemp(prefix="cemq-", dir=mounted))
+    except OSError:  # not mounted, or not ours to write to
+        return None
+    if not (group / memory).exists():  # a folder like any other, or a group without this controller
+        group.rmdir()
+        return None
+    (group / memory).write_text(str(limit))
+    if (group / swap).exists():
+        (group / swap).write_text(no_swap.format(limit=limit))
+    return group
+
+
+def enforced(limit: int, folder: Path, vram: int, offload: Path) -> str | None:
+    """How the stage ``memory`` ends if the kernel grants it so many bytes: finished or killed; None if not tried."""
+    with memory_group(limit) as group:
+        if group is None:
+            return None
+        try:
+            call("memory", folder, vram, offload, group)
+        except Killed:
+            return "killed"
+        return "finished"
 
 
 # --- pipelines in their places
@@ -323,6 +402,8 @@ def counted(pipe: object) -> Iterator[Moves]:
 def call(stage: str, *arguments: object) -> dict:
     command = [sys.executable, __file__, stage, *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode == -signal.SIGKILL:
+        raise Killed(f"{stage} {arguments}")
     if done.returncode:
         raise SystemExit(f"{stage} {arguments}: {done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -336,10 +417,11 @@ def main(quick: bool) -> None:
     import cemq
     from cemq.bench.machine import describe_machine
 
-    content = {"machine": describe_machine(), "weights": {}, "memory": [], "time": []}
+    content = {"machine": describe_machine(), "load": [], "weights": {}, "memory": [], "time": []}
 
     def keep(kind: str, row: dict) -> None:
         content[kind].append(row)
+        content["load"].append(os.getloadavg()[0])
         print(row, flush=True)
         if not quick:
             write(content)
@@ -358,7 +440,10 @@ def main(quick: bool) -> None:
             whole = cemq.plan_memory(folder, "1000GiB", device="cpu").chosen.device_bytes + reserve
             for vram in (whole, *on_disk.values()):
                 for attempt in ("first", "again")[: 1 if vram == whole else 2]:
-                    keep("memory", named | {"load": attempt} | call("memory", folder, vram, offload))
+                    row = named | {"load": attempt} | call("memory", folder, vram, offload)
+                    row["enforced"] = enforced(vram, folder, vram, Path(scratch, "enforced"))
+                    row["enforced_without_vram"] = enforced(vram, folder, 0, Path(scratch, "enforced"))
+                    keep("memory", row)
             for name, e in found.items():
                 if e.placement.disk <= (name in on_disk):
                     keep("time", named | call("timing", folder, name, offload))
@@ -376,7 +461,8 @@ def write(content: dict) -> None:
 
     memories = [
         f"| {row['model']} | {row['scheme']} | {row['placement']} | {row['load']} | {megabytes(row['planned'])} | "
-        f"{megabytes(row['peak'])} | {megabytes(row['loading'])} | {megabytes(row['anonymous'])} |"
+        f"{megabytes(row['peak'])} | {megabytes(row['loading'])} | {megabytes(row['anonymous'])} | "
+        f"{row['enforced'] or 'not tried'} | {row['enforced_without_vram'] or 'not tried'} |"
         for row in content["memory"]
     ]
     times = [
@@ -392,18 +478,27 @@ def write(content: dict) -> None:
         f"""# Memory and time under vram=
 
 {machine["date"][:10]}, {one_line(machine)}.
-Command: `python docs/benchmarks/placement.py`. The built-in models with a transformer (and, of sd3, a text encoder) of random
-weights in bfloat16; weights: {weights}. A CPU has no memory of its own beside the host's; **nothing here was taken on a GPU**.
+Command: `python docs/benchmarks/placement.py`. {min(content["load"]):.0f} to {max(content["load"]):.0f} processes wanted the {machine["cores"]} cores, this one counted; if they were more
+than the cores, bytes hold, ratios roughly, seconds do not. The built-in models with a transformer (and, of sd3, a text encoder) of
+random weights in bfloat16; weights: {weights}. A CPU has no memory of its own beside the host's;
+**nothing here was taken on a GPU**.
 
 ## Memory
 
 Resident memory above that of the imports, in MB, each row in a process of its own that loads and draws one picture. `vram=` is
 exactly what the plan says the placement needs. `peak` is the kernel's high-water mark (VmHWM) of loading and drawing, with mapped
 files, `loading` that of loading alone; `anonymous` leaves out pages that merely mirror a file and can be dropped at any time. A
-`first` load writes the files that a later one finds.
+`first` load writes the files that a later one finds. Files are dropped from the page cache beforehand: what is there is mapped in
+pieces of up to 2 MB, which `peak` would count, though the kernel grants nothing.
 
-| model | scheme | placement | load | planned | peak | loading | anonymous |
-|---|---|---|---|---|---|---|---|
+`enforced`: the same again in a memory control group of exactly the planned bytes, which counts all that the kernel grants from the
+end of the imports on: anonymous memory, page tables and the like, and pages of files, mapped or not, which it takes back when room
+runs out. A process that wants more is killed. `without vram=`: loaded whole under the same limit, with files read beforehand so that
+they do not count (else the kernel reads them over and over, for minutes, before it kills). `not tried`: a group could not be made,
+which takes root.
+
+| model | scheme | placement | load | planned | peak | loading | anonymous | enforced | without vram= |
+|---|---|---|---|---|---|---|---|---|---|
 {chr(10).join(memories)}
 
 ## Weights and time
@@ -426,7 +521,8 @@ if __name__ == "__main__":
         build(Path(folder), model, scheme, int(steps))
         print("{}")
     elif stage == "memory":
-        print(json.dumps(memory(Path(arguments[0]), int(arguments[1]), Path(arguments[2]))))
+        folder, vram, offload, *group = filter(None, arguments)
+        print(json.dumps(memory(Path(folder), int(vram), Path(offload), *map(Path, group))))
     elif stage == "timing":
         print(json.dumps(timing(Path(arguments[0]), arguments[1], Path(arguments[2]))))
     else:
