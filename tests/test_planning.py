@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import make_dit
 
-from cemq.closed_loop import ClosedLoop, _means, Trial
+from cemq.closed_loop import ClosedLoop, Trial, _means
 from cemq.correction import METHODS
 from cemq.errors import InfeasibleBudgetError, InputError
 from cemq.evaluation import run_batch
