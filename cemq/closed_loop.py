@@ -165,21 +165,11 @@ class ClosedLoop:
         Those that were not drawn to teach count ``repeated`` each.
         """
         plain = [trial for trial in self.plain() if trial.psnr_db < PSNR_CEILING_DB]
-        drawn = [trial for trial in plain if trial.schedule.solver in (FULL, SAMPLE)]
-        samples = min((trial.samples for trial in drawn or plain), default=0)
-        errors = [error_of(quality) for quality in _means([trial.sample_psnr_db[:samples] for trial in plain])]
-        counts = [1.0 if trial in drawn else repeated for trial in plain]
-        return fit_propagation(self.prior, [trial.schedule for trial in plain], errors, counts=counts, view=view)
-
-
-def _means(found: Sequence[np.ndarray]) -> list[float]:
-    """Of trials on the same samples, or on the first of them: as if each had been run on all.
-
-    On samples that it lacks, a trial is taken to lie as far from the others as it does on those it has.
-    """
-    most = max(map(len, found), default=0)
-    level = np.mean([values for values in found if len(values) == most], axis=0)
-    return [float(np.mean(values - level[: len(values)]) + level.mean()) for values in found]
+        samples = min((trial.samples for trial in plain), default=0)  # that all of them were run on
+        errors = [error_of(trial.sample_psnr_db[:samples].mean()) for trial in plain]
+        schedules = [trial.schedule for trial in plain]
+        counts = [1.0 if schedule.solver in (FULL, SAMPLE) else repeated for schedule in schedules]
+        return fit_propagation(self.prior, schedules, errors, counts=counts, view=view)
 
 
 def _count(batches: Sequence[Batch]) -> int:

@@ -3,8 +3,8 @@
 A plan is a prediction from recorded trajectories. Here schedules are run in closed loop on calibration samples that
 were not profiled: first some to learn how errors reach the final sample (`cemq.propagation`), then what several solvers
 propose, then the neighbours of the best one, most promising first. Every run sharpens the predictions for the next.
-All this is done on some of the samples; the few best then meet what was published on all of them, and the best is kept:
-never worse on these samples than ``uniform`` or ``cem``.
+All this is done on two thirds of the samples; the few best then meet what was published on all of them, and the best
+is kept: never worse on these samples than ``uniform`` or ``cem``.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
 BRANCH_SHARES = (0.5, 0.75, 0.9)  # of the full-compute steps that compute both branches of guidance
-TAUGHT = 0.6  # share of the samples that is run to learn from
-SEARCHED = 0.5  # share of them that is searched on: twice the candidates are worth more than twice the samples
+SEARCHED = 0.6  # share of the samples that all but the finals run on
 FINALISTS = 4
 _RETRIED = 2  # of them meet the target of budget=auto on all samples, or do not
 _REPEATED = 0.4  # what a run of the search counts in the prior that is kept: its neighbours say much the same
@@ -135,8 +134,8 @@ def plan(
     learned: dict[Any, float] = {}
     for schedule in samples:
         if sum(learned.values()) < _FIT_SHARE * effort_limits.full_runs:
-            loop.run(schedule, share=TAUGHT)
-            learned[schedule.key] = loop.cost(schedule.budget, TAUGHT)
+            loop.run(schedule, share=SEARCHED)
+            learned[schedule.key] = loop.cost(schedule.budget, SEARCHED)
     loop.spent = sum(learned.values())  # also where an earlier plan has run them
     search = _Search(loop=loop, predictor=predictor, view=view, limit=effort_limits.full_runs)
     if budget == AUTO_BUDGET:
@@ -291,7 +290,7 @@ class _Search:
             incumbent = self._ranked(self._tried(budget))[0]
             prior = loop.fit(self.view).prior
             moves = {move.key: move for move in neighbours(incumbent.schedule, self._choices)}
-            further = improve(prior, incumbent.schedule, predictors=self._choices, view=self.view, rounds=4)
+            further = improve(prior, incumbent.schedule, predictors=self._choices, view=self.view, moves=4)
             moves[further.key] = further
             for trial in loop.plain():
                 moves.pop(trial.schedule.key, None)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import make_dit
 
-from cemq.closed_loop import ClosedLoop, Trial, _means
+from cemq.closed_loop import ClosedLoop, Trial
 from cemq.correction import METHODS
 from cemq.errors import InfeasibleBudgetError, InputError
 from cemq.evaluation import run_batch
@@ -291,12 +291,6 @@ def test_the_search_takes_some_of_the_samples_and_the_finals_all():
     )
     spent = sum(trial.samples / loop.samples * trial.schedule.budget / STEPS for trial in loop.trials[1:])
     assert found.evidence["full_run_equivalents"] == pytest.approx(spent, abs=0.01)
-
-
-def test_trials_on_fewer_samples_are_compared_on_those_they_share():
-    found = [np.array([40.0, 50.0, 30.0]), np.array([42.0, 52.0, 26.0]), np.array([43.0, 53.0])]
-    # the mean of the first two is 41, 51, 28; the last lies 2 above that where it was run
-    assert _means(found) == pytest.approx([40.0, 40.0, 42.0])
 
 
 def test_a_trial_is_extended_by_the_samples_it_lacks():

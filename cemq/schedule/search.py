@@ -57,29 +57,34 @@ def improve(
     *,
     predictors: Sequence[str] = (),
     view: str = "combined",
-    rounds: int = 50,
+    moves: int | None = None,
 ) -> CacheSchedule:
     """Move by move to a schedule whose predicted error no single move lowers; the best of several starts.
 
     Args:
         starts: There are many such schedules, and which is found depends on where the search begins.
         predictors: That a segment may be served by instead; none leaves them as they are.
-        rounds: Of moving every full-compute step once, at most.
+        moves: The most that are made, each the best of all there are, so as not to go far; None goes on to the end and
+            takes the best of each step in turn, which is faster.
     """
 
     def predicted(candidate: CacheSchedule) -> float:
         return prior.final_error(candidate.served, view)
 
+    def better(best: CacheSchedule, candidates: Iterator[CacheSchedule]) -> CacheSchedule:
+        move = min(candidates, key=predicted, default=best)
+        return move if predicted(move) < predicted(best) * (1 - 1e-9) else best
+
     def descend(best: CacheSchedule) -> CacheSchedule:
-        least = predicted(best)
-        for _ in range(rounds):
-            before = least
+        if moves is not None:
+            for _ in range(moves):
+                best = better(best, neighbours(best, predictors))
+            return best
+        before = None
+        while best is not before:
+            before = best
             for index in range(len(best.full_steps)):
-                moved = min(_moves(best, index, predictors), key=predicted, default=best)
-                if (error := predicted(moved)) < least * (1 - 1e-9):
-                    best, least = moved, error
-            if least == before:
-                break
+                best = better(best, _moves(best, index, predictors))
         return best
 
     found = [descend(start) for start in ([starts] if isinstance(starts, CacheSchedule) else starts)]
