@@ -281,6 +281,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     process = subprocess.Popen(
         [CEMQ, *BUILD, "--samples", "64", "-o", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have their background jobs ignore it
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.partial-*")):
