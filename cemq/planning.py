@@ -51,7 +51,6 @@ _RETRIED = 2  # of them meet the target of budget=auto on all samples, or do not
 _REPEATED = 0.4  # what a run of the search counts in the prior that is kept: its neighbours say much the same
 _CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
 _FIT_SHARE = 0.5  # of the effort goes into runs that only teach
-_BISECTED = 0.7  # of it may be spent when budget=auto has found a budget; the rest is for its finals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,7 +365,8 @@ class _Search:
         rounds = math.ceil(math.log2(loop.num_steps))
         while low < high:
             middle = self._likely(low, high, wanted)
-            trial = self.explore(middle, loop.spent + (_BISECTED * self.limit - loop.spent) / rounds)
+            finals = loop.cost(middle) * (len(PUBLISHED) * len(self._names) + FINALISTS * (1 - SEARCHED))
+            trial = self.explore(middle, loop.spent + (self.limit - finals - loop.spent) / rounds)
             rounds = max(1, rounds - 1)
             if wanted.met_by(trial):
                 high = trial.schedule.budget
