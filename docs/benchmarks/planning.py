@@ -458,7 +458,8 @@ def page(record: dict[str, Any]) -> str:
 Command: `python docs/benchmarks/planning.py`. Both built-in models, 50 steps, {
         SAMPLES
     } samples with seeds from 1000000 on that no
-plan has seen; PSNR in dB to full precision at 50 of 50 with the same seeds.
+plan has seen; PSNR in dB to full precision at 50 of 50 with the same seeds. Parts are taken one by one: rankings and
+step counts on bundles of an hour before, whose search looked further ahead than today's.
 
 ## Which cost ranks schedules
 
