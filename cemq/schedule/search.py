@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -68,6 +69,7 @@ def improve(
             takes the best of each step in turn, which is faster.
     """
 
+    @cache  # what one round weighed comes up in the next, and from other starts
     def predicted(candidate: CacheSchedule) -> float:
         return prior.final_error(candidate.served, view)
 
@@ -110,9 +112,9 @@ def plan_predicted(
         InfeasibleBudgetError: The budget is out of range.
     """
     count, whole = parse_budget(budget, prior.num_steps), "taylor1" if predictor == AUTO else predictor
-    starts = [plan_schedule(prior, count, predictor=name, view=view) for name in dict.fromkeys((predictor, whole))]
     if prior.num_steps > _MOST_STEPS:
-        return starts[0]
+        return plan_schedule(prior, count, predictor=predictor, view=view)
+    starts = [plan_schedule(prior, count, predictor=name, view=view) for name in dict.fromkeys((predictor, whole))]
     evenly = plan_schedule(prior, count, solver="uniform", predictor=whole)
     choices = SEGMENT_PREDICTORS if predictor == AUTO else ()
     return improve(prior, [*starts, evenly, *also], predictors=choices, view=view)
