@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,10 +19,12 @@ from cemq.models import default_device, locate, open_pipeline
 from cemq.predict import check_predictor
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.processes import ALONE, Processes
-from cemq.propagation import SAMPLE
+from cemq.propagation import sample_schedules
 from cemq.runtime import detach, from_pretrained
 from cemq.sampling import EVALUATION_SEED_OFFSET, Progress, iterate, make_batches
-from cemq.schedule import CacheSchedule, cem_costs, uniform_steps
+from cemq.schedule import CacheSchedule, cem_costs
+
+_FIRST_SEED = 12345  # of the schedules that predictions are tested with
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
@@ -141,27 +144,17 @@ def analyze(
 
 
 def test_schedules(num_steps: int, count: int, predictor: str, budget: int) -> list[CacheSchedule]:
-    """Schedules of one budget, random and near uniform in turn; their seeds are not those of `sample_schedules`."""
-    generator = np.random.default_rng(12345)
-    found: list[CacheSchedule] = []
-    seen: set[tuple[int, ...]] = set()
-    misses = 0  # on few steps there are not enough near-uniform ones
-    while len(found) < count:
-        if len(found) % 2 or misses > 200:
-            chosen = set(generator.choice(np.arange(1, num_steps), budget - 1, replace=False).tolist())
-        else:
-            moved = np.array(uniform_steps(num_steps, budget)) + generator.normal(0, 0.02 * num_steps, budget)
-            chosen = set(np.clip(moved.round(), 1, num_steps - 1).astype(int).tolist())
-            while len(chosen) < budget - 1:
-                chosen.add(int(generator.integers(1, num_steps)))
-            chosen = set(sorted(chosen)[: budget - 1])
-        full_steps = (0, *sorted(chosen))
-        misses += 1
-        if full_steps not in seen:
-            misses = 0
-            seen.add(full_steps)
-            found.append(CacheSchedule(num_steps=num_steps, full_steps=full_steps, predictor=predictor, solver=SAMPLE))
-    return found
+    """Different schedules of one budget, near uniform and random in turn, drawn with seeds that planning does not use.
+
+    There must be as many.
+    """
+    found: dict[tuple[int, ...], CacheSchedule] = {}
+    for seed in itertools.count(_FIRST_SEED):
+        for schedule in sample_schedules(num_steps, count, (predictor,), seed, budget):
+            found.setdefault(schedule.full_steps, schedule)
+        if len(found) >= count:
+            return list(found.values())[:count]
+    raise AssertionError("every schedule is drawn in the end")
 
 
 def draw(analysis: dict[str, Any], path: Path) -> None:

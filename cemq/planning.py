@@ -45,12 +45,12 @@ PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
 BRANCH_SHARES = (0.5, 0.75, 0.9)  # of the full-compute steps that compute both branches of guidance
-SEARCHED = 0.6  # share of the samples that all but the finals run on
+SEARCHED = 0.5  # share of the samples that all but the finals run on
 FINALISTS = 4
 _RETRIED = 2  # of them meet the target of budget=auto on all samples, or do not
-_REPEATED = 0.4  # what a run of the search counts in the prior that is kept: its neighbours say much the same
 _CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
 _FIT_SHARE = 0.5  # of the effort goes into runs that only teach
+_FIT_SHARE_AUTO = 0.35  # where the search is for a budget too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,9 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(full_runs=5, fitted_to=8),
-    "normal": Effort(full_runs=13, fitted_to=32),
-    "thorough": Effort(full_runs=40, fitted_to=40),
+    "quick": Effort(full_runs=5, fitted_to=16),
+    "normal": Effort(full_runs=13, fitted_to=40),
+    "thorough": Effort(full_runs=40, fitted_to=64),
 }
 
 
@@ -128,30 +128,33 @@ def plan(
     loop.spent = 0.0  # its error is what all others are measured by, not part of the search
     if budget == AUTO_BUDGET and target_psnr is None and not full.relative_l2:
         raise InputError("budget=auto: full compute has no error without quantization, so give a target PSNR")
+    steps = None
+    if budget != AUTO_BUDGET:
+        steps = check_budget(budget, loop.num_steps, "segment" if solver == SEARCH else solver)
     taught = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
-    samples = sample_schedules(loop.num_steps, effort_limits.fitted_to, taught, seed=0)
+    # of the budget that is planned for: how errors spread depends on how many steps are skipped
+    like = None if steps == loop.num_steps else steps
+    samples = sample_schedules(loop.num_steps, effort_limits.fitted_to, taught, seed=0, budget=like)
+    most = (_FIT_SHARE_AUTO if steps is None else _FIT_SHARE) * effort_limits.full_runs
     learned: dict[Any, float] = {}
     for schedule in samples:
-        if sum(learned.values()) < _FIT_SHARE * effort_limits.full_runs:
+        if sum(learned.values()) < most:
             loop.run(schedule, share=SEARCHED)
             learned[schedule.key] = loop.cost(schedule.budget, SEARCHED)
     loop.spent = sum(learned.values())  # also where an earlier plan has run them
     search = _Search(loop=loop, predictor=predictor, view=view, limit=effort_limits.full_runs)
-    if budget == AUTO_BUDGET:
+    if steps is None:
         best = search.fewest(_Wanted(full=full, tolerance=tolerance, psnr_db=target_psnr))
+    elif steps == loop.num_steps:
+        best = full
+    elif solver == SEARCH:
+        best = search.best(steps)
     else:
-        steps = check_budget(budget, loop.num_steps, "segment" if solver == SEARCH else solver)
-        if steps == loop.num_steps:
-            best = full
-        elif solver == SEARCH:
-            best = search.best(steps)
-        else:
-            prior = loop.fit(view).prior
-            best = loop.run(plan_schedule(prior, steps, solver=solver, predictor=predictor, view=view))
+        best = loop.run(plan_schedule(loop.fit(view).prior, steps, solver=solver, predictor=predictor, view=view))
     chosen, fix = _corrected(loop, best, correction, effort_limits.full_runs + _CORRECTIONS)
     if solver == SEARCH and best is not full and correction in (AUTO, "none"):
         chosen, fix = search.with_skipped_branches(chosen, fix)
-    fit = loop.fit(view, repeated=_REPEATED)
+    fit = loop.fit(view, drawn=True)
     curve = search.curve(fit.prior)
     evidence = {
         "solver": solver,
@@ -164,7 +167,7 @@ def plan(
         "tolerance": tolerance if budget == AUTO_BUDGET and target_psnr is None else None,
         "target_psnr": target_psnr,
         "fit": {
-            "runs": len(loop.plain()),
+            "runs": len(learned) + 1,
             "rms_log_error": fit.rms_log_error,
             "coherence_steps": fit.prior.coherence,
         },
@@ -208,12 +211,21 @@ def _standard_error(values: np.ndarray) -> float:
 
 
 def _middle_mean(values: np.ndarray) -> np.ndarray:
-    """Of each row, without the sixth that is highest and the sixth that is lowest.
+    """Of the last axis, without the sixth that is highest and the sixth that is lowest.
 
     A sample that takes another turn is off by ten times what the others are; the mean of all says less about others.
     """
-    cut = values.shape[1] // 6
-    return np.sort(values, axis=1)[:, cut : values.shape[1] - cut].mean(1)
+    cut = values.shape[-1] // 6
+    return np.sort(values)[..., cut : values.shape[-1] - cut].mean(-1)
+
+
+def _middle_error(values: np.ndarray) -> np.ndarray:
+    """The standard error of `_middle_mean` (Tukey and McLaughlin 1963): that of the mean of values whose outer sixths
+    are moved to where the middle ends, over the share that is left; 0 for a single one."""
+    count = values.shape[-1]
+    cut, ordered = count // 6, np.sort(values)
+    held = ordered.clip(ordered[..., cut, None], ordered[..., count - cut - 1, None])
+    return held.std(-1, ddof=min(1, count - 1)) / math.sqrt(count) / (1 - 2 * cut / count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +241,7 @@ class _Wanted:
             return trial.psnr_db >= self.psnr_db
         excess = trial.sample_relative_l2 - (1 + self.tolerance) * self.full.sample_relative_l2[: trial.samples]
         # with a standard error to spare: what only just passes here fails on half of all other samples
-        return excess.mean() + _standard_error(excess) <= 0
+        return _middle_mean(excess) + _middle_error(excess) <= 0
 
     @property
     def error(self) -> float:
@@ -272,15 +284,14 @@ class _Search:
         """The best trial of a budget once the effort is spent: never worse on the samples than what was published."""
         loop, prior = self.loop, self.loop.fit(self.view).prior
         published = [loop.run(schedule) for schedule in self.published(prior, budget)]
-        self.explore(budget, self.limit)
+        self.explore(budget, self.limit - FINALISTS * (loop.cost(budget) - loop.cost(budget, SEARCHED)))
         floor = max((trial.psnr_db for trial in published), default=-math.inf)
         return self._ranked([t for t in self._finalists(budget) + published if t.psnr_db >= floor])[0]
 
     def explore(self, budget: int, limit: float) -> Trial:
-        """Search on the searched samples until ``limit`` is spent but for the finals; the best of them so far."""
+        """Search on the searched samples until ``limit`` is spent; the best of them so far."""
         loop = self.loop
         cost = loop.cost(budget, SEARCHED)
-        limit -= FINALISTS * (loop.cost(budget) - cost)
         prior = loop.fit(self.view).prior
         for index, schedule in enumerate(self.own(prior, budget)):
             if index == 0 or loop.spent + cost <= limit:
@@ -323,7 +334,7 @@ class _Search:
         if samples > 1:  # one sample says nothing about its noise
             fit = self.loop.fit(self.view)
             predicted = np.array([psnr_of(fit.prior.final_error(t.schedule.served, self.view)) for t in trials])
-            noise = np.mean([_standard_error(row) for row in centered]) ** 2
+            noise = _middle_error(centered).mean() ** 2
             misfit = (DB_PER_LOG * fit.rms_log_error) ** 2
             share = noise / (noise + misfit) if noise + misfit else 0.0
             score = (1 - share) * score + share * (predicted - predicted.mean())

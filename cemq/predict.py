@@ -90,3 +90,13 @@ def serving_matrix(num_steps: int, full_steps: Sequence[int], predictors: Sequen
         for step in range(start + 1, end):
             served[step] = rule(step, done, served)
     return served
+
+
+def reused_steps(served: np.ndarray) -> np.ndarray:
+    """Which steps are served as an earlier output as it is, shape (num_steps,): `reuse`, and what any predictor does as
+    long as there is one output to go by.
+
+    Args:
+        served: `serving_matrix`.
+    """
+    return (np.count_nonzero(served, axis=1) == 1) & (served.diagonal() == 0)

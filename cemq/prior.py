@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cemq.errors import BundleError, InputError, PriorMismatchError, choose
+from cemq.predict import reused_steps
 
 VIEWS = ("combined", "cache", "self")
 _ARRAYS = ("qq", "qv", "vv", "step_sizes", "sensitivity", "coherence")
@@ -132,7 +133,8 @@ class ErrorPrior:
 
     ``qq``, ``qv`` and ``vv`` are (num_steps, num_steps), float64, divided by the number of latent elements.
     ``step_sizes`` (num_steps,) is how much one unit of model output moves the sample at each step, ``sensitivity``
-    (num_steps,) how much one unit of displacement after that step moves the final sample; None counts as ones.
+    (2, num_steps) how much one unit of displacement after that step moves the final sample: where the step is computed
+    or extrapolated, and where it reuses an earlier output as it is. (num_steps,) is for both, None counts as ones.
     ``coherence`` is over how many steps errors keep their direction on the way to the final sample: those of two steps
     add up with sign if it is large, in squares if it is small. `cemq.propagation` fits both.
 
@@ -155,10 +157,10 @@ class ErrorPrior:
 
     def __post_init__(self) -> None:
         steps = len(self.step_sizes)
-        if self.sensitivity is None:
-            object.__setattr__(self, "sensitivity", np.ones(steps))
-        if self.sensitivity.shape != (steps,):
-            raise InputError(f"error prior: sensitivity has shape {self.sensitivity.shape}, expected {(steps,)}")
+        sensitivity = np.ones(steps) if self.sensitivity is None else self.sensitivity
+        if sensitivity.shape not in ((steps,), (2, steps)):
+            raise InputError(f"error prior: sensitivity has shape {sensitivity.shape}, expected {(2, steps)}")
+        object.__setattr__(self, "sensitivity", np.broadcast_to(sensitivity, (2, steps)))
         for name in ("qq", "qv", "vv"):
             matrix = getattr(self, name)
             if matrix.shape != (steps, steps):
@@ -177,15 +179,16 @@ class ErrorPrior:
         return len(self.step_sizes)
 
     @property
-    def step_weights(self) -> np.ndarray:
-        """How far one unit of error in the prediction of a step moves the final sample, shape (num_steps,)."""
-        return self.step_sizes * self.sensitivity
+    def coherences(self) -> np.ndarray:
+        """How far errors of two steps point the same way in the final sample, 0 to 1, shape (num_steps, num_steps)."""
+        steps = np.arange(self.num_steps)
+        return np.exp(-np.abs(steps[:, None] - steps) / self.coherence)
 
     @property
-    def propagation(self) -> np.ndarray:
-        """How errors in the predictions of two steps add up in the final sample, shape (num_steps, num_steps)."""
-        steps, weights = np.arange(self.num_steps), self.step_weights
-        return np.outer(weights, weights) * np.exp(-np.abs(steps[:, None] - steps) / self.coherence)
+    def step_weights(self) -> np.ndarray:
+        """How far one unit of error in the prediction of a step moves the final sample, (2, num_steps): where the step
+        is computed or extrapolated, and where it reuses an earlier output."""
+        return self.step_sizes * self.sensitivity
 
     def view(self, name: str = "combined") -> View:
         """``combined``: p[q] against v. ``cache``: p[v] against v. ``self``: p[q] against q."""
@@ -214,7 +217,8 @@ class ErrorPrior:
 
     def final_error(self, served: np.ndarray, view: str = "combined") -> float:
         """Predicted distance of the final sample from the full-precision one, root mean square per element."""
-        return float(np.sqrt(max((self.propagation * self.error_gram(served, view)).sum(), 0.0)))
+        weights = np.where(reused_steps(served), *self.step_weights[::-1])
+        return float(np.sqrt(max(weights @ (self.coherences * self.error_gram(served, view)) @ weights, 0.0)))
 
     def reuse_errors(self, view: str = "combined") -> np.ndarray:
         """Relative L2 error of reuse, shape (num_steps, num_steps): [cache_interval, step_index], NaN before step 0.
@@ -281,7 +285,7 @@ class ErrorPrior:
             qv=between @ self.qv @ between.T,
             vv=between @ self.vv @ between.T,
             step_sizes=linear @ (self.step_sizes / spans[0]) * spans[1],
-            sensitivity=np.exp(linear @ np.log(self.sensitivity)),
+            sensitivity=np.exp(np.log(self.sensitivity) @ linear.T),
             coherence=self.coherence * len(new) / len(old),
             token_cosines=linear @ cosines @ linear.T if cosines.size else cosines,
             channel_means=between @ means if means.size else means,

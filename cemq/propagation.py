@@ -3,12 +3,14 @@
 A prediction that is off at step ``s`` moves the sample by ``step_size(s)`` times as much; every later step bends that
 displacement. What is left of it at the end differs by orders of magnitude between steps, and errors of far apart steps
 no longer point the same way. Two quantities say so: the **sensitivity** of the final sample to each step, and the
-**coherence**, the number of steps over which errors add up with sign rather than in squares. `ErrorPrior.propagation`
-combines them.
+**coherence**, the number of steps over which errors add up with sign rather than in squares.
+`ErrorPrior.final_error` combines them.
 
-They cannot be read off recorded trajectories, so two dozen schedules are run, and the final errors found are matched:
-the logarithm of the sensitivity is a polynomial of low order in the step index, which leaves the dynamic program no
-zeros to exploit (free weights for each step do, and then plan worse than evenly spaced steps).
+They cannot be read off recorded trajectories, so some schedules are run, and the final errors found are matched. The
+logarithm of the sensitivity is a polynomial of low order in the step index, which leaves the dynamic program no zeros
+to exploit (free weights for each step do, and then plan worse than evenly spaced steps). Steps that reuse an earlier
+output have a polynomial of their own: they err along the trajectory, which the network corrects in part, and others
+across it.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.polynomial import legendre
 
+from cemq.predict import reused_steps
 from cemq.prior import ErrorPrior
 from cemq.schedule import CacheSchedule, uniform_steps
 
 SAMPLE = "sample"  # the solver of schedules that are drawn, not planned
 DEGREE = 5
-RIDGE = 0.15  # pulls the higher terms to zero: fewer runs than terms still give a smooth sensitivity
+RIDGE = 0.2  # pulls the higher terms to zero: fewer runs than terms still give a smooth sensitivity
+_APART = 0.05  # pulls the two polynomials together, where runs do not tell them apart
 _COHERENCE = 8.0  # steps; where the fit begins, and where it stays if runs say nothing about it
 _ITERATIONS = 60
 
@@ -40,21 +44,28 @@ class Fit:
     rms_log_error: float
 
 
-def sample_schedules(num_steps: int, count: int, predictors: Sequence[str], seed: int) -> list[CacheSchedule]:
-    """Schedules to fit to: budgets from a sixth to a half of the steps, half of them near uniform, half at random."""
+def sample_schedules(
+    num_steps: int, count: int, predictors: Sequence[str], seed: int, budget: int | None = None
+) -> list[CacheSchedule]:
+    """Schedules to fit to, or to test a fit with: half of them near uniform, half at random.
+
+    Args:
+        budget: Full-compute steps of each; None draws from a sixth to a half of the steps.
+    """
     generator = np.random.default_rng(seed)
     found = []
     for index in range(count):
-        budget = int(np.clip(round(num_steps * generator.uniform(1 / 6, 1 / 2)), 2, num_steps))
-        if index % 2:
-            chosen = set(generator.choice(np.arange(1, num_steps), budget - 1, replace=False).tolist())
-        else:
-            moved = np.array(uniform_steps(num_steps, budget)) + generator.normal(0, 0.02 * num_steps, budget)
-            chosen = set(np.clip(moved.round(), 1, num_steps - 1).astype(int).tolist())
+        wanted = budget or int(np.clip(round(num_steps * generator.uniform(1 / 6, 1 / 2)), 2, num_steps))
+        chosen = {0}
+        if index % 2 == 0:
+            moved = np.array(uniform_steps(num_steps, wanted)) + generator.normal(0, 0.02 * num_steps, wanted)
+            chosen |= set(np.clip(moved[1:].round(), 1, num_steps - 1).astype(int).tolist())
+        others = [step for step in range(1, num_steps) if step not in chosen]  # two may have moved to one place
+        chosen |= set(generator.choice(others, wanted - len(chosen), replace=False).tolist())
         found.append(
             CacheSchedule(
                 num_steps=num_steps,
-                full_steps=(0, *sorted(chosen)),
+                full_steps=sorted(chosen),
                 predictor=predictors[index // 2 % len(predictors)],
                 solver=SAMPLE,
             )
@@ -67,7 +78,6 @@ def fit_propagation(
     schedules: Sequence[CacheSchedule],
     errors: Sequence[float],
     *,
-    counts: Sequence[float] | None = None,
     view: str = "combined",
 ) -> Fit:
     """Sensitivity and coherence with which `ErrorPrior.final_error` comes closest to what was measured.
@@ -75,25 +85,27 @@ def fit_propagation(
     Args:
         schedules: That were run in closed loop.
         errors: What was found for each, in any unit that grows with the error in proportion.
-        counts: As how many each counts; one, if not given.
     """
-    grams = np.stack([prior.error_gram(schedule.served, view) for schedule in schedules])
+    served = [schedule.served for schedule in schedules]
+    grams = np.stack([prior.error_gram(each, view) for each in served])
     grams *= np.outer(prior.step_sizes, prior.step_sizes)
     wanted = np.log(np.maximum(errors, 1e-12))
-    shares = np.sqrt(np.ones(len(wanted)) if counts is None else counts)
-    basis = legendre.legvander(np.linspace(-1, 1, prior.num_steps), DEGREE)
-    apart = np.abs(np.arange(prior.num_steps)[:, None] - np.arange(prior.num_steps))
+    model = _Model(
+        grams=grams,
+        signs=np.where([reused_steps(each) for each in served], 1.0, -1.0),
+        basis=legendre.legvander(np.linspace(-1, 1, prior.num_steps), DEGREE),
+    )
     # errors come in the model's units: begin with a constant that is right on average
-    parameters = np.zeros(DEGREE + 2)
+    parameters = np.zeros(2 * (DEGREE + 1) + 1)
     parameters[-1] = np.log(_COHERENCE)
-    parameters[0] = np.mean(wanted - _predict(parameters, grams, basis, apart)[0])
+    parameters[0] = np.mean(wanted - model.predict(parameters)[0])
     start = parameters.copy()
-    penalty = RIDGE * np.r_[0.0, np.arange(1, DEGREE + 1), 0.1]
+    orders = np.arange(DEGREE + 1)
+    penalty = np.r_[RIDGE * orders, _APART * (1 + orders), 0.015]
 
     def residuals(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        predicted, slopes = _predict(at, grams, basis, apart)
-        misses, turns = shares * (predicted - wanted), shares[:, None] * slopes
-        return np.r_[misses, penalty * (at - start)], np.vstack([turns, np.diag(penalty)])
+        predicted, slopes = model.predict(at)
+        return np.r_[predicted - wanted, penalty * (at - start)], np.vstack([slopes, np.diag(penalty)])
 
     # Levenberg-Marquardt
     damping = 1e-2
@@ -112,20 +124,39 @@ def fit_propagation(
                 break
         else:
             damping = min(damping * 4, 1e6)
-    fitted = replace(prior, sensitivity=np.exp(basis @ parameters[:-1]), coherence=float(np.exp(parameters[-1])))
-    return Fit(prior=fitted, rms_log_error=float(np.sqrt(np.sum(value[: len(wanted)] ** 2) / np.sum(shares**2))))
+    sensitivity = np.stack([np.exp(model.exponents(parameters, sign)) for sign in (-1.0, 1.0)])
+    fitted = replace(prior, sensitivity=sensitivity, coherence=float(np.exp(parameters[-1])))
+    return Fit(prior=fitted, rms_log_error=float(np.sqrt(np.mean(value[: len(wanted)] ** 2))))
 
 
-def _predict(
-    parameters: np.ndarray, grams: np.ndarray, basis: np.ndarray, apart: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of the final errors, (runs,), and their derivatives, (runs, parameters)."""
-    weights, coherence = np.exp(basis @ parameters[:-1]), np.exp(parameters[-1])
-    kernel = np.outer(weights, weights) * np.exp(-apart / coherence)
-    products = grams * kernel
-    per_step = products.sum(2)
-    total = np.maximum(per_step.sum(1), 1e-24)
-    slopes = np.empty((len(grams), len(parameters)))
-    slopes[:, :-1] = (per_step @ basis) / total[:, None]
-    slopes[:, -1] = 0.5 * (products * (apart / coherence)).sum((1, 2)) / total
-    return 0.5 * np.log(total), slopes
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Model:
+    """Final errors of runs as a function of the parameters: the mean of the two polynomials, half of what lies between
+    them, and the logarithm of the coherence.
+
+    ``grams`` (runs, steps, steps) are of displacements, ``signs`` (runs, steps) 1 where a step reuses an output and -1
+    elsewhere, ``basis`` (steps, terms) the polynomials.
+    """
+
+    grams: np.ndarray
+    signs: np.ndarray
+    basis: np.ndarray
+
+    def exponents(self, parameters: np.ndarray, signs: np.ndarray | float) -> np.ndarray:
+        mean, half = parameters[:-1].reshape(2, -1)
+        return self.basis @ mean + signs * (self.basis @ half)
+
+    def predict(self, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logarithms of the final errors, (runs,), and their derivatives, (runs, parameters)."""
+        steps, coherence = np.arange(len(self.basis)), np.exp(parameters[-1])
+        apart = np.abs(steps[:, None] - steps) / coherence
+        weights = np.exp(self.exponents(parameters, self.signs))
+        products = self.grams * np.exp(-apart) * weights[:, :, None] * weights[:, None, :]
+        per_step = products.sum(2)
+        total = np.maximum(per_step.sum(1), 1e-24)[:, None]
+        slopes = [
+            per_step @ self.basis,
+            (per_step * self.signs) @ self.basis,
+            0.5 * (products * apart).sum((1, 2))[:, None],
+        ]
+        return 0.5 * np.log(total[:, 0]), np.hstack(slopes) / total

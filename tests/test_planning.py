@@ -11,7 +11,7 @@ from cemq.closed_loop import ClosedLoop, Trial
 from cemq.correction import METHODS
 from cemq.errors import InfeasibleBudgetError, InputError
 from cemq.evaluation import run_batch
-from cemq.planning import EFFORTS, SEARCHED, _Search, _Wanted, check_planning, plan
+from cemq.planning import EFFORTS, SEARCHED, _middle_error, _middle_mean, _Search, _Wanted, check_planning, plan
 from cemq.prior import ErrorPrior
 from cemq.profiling import profile, record_references
 from cemq.propagation import Fit
@@ -86,6 +86,22 @@ def test_the_search_keeps_within_its_effort_but_for_the_corrections(searched):
     assert found.evidence["full_run_equivalents"] == pytest.approx(loop.spent, abs=0.01)
     spent = sum(trial.schedule.budget / STEPS for trial in loop.trials[1:])  # the first is full compute, not a search
     assert spent <= loop.spent + 1e-9  # a sample that was drawn twice counts twice
+
+
+def test_what_is_fitted_to_has_the_budget_that_is_planned_for(searched):
+    loop, found = searched
+    taught = [trial.schedule for trial in loop.trials if trial.schedule.solver == "sample"]
+    assert found.evidence["fit"]["runs"] == len(taught) + 1 > 5
+    assert {schedule.budget for schedule in taught} == {BUDGET}
+
+
+def test_the_middle_of_samples_and_its_standard_error_by_hand():
+    values = np.array([100.0, 1, 2, 3, 4, -50])  # the outer sixths are cut off, or moved to 1 and 4
+    assert _middle_mean(values) == 2.5
+    held = [4, 1, 2, 3, 4, 1]
+    expected = np.std(held, ddof=1) / np.sqrt(6) / (4 / 6)
+    assert _middle_error(np.stack([values, 2 * values])) == pytest.approx([expected, 2 * expected])
+    assert (_middle_mean(values[:1]), _middle_error(values[:1])) == (100.0, 0.0)
 
 
 def test_nothing_is_run_twice(searched):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cemq.errors import BundleError, InputError, PriorMismatchError
+from cemq.predict import reused_steps, serving_matrix
 from cemq.prior import VIEWS, ErrorPrior, PriorMetadata, SamplerFingerprint
 from cemq.schedule import CacheSchedule, uniform_steps
 
@@ -69,6 +70,17 @@ def test_coherent_errors_add_up_with_sign_in_the_final_sample(view):
     prior = dataclasses.replace(prior, step_sizes=sizes)
     moved = sum(size * gain * error for size, gain, error in zip(sizes, sensitivity, errors, strict=True))
     assert prior.final_error(served, view) == pytest.approx(np.sqrt(np.mean(moved**2)), rel=1e-9)
+
+
+def test_a_step_that_reuses_an_output_has_a_sensitivity_of_its_own():
+    sensitivity = np.array([[0.1, 0.2, 1, 2, 1, 4], [3, 5, 7, 9, 11, 13]])
+    prior = prior_of(*trajectories(), sensitivity=sensitivity)
+    served = serving_matrix(STEPS, (0, 2, 3), ("taylor1", "reuse", "taylor1"))
+    q, v = trajectories()
+    rows = [0, 1, 0, 0, 0, 0]  # step 1 has but one output to go by; steps 4 and 5 go by two
+    moved = sum(sensitivity[row, step] * (served @ q - v)[step] for step, row in enumerate(rows))
+    assert prior.final_error(served) == pytest.approx(np.sqrt(np.mean(moved**2)), rel=1e-9)
+    assert reused_steps(served).tolist() == [bool(row) for row in rows]
 
 
 def test_errors_without_coherence_add_up_in_squares():
@@ -223,7 +235,7 @@ def test_a_coherence_that_is_not_positive_is_refused(coherence):
 
 
 def test_a_sensitivity_of_another_length_is_refused():
-    with pytest.raises(InputError, match=r"sensitivity has shape \(5,\), expected \(6,\)"):
+    with pytest.raises(InputError, match=r"sensitivity has shape \(5,\), expected \(2, 6\)"):
         prior_of(*trajectories(), sensitivity=np.ones(STEPS - 1))
 
 
@@ -289,7 +301,7 @@ def smooth_prior(sampler):
     return dataclasses.replace(
         prior_of(q_flat, v_flat, metadata=metadata),
         step_sizes=(1 + times / 500) * spans / 1000,
-        sensitivity=np.exp(-times / 300),
+        sensitivity=np.exp([-times / 300, -times / 400]),
         coherence=len(times) / 5,
         token_cosines=np.stack([np.cos((times[:, None] - times) / 900)] * 3),
         channel_means=np.stack([x.mean(2) for x in (q, v)]),
@@ -308,7 +320,7 @@ def test_a_resampled_prior_agrees_with_one_measured_there(steps):
     for name in ("qq", "qv", "vv"):
         assert getattr(resampled, name)[both] == pytest.approx(getattr(native, name)[both], abs=1e-5)
     assert resampled.step_sizes[inside] == pytest.approx(native.step_sizes[inside], rel=0.01)
-    assert resampled.sensitivity[inside] == pytest.approx(native.sensitivity[inside], rel=1e-6)
+    assert resampled.sensitivity[:, inside] == pytest.approx(native.sensitivity[:, inside], rel=1e-6)
     assert resampled.channel_means[:, inside] == pytest.approx(native.channel_means[:, inside], abs=1e-5)
     assert resampled.channel_grams[..., inside, :][..., inside] == pytest.approx(
         native.channel_grams[..., inside, :][..., inside], abs=1e-5

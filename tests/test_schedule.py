@@ -276,7 +276,7 @@ def test_uniform_gaps_differ_by_at_most_one(steps, data):
 def brute_force_case(steps, view, predictor, coherence):
     """Energy of the errors of every segment (older full step or None, this full step, end), best predictor first."""
     q, v, step_sizes = trajectories(steps)
-    sensitivity = np.random.default_rng(9).uniform(0.2, 3, steps)
+    sensitivity = np.random.default_rng(1).uniform(0.2, 3, (2, steps))
     x, y = {"combined": (q, v), "cache": (v, v), "self": (q, q)}[view]
     energies = {}
     for start in range(steps):
@@ -285,8 +285,11 @@ def brute_force_case(steps, view, predictor, coherence):
                 found = []
                 for name in SLOPES if predictor == AUTO else [predictor]:
                     slope = 0 if older is None else SHARES[name] * (x[start] - x[older]) / (start - older)
+                    reuses = older is None or name == "reuse"
                     moved = [
-                        step_sizes[s] * sensitivity[s] * (x[start] + (s - start) * slope - y[s])
+                        step_sizes[s]
+                        * sensitivity[int(reuses and s > start), s]
+                        * (x[start] + (s - start) * slope - y[s])
                         for s in range(start, end)
                     ]
                     energy = sum(
@@ -321,7 +324,7 @@ def test_the_segment_solver_finds_the_best_of_all_schedules_of_every_budget(view
     steps = 7
     prior, energies = brute_force_case(steps, view, predictor, coherence)
     names = tuple(SLOPES) if predictor == AUTO else (predictor,)
-    table = segment_costs(prior.view(view), prior.propagation, names, gamma=gamma, max_gap=steps)
+    table = segment_costs(prior, names, view=view, gamma=gamma, max_gap=steps)
     found = solve_segments(table.costs, steps)
     assert len(found) == steps
     for budget, (full_steps, total) in enumerate(found, start=1):
@@ -380,7 +383,7 @@ def priors(draw):
     random = np.random.default_rng(seed)
     prior = prior_of(*trajectories(steps, seed, noise=draw(st.sampled_from([0.0, 0.3, 3.0]))))
     coherence = draw(st.sampled_from([0.3, 2.0, 20.0, INF]))
-    return dataclasses.replace(prior, sensitivity=np.exp(random.normal(size=steps)), coherence=coherence)
+    return dataclasses.replace(prior, sensitivity=np.exp(random.normal(size=(2, steps))), coherence=coherence)
 
 
 @given(prior=priors(), view=st.sampled_from(VIEWS), predictor=st.sampled_from([*PREDICTORS, AUTO]))
@@ -398,7 +401,7 @@ def test_every_budget_is_feasible_and_the_largest_is_full_compute(prior, view, p
 def test_a_larger_budget_never_predicts_more_error(prior, view, predictor):
     steps = prior.num_steps
     names = tuple(SLOPES) if predictor == AUTO else (predictor,)
-    table = segment_costs(prior.view(view), prior.propagation, names, gamma=2.0, max_gap=steps)
+    table = segment_costs(prior, names, view=view, gamma=2.0, max_gap=steps)
 
     def predicted(schedule):
         gaps, ends = np.diff(schedule.full_steps, prepend=0), np.diff(schedule.full_steps, append=steps)

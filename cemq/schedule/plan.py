@@ -137,7 +137,7 @@ def plan_all(
     longest = min(max_gap or usual, num_steps)
     # what looks further back than one full-compute step is planned as if it were taylor1
     names = tuple(SLOPES) if predictor == AUTO else (predictor if predictor in SLOPES else "taylor1",)
-    table = segment_costs(prior.view(view), prior.propagation, names, gamma=gamma, max_gap=longest)
+    table = segment_costs(prior, names, view=view, gamma=gamma, max_gap=longest)
     found = solve_segments(table.costs, largest)
     schedules: list[CacheSchedule] = []
     cheapest = np.inf

@@ -1,7 +1,7 @@
 """The exact dynamic program over (previous full step, this full step), and the segment cost.
 
 A segment runs from one full-compute step to the next. What its steps do to the final sample adds up as far as errors
-keep their direction on the way (`ErrorPrior.propagation`); the cost of a segment is that sum, raised to ``gamma / 2``
+keep their direction on the way (`ErrorPrior.coherence`); the cost of a segment is that sum, raised to ``gamma / 2``
 to punish one bad segment more than several mild ones (MeanCache's peak suppression, arXiv:2601.19961).
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cemq.predict import DAMPING
-from cemq.prior import View
+from cemq.prior import ErrorPrior
 
 # Predictors that a segment can be costed with from its own and the previous full step: their share of the slope.
 SLOPES = {"reuse": 0.0, "damped": DAMPING, "taylor1": 1.0}
@@ -31,43 +31,49 @@ class SegmentCosts:
 
 
 def segment_costs(
-    view: View, propagation: np.ndarray, predictors: Sequence[str], *, gamma: float, max_gap: int
+    prior: ErrorPrior, predictors: Sequence[str], *, view: str = "combined", gamma: float, max_gap: int
 ) -> SegmentCosts:
     """``(sum_{s,t in segment} P[s, t] <p(s) - y(s), p(t) - y(t)>) ** (gamma / 2)`` for every segment.
 
+    ``P[s, t]`` is how errors of two steps add up in the final sample: the product of their weights and coherence.
+
     Args:
-        view: Gram matrices of what is cached (x) and what it should be (y), (num_steps, num_steps) each.
-        propagation: ``P``, `ErrorPrior.propagation`.
+        view: Of the prior: what is cached (x) and what it should be (y).
         predictors: Of `SLOPES`; each segment is costed with the best of them.
         max_gap: The longest segment.
     """
-    steps = len(propagation)
+    steps, gram = prior.num_steps, prior.view(view)
+    extrapolated, reused = prior.step_weights
+    apart = prior.coherences
     costs = np.full((steps, max_gap + 1, max_gap + 1), np.inf)
     choices = np.zeros(costs.shape, dtype=np.int8)
     for start in range(steps):
         inside = np.arange(start, min(start + max_gap, steps))
-        ages, weights = inside - start, propagation[np.ix_(inside, inside)]
+        ages, coherences = inside - start, apart[np.ix_(inside, inside)]
         unmoved = (
-            view.xx[start, start]
-            - view.xy[start, inside][:, None]
-            - view.xy[start, inside]
-            + view.yy[np.ix_(inside, inside)]
+            gram.xx[start, start]
+            - gram.xy[start, inside][:, None]
+            - gram.xy[start, inside]
+            + gram.yy[np.ix_(inside, inside)]
         )
-        base = _sums_of_corners(weights * unmoved)
-        if start == 0:
-            costs[0, 0, 1 : len(inside) + 1] = base
+        alike = np.where(ages == 0, extrapolated[inside], reused[inside])
+        repeated = _sums_of_corners(np.outer(alike, alike) * coherences * unmoved)
+        if start == 0:  # with one output known, every predictor reuses it
+            costs[0, 0, 1 : len(inside) + 1] = repeated
             continue
         # p(s) = x(start) + age * slope: what the slopes to each earlier full step add to that
         earlier = np.arange(start - 1, max(start - max_gap, 0) - 1, -1)
         gaps = start - earlier
-        slope_energy = (view.xx[start, start] - 2 * view.xx[start, earlier] + view.xx[earlier, earlier]) / gaps**2
-        slope_overlap = (view.xx[start, start] - view.xx[start, earlier])[:, None] - view.xy[start, inside]
-        slope_overlap = (slope_overlap + view.xy[np.ix_(earlier, inside)]) / gaps[:, None]
+        weights = np.outer(extrapolated[inside], extrapolated[inside]) * coherences
+        slope_energy = (gram.xx[start, start] - 2 * gram.xx[start, earlier] + gram.xx[earlier, earlier]) / gaps**2
+        slope_overlap = (gram.xx[start, start] - gram.xx[start, earlier])[:, None] - gram.xy[start, inside]
+        slope_overlap = (slope_overlap + gram.xy[np.ix_(earlier, inside)]) / gaps[:, None]
         aged = weights * ages
         added = slope_overlap @ np.tril(aged.T, -1).T + slope_overlap * np.tril(aged).sum(1)
         linear, square = 2 * np.cumsum(added, 1), slope_energy[:, None] * _sums_of_corners(aged * ages[:, None])
         shares = np.array([SLOPES[name] for name in predictors])[:, None, None]
-        totals = base + shares * linear + shares**2 * square
+        totals = _sums_of_corners(weights * unmoved) + shares * linear + shares**2 * square
+        totals = np.where(shares == 0, repeated, totals)
         costs[start, gaps, 1 : len(inside) + 1] = totals.min(0)
         choices[start, gaps, 1 : len(inside) + 1] = totals.argmin(0)
     with np.errstate(invalid="ignore"):

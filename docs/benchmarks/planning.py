@@ -44,7 +44,7 @@ from cemq.models import locate, open_pipeline
 from cemq.planning import PUBLISHED, plan
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.profiling import profile, record_references
-from cemq.propagation import fit_propagation, sample_schedules
+from cemq.propagation import sample_schedules
 from cemq.runtime import Plan, attached, detach
 from cemq.sampling import EVALUATION_SEED_OFFSET, make_batches
 from cemq.schedule import (
@@ -80,6 +80,7 @@ class Lab:
         for pipe in (self.original, self.pipe):
             pipe.set_progress_bar_config(disable=True)
         self._references: dict[int, list] = {}
+        self._aims: dict[tuple[int, int], list] = {}
 
     def batches(self, first: int, samples: int = SAMPLES) -> Any:
         return make_batches(self.manifest.held_out_conditions, samples=samples, first_seed=first, batch_size=8)
@@ -100,14 +101,16 @@ class Lab:
         pairs = zip(self.references(steps), found, strict=True)
         return np.concatenate([psnr_db(a.images, b.images) for a, b in pairs])
 
-    def loop(self, steps: int = 50, prior: ErrorPrior | None = None, samples: int = 24) -> ClosedLoop:
-        """The planning samples, with seeds after those that the bundle used."""
+    def loop(self, steps: int = 50, prior: ErrorPrior | None = None, samples: int = 32) -> ClosedLoop:
+        """The planning samples, with seeds after those that the bundle used; nothing has been run on them."""
         batches = self.batches(max(self.manifest.profiled_seeds) + 1, samples)
+        if (steps, samples) not in self._aims:
+            self._aims[steps, samples] = self.outcomes(self.original, steps, batches)
         return ClosedLoop(
             pipe=self.pipe,
             prior=prior or self.prior,
             batches=batches,
-            references=self.outcomes(self.original, steps, batches),
+            references=self._aims[steps, samples],
             steps=steps,
             call=self.manifest.call,
         )
@@ -118,17 +121,20 @@ class Lab:
 
 def measure_ranking(lab: Lab) -> dict[str, Any]:
     found = analyze(lab.bundle, schedules=60, samples=RANKED)
-    return {"schedules": 60, "samples": RANKED, "spearman": found["spearman"]}
+    trials = json.loads((lab.bundle / EVIDENCE).read_text())["trials"]
+    fitted_to = {tuple(trial["schedule"]["full_steps"]) for trial in trials}
+    points = [tuple(point["full_steps"]) for each in found["points"].values() for point in each]
+    known = sum(steps in fitted_to for steps in points)
+    return {"schedules": 60, "fitted_to": known, "samples": RANKED, "spearman": found["spearman"]}
 
 
 def measure_cells(lab: Lab) -> list[dict[str, Any]]:
     rows = []
     full = CacheSchedule(num_steps=50, full_steps=range(50))
     rows.append({"budget": 50, "plan": "full compute", "psnr_db": lab.psnr(lab.of(full)).tolist()})
-    loops = {"taylor1": lab.loop(), "auto": lab.loop()}  # runs that teach are shared between the budgets
     for budget in BUDGETS:
-        for predictor, loop in loops.items():
-            planned = plan(loop, budget, predictor=predictor, correction="none" if predictor == "taylor1" else "auto")
+        for predictor, correction in (("taylor1", "none"), ("auto", "auto")):
+            planned = plan(lab.loop(), budget, predictor=predictor, correction=correction)
             corrected = planned.evidence["winner"]["correction"]
             rows.append(
                 {
@@ -192,16 +198,14 @@ def measure_caches(lab: Lab) -> list[dict[str, Any]]:
 
 
 def measure_ablation(lab: Lab) -> list[dict[str, Any]]:
-    """Propagation is fitted anew for each view, to the same runs."""
-    loop, rows = lab.loop(), []
-    loop.run(CacheSchedule(num_steps=50, full_steps=range(50), solver=FULL))
-    for schedule in sample_schedules(50, 16, ("taylor1",), seed=1):
-        loop.run(schedule)
-    for view in VIEWS:
-        spread = [t for t in loop.trials if view == "combined" or t.schedule.budget < 50]
-        loop_view = loop.fit(view).prior if view == "combined" else _fit(loop.prior, spread, view)
-        for budget in BUDGETS[:3]:
-            schedule = plan_schedule(loop_view, budget, predictor="taylor1", view=view)
+    """Propagation is fitted anew for each view, to the same runs of the same budget."""
+    rows = []
+    for budget in BUDGETS[:3]:
+        loop = lab.loop(samples=16)
+        for schedule in sample_schedules(50, 20, ("taylor1",), seed=1, budget=budget):
+            loop.run(schedule)
+        for view in VIEWS:
+            schedule = plan_schedule(loop.fit(view).prior, budget, predictor="taylor1", view=view)
             rows.append(
                 {
                     "view": view,
@@ -270,7 +274,7 @@ def measure_solver() -> dict[str, float]:
     found = {}
     for steps, largest, gap in ((50, 50, 50), (1000, 200, 16)):
         prior = synthetic(steps)
-        table = segment_costs(prior.view(), prior.propagation, ("taylor1",), gamma=2.0, max_gap=gap)
+        table = segment_costs(prior, ("taylor1",), gamma=2.0, max_gap=gap)
         solve, whole = [], []
         for _ in range(7):
             started = time.perf_counter()
@@ -287,10 +291,6 @@ def measure_solver() -> dict[str, float]:
         plan_predicted(prior, 3 * steps // 10)
         found[f"at_load_{steps}_ms"] = 1e3 * (time.perf_counter() - started)
     return found
-
-
-def _fit(prior: ErrorPrior, trials: list, view: str) -> ErrorPrior:
-    return fit_propagation(prior, [t.schedule for t in trials], [t.error for t in trials], view=view).prior
 
 
 MEASURES = {
