@@ -131,17 +131,7 @@ def plan(
     steps = None
     if budget != AUTO_BUDGET:
         steps = check_budget(budget, loop.num_steps, "segment" if solver == SEARCH else solver)
-    taught = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
-    # of the budget that is planned for: how errors spread depends on how many steps are skipped
-    like = None if steps == loop.num_steps else steps
-    samples = sample_schedules(loop.num_steps, effort_limits.fitted_to, taught, seed=0, budget=like)
-    most = (_FIT_SHARE_AUTO if steps is None else _FIT_SHARE) * effort_limits.full_runs
-    learned: dict[Any, float] = {}
-    for schedule in samples:
-        if sum(learned.values()) < most:
-            loop.run(schedule, share=SEARCHED)
-            learned[schedule.key] = loop.cost(schedule.budget, SEARCHED)
-    loop.spent = sum(learned.values())  # also where an earlier plan has run them
+    taught = _teach(loop, steps, predictor, effort_limits)
     search = _Search(loop=loop, predictor=predictor, view=view, limit=effort_limits.full_runs)
     if steps is None:
         best = search.fewest(_Wanted(full=full, tolerance=tolerance, psnr_db=target_psnr))
@@ -167,7 +157,7 @@ def plan(
         "tolerance": tolerance if budget == AUTO_BUDGET and target_psnr is None else None,
         "target_psnr": target_psnr,
         "fit": {
-            "runs": len(learned) + 1,
+            "runs": taught,
             "rms_log_error": fit.rms_log_error,
             "coherence_steps": fit.prior.coherence,
         },
@@ -176,6 +166,26 @@ def plan(
         "curve": curve,
     }
     return Planned(schedule=chosen.schedule, correction=fix, prior=fit.prior, evidence=evidence)
+
+
+def _teach(loop: ClosedLoop, budget: int | None, predictor: str, effort: Effort) -> int:
+    """Run what says how errors reach the final sample, and count all of it as spent, also what an earlier plan has run.
+
+    Schedules of the budget that is planned for: how errors spread depends on how many steps are skipped.
+
+    Returns:
+        How many runs there are to fit to.
+    """
+    most = (_FIT_SHARE if budget else _FIT_SHARE_AUTO) * effort.full_runs
+    predictors = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
+    like = None if budget == loop.num_steps else budget
+    learned: dict[Any, float] = {}
+    for schedule in sample_schedules(loop.num_steps, effort.fitted_to, predictors, seed=0, budget=like):
+        if sum(learned.values()) < most:
+            loop.run(schedule, share=SEARCHED)
+            learned[schedule.key] = loop.cost(schedule.budget, SEARCHED)
+    loop.spent = sum(learned.values())
+    return len(learned) + 1  # and full compute
 
 
 def _corrected(loop: ClosedLoop, best: Trial, correction: str, limit: float) -> tuple[Trial, Correction | None]:

@@ -516,11 +516,14 @@ def test_what_is_planned_on_predictions_is_no_worse_than_any_start(prior, data):
     others = st.lists(st.integers(1, prior.num_steps - 1), unique=True, min_size=budget - 1, max_size=budget - 1)
     other = CacheSchedule(num_steps=prior.num_steps, full_steps=(0, *sorted(data.draw(others))))
     starts = [plan_schedule(prior, budget, predictor=name) for name in (AUTO, "taylor1")]
-    starts += [plan_schedule(prior, budget, solver="uniform"), other]
-    found = plan_predicted(prior, budget, also=[other])
+    starts += [plan_schedule(prior, budget, solver="uniform")]
+    found = plan_predicted(prior, budget)
     assert found.budget <= budget
     least = min(prior.final_error(start.served) for start in starts)
     assert prior.final_error(found.served) <= least * (1 + 1e-9) + 1e-12
+    better = plan_predicted(prior, budget, known=other)  # or the known one, if that is nearly as good
+    least = min(least, prior.final_error(other.served))
+    assert prior.final_error(better.served) <= (least * (1 + 1e-9) + 1e-12) * (1.2 if better == other else 1)
     whole = plan_predicted(prior, budget, predictor="reuse")
     assert set(whole.predictors) == {"reuse"}
 

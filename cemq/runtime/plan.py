@@ -67,7 +67,7 @@ class Plan:
             full_steps = list(self.schedule.full_steps)
             places = full_steps if sampler is self.sampler else self.sampler.places_in(sampler)[full_steps]
             known = stretched(self.schedule, places, prior.num_steps, count)
-            schedule = plan_predicted(prior, count, also=[known], **settings)
+            schedule = plan_predicted(prior, count, known=known, **settings)
         else:
             solver = "segment" if solver == SEARCH else solver
             schedule = plan_branches(prior, budget, share, solver=solver, **settings)

@@ -14,6 +14,7 @@ from cemq.schedule.plan import AUTO, parse_budget, plan_schedule
 SEARCH = "search"  # the solver that is all of this, and of `cemq.planning`
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that it gives to single segments
 SHIFTS = (-1, 1, -2, 2, -4, 4)
+_CERTAIN = 10 ** (-1.5 / 20)  # 1.5 dB: a predicted gain of less is as often none
 _MOST_STEPS = 128  # that are searched while a user waits
 
 
@@ -99,14 +100,16 @@ def plan_predicted(
     *,
     predictor: str = AUTO,
     view: str = "combined",
-    also: Iterable[CacheSchedule] = (),
+    known: CacheSchedule | None = None,
 ) -> CacheSchedule:
     """The schedule with the least predicted error that is found without running any.
 
-    Local search from the schedules of the dynamic program, from even spacing, and from ``also``.
+    Local search from the schedules of the dynamic program, from even spacing, and from ``known``.
 
     Args:
         predictor: One for all, or ``auto``: one for each segment.
+        known: Like one that was found good in closed loop: taken as it is unless another is predicted to be better by
+            more than predictions are usually off.
 
     Raises:
         InfeasibleBudgetError: The budget is out of range.
@@ -117,7 +120,11 @@ def plan_predicted(
     starts = [plan_schedule(prior, count, predictor=name, view=view) for name in dict.fromkeys((predictor, whole))]
     evenly = plan_schedule(prior, count, solver="uniform", predictor=whole)
     choices = SEGMENT_PREDICTORS if predictor == AUTO else ()
-    return improve(prior, [*starts, evenly, *also], predictors=choices, view=view)
+    if known is None:
+        return improve(prior, [*starts, evenly], predictors=choices, view=view)
+    found = improve(prior, [*starts, evenly, known], predictors=choices, view=view)
+    least, error = (prior.final_error(each.served, view) for each in (found, known))
+    return found if least < _CERTAIN * error else known
 
 
 def stretched(schedule: CacheSchedule, places: Sequence[float], num_steps: int, budget: int) -> CacheSchedule:
