@@ -5,7 +5,7 @@ Every part is measured on evaluation seeds that no plan has seen, against full p
 * ranking: Spearman of every predicted cost with the error found in closed loop (`cemq analyze`)
 * cells: the default plan against `uniform` and `cem`, for each scheme and budget
 * ceiling: what a closed-loop local search of ``--minutes`` for each budget finds (not measured by default)
-* caches: even spacing served from the output, from the blocks' residual and from their modules
+* caches: even spacing served from the output, from the blocks' residual and from their modules (not by default)
 * ablation: the schedule planned on each view of the prior, run on the quantized model
 * auto: the budget that `--budget auto` finds, and its error on evaluation seeds
 * steps: a prior of 50 steps carried over to 20, 28 and 100, against one measured there
@@ -13,7 +13,7 @@ Every part is measured on evaluation seeds that no plan has seen, against full p
 
 Writes planning.md and planning.json beside itself; ``--parts``, ``--models`` and ``--schemes`` measure some of it anew
 and keep the rest.
-About 40 minutes on 2 CPU cores of one's own.
+About three hours on a CPU core of one's own (``OMP_NUM_THREADS=1``); models and schemes can be measured side by side.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SCHEMES = ("w8a8", "w4a8")
 CACHES = ("output", "residual", "modules")
 BUDGETS = (25, 15, 10, 7)
 STEPS = (20, 28, 100)
-PARTS = ("ranking", "cells", "caches", "ablation", "auto", "steps", "solver")
+PARTS = ("ranking", "cells", "ablation", "auto", "steps", "solver")
 SAMPLES = 64  # on 16, chance alone moves the mean by 1 dB
 RANKED = 48  # on fewer, two halves of them do not agree on the ranking themselves
 HERE = Path(__file__).with_suffix("")
@@ -305,7 +305,7 @@ MEASURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "ceiling"), default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "ceiling", "caches"), default=PARTS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
     parser.add_argument("--minutes", type=float, default=10.0, help="of processor time: ceiling search of each budget")
@@ -396,7 +396,7 @@ def page(record: dict[str, Any]) -> str:
                 + [mean(row["search, taylor1"]["psnr_db"])]
                 + [interval(own["psnr_db"]), own["correction"] or "none", own["full_steps"]]
                 + [difference(row["search, taylor1"]["psnr_db"], best)]
-                + [difference(own["psnr_db"], best_of_both)]
+                + [difference(own["psnr_db"], published) for published in (best, best_of_both)]
             )
     ablation = [
         [model, scheme, budget]
@@ -458,6 +458,16 @@ def page(record: dict[str, Any]) -> str:
         for own in record[f"{model}-{scheme}"]["cells"]
         if own["budget"] == row["budget"] and own["plan"] == "search, taylor1"
     ]
+    inner = ""
+    if caches:
+        inner = f"""## Output, residual or modules
+
+Uniform schedules, PSNR in dB served from the [output / the blocks' residual / their modules](../caching.md).
+
+{table(["model", "scheme", "budget", "taylor1", "reuse"], caches)}
+
+"""
+    fitted_to = sum(found["fitted_to"] for _, _, found in rows_of(record, "ranking"))
     solver = record.get("solver", {})
     return f"""# What plans are worth
 
@@ -470,7 +480,7 @@ plan has seen; PSNR in dB to full precision at 50 of 50 with the same seeds. {re
 ## Which cost ranks schedules
 
 Spearman's correlation of predicted cost and error found in closed loop over 60 schedules with 15 full-compute steps,
-half of them random, half near uniform, none of them fitted to, on {
+half of them random, half near uniform, {fitted_to or "none"} of them fitted to, on {
         RANKED
     } evaluation samples. `fitted` is what plans are
 made with; `unweighted` is the same with step sizes as the only weights; `cem` is CEM's published cost.
@@ -481,8 +491,9 @@ made with; `unweighted` is the same with step sizes as the only weights; `cem` i
 
 `search, taylor1` is the search with that one predictor and no correction, as `uniform` and `cem` have it; `default`
 chooses the predictor of each segment and a correction. CEM's rule has no schedule of 7: its relaxed variant stands in.
-The margin of `search, taylor1` is over the better of uniform and CEM with that predictor, that of `default` over the
-best of both with either. "full steps" is what the default plan spends: it may leave part of the budget.
+Margins are over the better of uniform and CEM: of `search, taylor1` with that predictor, of `default` with that
+predictor, and with the better of both. Every cell is planned on samples that nothing has been run on. "full steps"
+is what the default plan spends: it may leave part of the budget.
 
 {
         table(
@@ -496,8 +507,9 @@ best of both with either. "full steps" is what the default plan spends: it may l
                 "default",
                 "correction",
                 "full steps",
-                "margin, taylor1",
-                "margin, default",
+                "search over taylor1",
+                "default over taylor1",
+                "default over both",
             ],
             cells,
         )
@@ -516,13 +528,7 @@ runs' worth.
         )
     }
 
-## Output, residual or modules
-
-Uniform schedules, PSNR in dB served from the [output / the blocks' residual / their modules](../caching.md).
-
-{table(["model", "scheme", "budget", "taylor1", "reuse"], caches)}
-
-## Planned on which prior
+{inner}## Planned on which prior
 
 Schedules of the dynamic program (taylor1, no search, no correction), planned on the full-precision prior (`cache`), the
 quantized model's own (`self`) and the combined one; all run on the quantized model. Mean and 95 % confidence interval
@@ -543,9 +549,9 @@ Tolerance 0.15: error (relative L2 of the final latent) over that of the same qu
 
 ## Other step counts
 
-A bundle made at 50 steps with 15 of them full, run at another step count: its prior is carried over and planned on
-without running anything. `native` is planned alike, on a prior profiled and fitted at that step count; `searched` is
-what closed-loop search (`--effort quick`) finds there beyond that.
+A bundle made at 50 steps with 15 of them full, run at another step count: its prior and schedule are carried over and
+planned on without running anything. `native` is planned on predictions too, of a prior profiled at that step count and
+fitted to what `--effort quick` runs; `searched` is what that effort finds by closed-loop search.
 
 {
         table(
