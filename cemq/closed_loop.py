@@ -159,18 +159,17 @@ class ClosedLoop:
     def plain(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.is_plain]
 
-    def fit(self, view: str, *, drawn: bool = False) -> Fit:
+    def fit(self, view: str, *, repeated: float = 1.0) -> Fit:
         """What all plain trials so far say about how errors reach the final image.
 
-        Args:
-            drawn: Only those that were drawn to teach. The search's own crowd around one schedule: good to say which of
-                its neighbours is better, and misleading elsewhere.
+        Those that were not drawn to teach count ``repeated`` each.
         """
         plain = [trial for trial in self.plain() if trial.psnr_db < PSNR_CEILING_DB]
         samples = min((trial.samples for trial in plain), default=0)  # that all of them were run on
-        chosen = [trial for trial in plain if not drawn or trial.schedule.solver in (FULL, SAMPLE)]
-        errors = [error_of(trial.sample_psnr_db[:samples].mean()) for trial in chosen]
-        return fit_propagation(self.prior, [trial.schedule for trial in chosen], errors, view=view)
+        errors = [error_of(trial.sample_psnr_db[:samples].mean()) for trial in plain]
+        schedules = [trial.schedule for trial in plain]
+        counts = [1.0 if schedule.solver in (FULL, SAMPLE) else repeated for schedule in schedules]
+        return fit_propagation(self.prior, schedules, errors, counts=counts, view=view)
 
 
 def _count(batches: Sequence[Batch]) -> int:

@@ -47,6 +47,7 @@ WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
 BRANCH_SHARES = (0.5, 0.75, 0.9)  # of the full-compute steps that compute both branches of guidance
 SEARCHED = 0.5  # share of the samples that all but the finals run on
 FINALISTS = 4
+_REPEATED = 0.25  # what a run of the search counts in the prior that is kept: its neighbours say much the same
 _RETRIED = 2  # of them meet the target of budget=auto on all samples, or do not
 _CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
 _FIT_SHARE = 0.5  # of the effort goes into runs that only teach
@@ -144,7 +145,7 @@ def plan(
     chosen, fix = _corrected(loop, best, correction, effort_limits.full_runs + _CORRECTIONS)
     if solver == SEARCH and best is not full and correction in (AUTO, "none"):
         chosen, fix = search.with_skipped_branches(chosen, fix)
-    fit = loop.fit(view, drawn=True)
+    fit = loop.fit(view, repeated=_REPEATED)
     curve = search.curve(fit.prior)
     evidence = {
         "solver": solver,

@@ -78,6 +78,7 @@ def fit_propagation(
     schedules: Sequence[CacheSchedule],
     errors: Sequence[float],
     *,
+    counts: Sequence[float] | None = None,
     view: str = "combined",
 ) -> Fit:
     """Sensitivity and coherence with which `ErrorPrior.final_error` comes closest to what was measured.
@@ -85,11 +86,13 @@ def fit_propagation(
     Args:
         schedules: That were run in closed loop.
         errors: What was found for each, in any unit that grows with the error in proportion.
+        counts: As how many each counts; one, if not given.
     """
     served = [schedule.served for schedule in schedules]
     grams = np.stack([prior.error_gram(each, view) for each in served])
     grams *= np.outer(prior.step_sizes, prior.step_sizes)
     wanted = np.log(np.maximum(errors, 1e-12))
+    shares = np.sqrt(np.ones(len(wanted)) if counts is None else counts)
     model = _Model(
         grams=grams,
         signs=np.where([reused_steps(each) for each in served], 1.0, -1.0),
@@ -105,7 +108,8 @@ def fit_propagation(
 
     def residuals(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         predicted, slopes = model.predict(at)
-        return np.r_[predicted - wanted, penalty * (at - start)], np.vstack([slopes, np.diag(penalty)])
+        misses, turns = shares * (predicted - wanted), shares[:, None] * slopes
+        return np.r_[misses, penalty * (at - start)], np.vstack([turns, np.diag(penalty)])
 
     # Levenberg-Marquardt
     damping = 1e-2
@@ -126,7 +130,7 @@ def fit_propagation(
             damping = min(damping * 4, 1e6)
     sensitivity = np.stack([np.exp(model.exponents(parameters, sign)) for sign in (-1.0, 1.0)])
     fitted = replace(prior, sensitivity=sensitivity, coherence=float(np.exp(parameters[-1])))
-    return Fit(prior=fitted, rms_log_error=float(np.sqrt(np.mean(value[: len(wanted)] ** 2))))
+    return Fit(prior=fitted, rms_log_error=float(np.sqrt(np.sum(value[: len(wanted)] ** 2) / np.sum(shares**2))))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
