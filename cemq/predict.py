@@ -93,10 +93,18 @@ def serving_matrix(num_steps: int, full_steps: Sequence[int], predictors: Sequen
 
 
 def reused_steps(served: np.ndarray) -> np.ndarray:
-    """Which steps are served as an earlier output as it is, shape (num_steps,): `reuse`, and what any predictor does as
-    long as there is one output to go by.
+    """Which steps are served as an earlier output as it is, by `reuse`, shape (num_steps,).
+
+    With one output to go by every predictor does so; the steps before the second full-compute step count as those after
+    it, since what becomes of their errors depends on what follows.
 
     Args:
         served: `serving_matrix`.
     """
-    return (np.count_nonzero(served, axis=1) == 1) & (served.diagonal() == 0)
+    computed = served.diagonal() != 0
+    reused = (np.count_nonzero(served, axis=1) == 1) & ~computed
+    second = np.flatnonzero(computed)[1:2]
+    later = np.flatnonzero(~computed & (np.arange(len(served)) > second)) if second.size else second
+    if later.size and not reused[later[0]]:
+        reused[: second[0]] = False
+    return reused

@@ -26,8 +26,8 @@ from cemq.prior import ErrorPrior
 from cemq.schedule import CacheSchedule, uniform_steps
 
 SAMPLE = "sample"  # the solver of schedules that are drawn, not planned
-DEGREE = 5
-RIDGE = 0.2  # pulls the higher terms to zero: fewer runs than terms still give a smooth sensitivity
+DEGREE = 7
+RIDGE = 0.1  # pulls the higher terms to zero: fewer runs than terms still give a smooth sensitivity
 _APART = 0.05  # pulls the two polynomials together, where runs do not tell them apart
 _COHERENCE = 8.0  # steps; where the fit begins, and where it stays if runs say nothing about it
 _ITERATIONS = 60

@@ -72,12 +72,21 @@ def test_coherent_errors_add_up_with_sign_in_the_final_sample(view):
     assert prior.final_error(served, view) == pytest.approx(np.sqrt(np.mean(moved**2)), rel=1e-9)
 
 
-def test_a_step_that_reuses_an_output_has_a_sensitivity_of_its_own():
+@pytest.mark.parametrize(
+    ("full_steps", "predictors", "rows"),
+    [
+        # step 1 has but one output to go by, and counts as what follows
+        ((0, 2, 4), ("reuse", "taylor1", "reuse"), [0, 0, 0, 0, 0, 1]),
+        ((0, 2, 4), ("taylor1", "reuse", "taylor1"), [0, 1, 0, 1, 0, 0]),
+        ((0, 2, 3), ("taylor1", "taylor1", "damped"), [0, 0, 0, 0, 0, 0]),
+        ((0,), ("taylor1",), [0, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_a_step_that_reuses_an_output_has_a_sensitivity_of_its_own(full_steps, predictors, rows):
     sensitivity = np.array([[0.1, 0.2, 1, 2, 1, 4], [3, 5, 7, 9, 11, 13]])
     prior = prior_of(*trajectories(), sensitivity=sensitivity)
-    served = serving_matrix(STEPS, (0, 2, 3), ("taylor1", "reuse", "taylor1"))
+    served = serving_matrix(STEPS, full_steps, predictors)
     q, v = trajectories()
-    rows = [0, 1, 0, 0, 0, 0]  # step 1 has but one output to go by; steps 4 and 5 go by two
     moved = sum(sensitivity[row, step] * (served @ q - v)[step] for step, row in enumerate(rows))
     assert prior.final_error(served) == pytest.approx(np.sqrt(np.mean(moved**2)), rel=1e-9)
     assert reused_steps(served).tolist() == [bool(row) for row in rows]

@@ -285,7 +285,7 @@ def brute_force_case(steps, view, predictor, coherence):
                 found = []
                 for name in SLOPES if predictor == AUTO else [predictor]:
                     slope = 0 if older is None else SHARES[name] * (x[start] - x[older]) / (start - older)
-                    reuses = older is None or name == "reuse"
+                    reuses = name == "reuse" and (older is not None or predictor == "reuse")
                     moved = [
                         step_sizes[s]
                         * sensitivity[int(reuses and s > start), s]

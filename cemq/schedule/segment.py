@@ -58,13 +58,14 @@ def segment_costs(
         )
         alike = np.where(ages == 0, extrapolated[inside], reused[inside])
         repeated = _sums_of_corners(np.outer(alike, alike) * coherences * unmoved)
-        if start == 0:  # with one output known, every predictor reuses it
-            costs[0, 0, 1 : len(inside) + 1] = repeated
+        weights = np.outer(extrapolated[inside], extrapolated[inside]) * coherences
+        held = _sums_of_corners(weights * unmoved)
+        if start == 0:  # with one output known, every predictor reuses it; what follows tells what that does
+            costs[0, 0, 1 : len(inside) + 1] = repeated if set(predictors) == {"reuse"} else held
             continue
         # p(s) = x(start) + age * slope: what the slopes to each earlier full step add to that
         earlier = np.arange(start - 1, max(start - max_gap, 0) - 1, -1)
         gaps = start - earlier
-        weights = np.outer(extrapolated[inside], extrapolated[inside]) * coherences
         slope_energy = (gram.xx[start, start] - 2 * gram.xx[start, earlier] + gram.xx[earlier, earlier]) / gaps**2
         slope_overlap = (gram.xx[start, start] - gram.xx[start, earlier])[:, None] - gram.xy[start, inside]
         slope_overlap = (slope_overlap + gram.xy[np.ix_(earlier, inside)]) / gaps[:, None]
@@ -72,7 +73,7 @@ def segment_costs(
         added = slope_overlap @ np.tril(aged.T, -1).T + slope_overlap * np.tril(aged).sum(1)
         linear, square = 2 * np.cumsum(added, 1), slope_energy[:, None] * _sums_of_corners(aged * ages[:, None])
         shares = np.array([SLOPES[name] for name in predictors])[:, None, None]
-        totals = _sums_of_corners(weights * unmoved) + shares * linear + shares**2 * square
+        totals = held + shares * linear + shares**2 * square
         totals = np.where(shares == 0, repeated, totals)
         costs[start, gaps, 1 : len(inside) + 1] = totals.min(0)
         choices[start, gaps, 1 : len(inside) + 1] = totals.argmin(0)
