@@ -467,7 +467,7 @@ Uniform schedules, PSNR in dB served from the [output / the blocks' residual / t
 {table(["model", "scheme", "budget", "taylor1", "reuse"], caches)}
 
 """
-    fitted_to = sum(found["fitted_to"] for _, _, found in rows_of(record, "ranking"))
+    fitted_to = sum(found.get("fitted_to", 0) for _, _, found in rows_of(record, "ranking"))
     solver = record.get("solver", {})
     return f"""# What plans are worth
 
