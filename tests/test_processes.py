@@ -258,7 +258,7 @@ def pair(bundle):
     """Two processes at work; both live through all of it."""
     settings = load_recipe(str(bundle.with_name("recipe.yaml"))).model_dump(exclude_unset=True) | SETTINGS
     done = together(PAIR, bundle, bundle.parent, json.dumps(settings))
-    assert [each.returncode for each in done] == [0, 0], done
+    assert [each.returncode for each in done] == [0, 0], "\n\n".join(each.stderr[-4000:] for each in done)
     cemq.quantize_and_schedule(output=bundle.with_name("few-one"), **settings, device="cpu")
     return done
 
