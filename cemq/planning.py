@@ -182,9 +182,10 @@ def _teach(loop: ClosedLoop, budget: int | None, predictor: str, effort: Effort)
     like = None if budget == loop.num_steps else budget
     learned: dict[Any, float] = {}
     for schedule in sample_schedules(loop.num_steps, effort.fitted_to, predictors, seed=0, budget=like):
-        if sum(learned.values()) < most:
-            loop.run(schedule, share=SEARCHED)
-            learned[schedule.key] = loop.cost(schedule.budget, SEARCHED)
+        if sum(learned.values()) >= most:
+            break
+        loop.run(schedule, share=SEARCHED)
+        learned[schedule.key] = loop.cost(schedule.budget, SEARCHED)
     loop.spent = sum(learned.values())
     return len(learned) + 1  # and full compute
 
@@ -295,7 +296,7 @@ class _Search:
         """The best trial of a budget once the effort is spent: never worse on the samples than what was published."""
         loop, prior = self.loop, self.loop.fit(self.view).prior
         published = [loop.run(schedule) for schedule in self.published(prior, budget)]
-        self.explore(budget, self.limit - FINALISTS * (loop.cost(budget) - loop.cost(budget, SEARCHED)))
+        self.explore(budget, self.limit - self._finals(budget))
         floor = max((trial.psnr_db for trial in published), default=-math.inf)
         return self._ranked([t for t in self._finalists(budget) + published if t.psnr_db >= floor])[0]
 
@@ -319,6 +320,10 @@ class _Search:
                 break
             loop.run(min(moves.values(), key=lambda move: prior.final_error(move.served, self.view)), share=SEARCHED)
         return self._ranked(self._tried(budget))[0]
+
+    def _finals(self, budget: int) -> float:
+        """What it costs to run the finalists on the samples that the search has not run them on."""
+        return FINALISTS * (self.loop.cost(budget) - self.loop.cost(budget, SEARCHED))
 
     def _finalists(self, budget: int, count: int = FINALISTS) -> list[Trial]:
         return [self.loop.run(trial.schedule) for trial in self._ranked(self._tried(budget))[:count]]
@@ -387,8 +392,8 @@ class _Search:
         rounds = math.ceil(math.log2(loop.num_steps))
         while low < high:
             middle = self._likely(low, high, wanted)
-            finals = loop.cost(middle) * (len(PUBLISHED) * len(self._names) + FINALISTS * (1 - SEARCHED))
-            trial = self.explore(middle, loop.spent + (self.limit - finals - loop.spent) / rounds)
+            left = self.limit - self._finals(middle) - len(PUBLISHED) * len(self._names) * loop.cost(middle)
+            trial = self.explore(middle, loop.spent + (left - loop.spent) / rounds)
             rounds = max(1, rounds - 1)
             if wanted.met_by(trial):
                 high = trial.schedule.budget

@@ -103,8 +103,8 @@ def reused_steps(served: np.ndarray) -> np.ndarray:
     """
     computed = served.diagonal() != 0
     reused = (np.count_nonzero(served, axis=1) == 1) & ~computed
-    second = np.flatnonzero(computed)[1:2]
-    later = np.flatnonzero(~computed & (np.arange(len(served)) > second)) if second.size else second
+    full, skipped = np.flatnonzero(computed), np.flatnonzero(~computed)
+    later = skipped[skipped > full[1]] if len(full) > 1 else skipped[:0]
     if later.size and not reused[later[0]]:
-        reused[: second[0]] = False
+        reused[: full[1]] = False
     return reused

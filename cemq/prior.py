@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ class ErrorPrior:
     def num_steps(self) -> int:
         return len(self.step_sizes)
 
-    @property
+    @cached_property  # local search weighs thousands of schedules by it
     def coherences(self) -> np.ndarray:
         """How far errors of two steps point the same way in the final sample, 0 to 1, shape (num_steps, num_steps)."""
         steps = np.arange(self.num_steps)

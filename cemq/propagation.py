@@ -29,7 +29,8 @@ SAMPLE = "sample"  # the solver of schedules that are drawn, not planned
 DEGREE = 7
 RIDGE = 0.1  # pulls the higher terms to zero: fewer runs than terms still give a smooth sensitivity
 _APART = 0.05  # pulls the two polynomials together, where runs do not tell them apart
-_COHERENCE = 8.0  # steps; where the fit begins, and where it stays if runs say nothing about it
+_COHERENCE = 8.0  # steps; where the fit begins
+_HELD = 0.015  # keeps it there if runs say nothing about it
 _ITERATIONS = 60
 
 
@@ -104,7 +105,7 @@ def fit_propagation(
     parameters[0] = np.mean(wanted - model.predict(parameters)[0])
     start = parameters.copy()
     orders = np.arange(DEGREE + 1)
-    penalty = np.r_[RIDGE * orders, _APART * (1 + orders), 0.015]
+    penalty = np.r_[RIDGE * orders, _APART * (1 + orders), _HELD]
 
     def residuals(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         predicted, slopes = model.predict(at)

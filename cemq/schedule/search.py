@@ -120,11 +120,11 @@ def plan_predicted(
     starts = [plan_schedule(prior, count, predictor=name, view=view) for name in dict.fromkeys((predictor, whole))]
     evenly = plan_schedule(prior, count, solver="uniform", predictor=whole)
     choices = SEGMENT_PREDICTORS if predictor == AUTO else ()
-    if known is None:
-        return improve(prior, [*starts, evenly], predictors=choices, view=view)
-    found = improve(prior, [*starts, evenly, known], predictors=choices, view=view)
-    least, error = (prior.final_error(each.served, view) for each in (found, known))
-    return found if least < _CERTAIN * error else known
+    starts += [evenly] if known is None else [evenly, known]
+    found = improve(prior, starts, predictors=choices, view=view)
+    if known and prior.final_error(found.served, view) >= _CERTAIN * prior.final_error(known.served, view):
+        return known
+    return found
 
 
 def stretched(schedule: CacheSchedule, places: Sequence[float], num_steps: int, budget: int) -> CacheSchedule:

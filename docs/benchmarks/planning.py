@@ -79,8 +79,7 @@ class Lab:
         detach(self.pipe)
         for pipe in (self.original, self.pipe):
             pipe.set_progress_bar_config(disable=True)
-        self._references: dict[int, list] = {}
-        self._aims: dict[tuple[int, int], list] = {}
+        self._references: dict[tuple[int, int, int], list] = {}
 
     def batches(self, first: int, samples: int = SAMPLES) -> Any:
         return make_batches(self.manifest.held_out_conditions, samples=samples, first_seed=first, batch_size=8)
@@ -88,11 +87,11 @@ class Lab:
     def outcomes(self, pipe: Any, steps: int, batches: Any) -> list:
         return [run_batch(pipe, batch, steps=steps, call=self.manifest.call) for batch in batches]
 
-    def references(self, steps: int) -> list:
-        if steps not in self._references:
-            evaluated = self.batches(EVALUATION_SEED_OFFSET)
-            self._references[steps] = self.outcomes(self.original, steps, evaluated)
-        return self._references[steps]
+    def references(self, steps: int, first: int = EVALUATION_SEED_OFFSET, samples: int = SAMPLES) -> list:
+        key = steps, first, samples
+        if key not in self._references:
+            self._references[key] = self.outcomes(self.original, steps, self.batches(first, samples))
+        return self._references[key]
 
     def psnr(self, planned: Plan, steps: int = 50) -> np.ndarray:
         """PSNR of every evaluation sample, (SAMPLES,)."""
@@ -103,14 +102,12 @@ class Lab:
 
     def loop(self, steps: int = 50, prior: ErrorPrior | None = None, samples: int = 32) -> ClosedLoop:
         """The planning samples, with seeds after those that the bundle used; nothing has been run on them."""
-        batches = self.batches(max(self.manifest.profiled_seeds) + 1, samples)
-        if (steps, samples) not in self._aims:
-            self._aims[steps, samples] = self.outcomes(self.original, steps, batches)
+        first = max(self.manifest.profiled_seeds) + 1
         return ClosedLoop(
             pipe=self.pipe,
             prior=prior or self.prior,
-            batches=batches,
-            references=self._aims[steps, samples],
+            batches=self.batches(first, samples),
+            references=self.references(steps, first, samples),
             steps=steps,
             call=self.manifest.call,
         )
@@ -467,7 +464,7 @@ Uniform schedules, PSNR in dB served from the [output / the blocks' residual / t
 {table(["model", "scheme", "budget", "taylor1", "reuse"], caches)}
 
 """
-    fitted_to = sum(found.get("fitted_to", 0) for _, _, found in rows_of(record, "ranking"))
+    fitted_to = sum(found["fitted_to"] for _, _, found in rows_of(record, "ranking"))
     solver = record.get("solver", {})
     return f"""# What plans are worth
 
