@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ FINALISTS = 4
 _REPEATED = 0.25  # what a run of the search counts in the prior that is kept: its neighbours say much the same
 _RETRIED = 2  # of them meet the target of budget=auto on all samples, or do not
 _CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
-_FIT_SHARE = 0.5  # of the effort goes into runs that only teach
+_FIT_SHARE = 0.6  # of the effort goes into runs that only teach
 _FIT_SHARE_AUTO = 0.35  # where the search is for a budget too
 
 
@@ -172,16 +173,23 @@ def plan(
 def _teach(loop: ClosedLoop, budget: int | None, predictor: str, effort: Effort) -> int:
     """Run what says how errors reach the final sample, and count all of it as spent, also what an earlier plan has run.
 
-    Schedules of the budget that is planned for: how errors spread depends on how many steps are skipped.
+    Schedules of the budget that is planned for, since how errors spread depends on how many steps are skipped; and some
+    of half as many, without which the prior says too little about long gaps once it is carried over.
 
     Returns:
         How many runs there are to fit to.
     """
     most = (_FIT_SHARE if budget else _FIT_SHARE_AUTO) * effort.full_runs
-    predictors = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
-    like = None if budget == loop.num_steps else budget
+    draw = partial(
+        sample_schedules, loop.num_steps, predictors=("taylor1", "reuse") if predictor == AUTO else (predictor,)
+    )
+    if budget in (None, loop.num_steps):
+        lessons = draw(effort.fitted_to, seed=0)
+    else:
+        lessons = draw(effort.fitted_to // 3, seed=1, budget=max(2, budget // 2))
+        lessons += draw(effort.fitted_to, seed=0, budget=budget)
     learned: dict[Any, float] = {}
-    for schedule in sample_schedules(loop.num_steps, effort.fitted_to, predictors, seed=0, budget=like):
+    for schedule in lessons:
         if sum(learned.values()) >= most:
             break
         loop.run(schedule, share=SEARCHED)
@@ -308,18 +316,21 @@ class _Search:
         for index, schedule in enumerate(self.own(prior, budget)):
             if index == 0 or loop.spent + cost <= limit:
                 loop.run(schedule, share=SEARCHED)
-        while loop.spent + cost <= limit:
-            incumbent = self._ranked(self._tried(budget))[0]
-            prior = loop.fit(self.view).prior
-            moves = {move.key: move for move in neighbours(incumbent.schedule, self._choices)}
-            further = improve(prior, incumbent.schedule, predictors=self._choices, view=self.view, moves=4)
-            moves[further.key] = further
-            for trial in loop.plain():
-                moves.pop(trial.schedule.key, None)
-            if not moves:
-                break
-            loop.run(min(moves.values(), key=lambda move: prior.final_error(move.served, self.view)), share=SEARCHED)
+        while loop.spent + cost <= limit and (move := self._next(budget)):
+            loop.run(move, share=SEARCHED)
         return self._ranked(self._tried(budget))[0]
+
+    def _next(self, budget: int) -> CacheSchedule | None:
+        """The most promising neighbour of the best schedule that has any which were not run."""
+        prior = self.loop.fit(self.view).prior
+        known = {trial.schedule.key for trial in self.loop.plain()}
+        for incumbent in self._ranked(self._tried(budget)):
+            start = incumbent.schedule
+            further = improve(prior, start, predictors=self._choices, view=self.view, moves=4)
+            moves = [move for move in (*neighbours(start, self._choices), further) if move.key not in known]
+            if moves:
+                return min(moves, key=lambda move: prior.final_error(move.served, self.view))
+        return None
 
     def _finals(self, budget: int) -> float:
         """What it costs to run the finalists on the samples that the search has not run them on."""

@@ -136,6 +136,20 @@ def test_equal_predictors_are_one():
     assert (schedule.predictor, schedule.predictors) == ("goc", ("goc", "goc"))
 
 
+def test_schedules_are_told_apart_by_what_they_do():
+    def key(*predictors, full_steps=(0, 1, 2, 5), branch_steps=()):
+        found = CacheSchedule(num_steps=8, full_steps=full_steps, predictor=predictors, branch_steps=branch_steps)
+        return found.key
+
+    alike = key("reuse", "taylor1", "taylor2", "damped")
+    assert key("taylor1", "reuse", "taylor2", "damped") == alike  # the first two segments skip nothing
+    assert len({alike, key(*["taylor2"] * 4), key("reuse", "taylor1", "taylor2", "reuse")}) == 3
+    few = (0, 3, 5)  # with one and with two outputs known
+    assert key("taylor1", "taylor2", "reuse", full_steps=few) == key("reuse", "taylor1", "reuse", full_steps=few)
+    assert key("taylor1", "taylor1", "reuse", full_steps=few) != key("taylor1", "damped", "reuse", full_steps=few)
+    assert len({alike, key("reuse", "taylor1", "taylor2", "damped", branch_steps=(2, 5))}) == 2
+
+
 def test_runs_of_predictors_are_counted():
     names = ("taylor1", "taylor1", "taylor1", "reuse", "damped")
     text = CacheSchedule(num_steps=9, full_steps=range(5), predictor=names).predictor_text()

@@ -59,10 +59,12 @@ class CacheSchedule:
         """What it costs, in full-compute steps with all branches; half a one counts as one."""
         return len(self.full_steps) - len(self.branch_steps) // 2
 
-    @property
-    def key(self) -> tuple[tuple[Any, ...], ...]:
-        """What tells it from other schedules, whoever made it."""
-        return self.full_steps, self.predictors, self.branch_steps
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from schedules that do something else, whoever made it and whatever its predictors are called:
+        a segment that skips nothing is served alike by all of them."""
+        served = tuple(self.serving(step) for step in range(self.num_steps))
+        return (served, self.branch_steps, self.between_branches.key) if self.branch_steps else (served,)
 
     @property
     def compute_ratio(self) -> float:

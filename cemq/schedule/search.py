@@ -27,14 +27,14 @@ def neighbours(schedule: CacheSchedule, predictors: Sequence[str] = ()) -> Itera
 def _moves(schedule: CacheSchedule, index: int, predictors: Sequence[str]) -> Iterator[CacheSchedule]:
     """Those of one full-compute step and its segment."""
     full, names = schedule.full_steps, schedule.predictors
-    for other in predictors:
+    below, above = full[index - 1] if index else -1, full[index + 1] if index + 1 < len(full) else schedule.num_steps
+    for other in predictors if above - full[index] > 1 else ():  # else there is nothing to predict
         if other != names[index]:
             yield _changed(schedule, full, (*names[:index], other, *names[index + 1 :]))
     if index == 0:
         return
     for shift in SHIFTS:
         moved = full[index] + shift
-        below, above = full[index - 1], full[index + 1] if index + 1 < len(full) else schedule.num_steps
         if below < moved < above:
             yield _changed(schedule, (*full[:index], moved, *full[index + 1 :]), names)
     # from where it is to the middle of the longest gap
