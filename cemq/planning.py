@@ -159,7 +159,7 @@ def plan(
         "tolerance": tolerance if budget == AUTO_BUDGET and target_psnr is None else None,
         "target_psnr": target_psnr,
         "fit": {
-            "runs": taught,
+            "teach": taught,
             "rms_log_error": fit.rms_log_error,
             "coherence_steps": fit.prior.coherence,
         },

@@ -93,7 +93,7 @@ def test_the_search_keeps_within_its_effort_but_for_the_corrections(searched):
 def test_what_is_fitted_to_has_the_budget_that_is_planned_for(searched):
     loop, found = searched
     taught = [trial.schedule for trial in loop.trials if trial.schedule.solver == "sample"]
-    assert found.evidence["fit"]["runs"] == len(taught) + 1 > 5
+    assert found.evidence["fit"]["teach"] == len(taught) + 1 > 5
     assert {schedule.budget for schedule in taught} == {BUDGET, 2}  # and what is nearest to half of it
     assert sum(schedule.budget == BUDGET for schedule in taught) >= len(taught) / 2
 
@@ -149,7 +149,7 @@ def test_the_evidence_says_what_was_run_and_what_is_predicted(searched):
     assert evidence["winner"] in evidence["trials"]
     assert CacheSchedule.from_dict(evidence["winner"]["schedule"]) == found.schedule
     assert (evidence["tolerance"], evidence["target_psnr"]) == (None, None)
-    assert evidence["fit"]["runs"] > 5
+    assert evidence["fit"]["teach"] > 5
     assert evidence["fit"]["coherence_steps"] == found.prior.coherence
     assert [point["budget"] for point in evidence["curve"]] == list(range(2, STEPS + 1))
     full = evidence["curve"][-1]
