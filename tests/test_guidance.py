@@ -6,9 +6,10 @@ from conftest import FLUX_CALL, make_dit, make_flux
 from family_checks import draw, plain_run
 from tiny_pipelines import FAMILIES, STEPS
 
+from cemq.closed_loop import ClosedLoop
 from cemq.evaluation import run_batch
 from cemq.models import denoisers
-from cemq.planning import ClosedLoop, plan
+from cemq.planning import plan
 from cemq.profiling import profile, record_references
 from cemq.runtime import Plan, attached
 from cemq.sampling import make_batches

@@ -10,10 +10,11 @@ import pytest
 from conftest import make_dit
 
 from cemq.closed_loop import ClosedLoop, Trial
+from cemq.closed_search import SEARCHED, Search, Wanted, _middle_error, _middle_mean
 from cemq.correction import METHODS
 from cemq.errors import InfeasibleBudgetError, InputError
 from cemq.evaluation import run_batch
-from cemq.planning import EFFORTS, SEARCHED, _middle_error, _middle_mean, _Search, _Wanted, check_planning, plan
+from cemq.planning import EFFORTS, check_planning, plan
 from cemq.prior import ErrorPrior
 from cemq.profiling import profile, record_references
 from cemq.propagation import Fit
@@ -119,7 +120,7 @@ def test_nothing_is_run_twice(searched):
 def test_the_search_goes_on_where_all_neighbours_of_the_best_were_run(quantized):
     loop = ClosedLoop(**quantized)
     loop.run(CacheSchedule(num_steps=STEPS, full_steps=range(STEPS)))
-    search = _Search(loop=loop, predictor="taylor1", view="combined", limit=math.inf)
+    search = Search(loop=loop, predictor="taylor1", view="combined", limit=math.inf)
     search.explore(BUDGET, math.inf)
     found = {trial.schedule.full_steps for trial in loop.trials if trial.schedule.budget == BUDGET}
     assert found == {(0, *rest) for rest in itertools.combinations(range(1, STEPS), BUDGET - 1)}
@@ -196,7 +197,7 @@ def test_luck_on_few_samples_does_not_win(quantized, lucky, wins):
     )
     trials = {"steady": trial_of(good, [60.0, 60.0, 60.0]), "lucky": trial_of(bad, lucky)}
     loop = SimpleNamespace(num_steps=STEPS, fit=lambda view: Fit(prior=prior, rms_log_error=0.1))
-    search = _Search(loop=loop, predictor="auto", view="combined", limit=0)
+    search = Search(loop=loop, predictor="auto", view="combined", limit=0)
     assert search._ranked(list(trials.values()))[0] is trials[wins]
 
 
@@ -212,7 +213,7 @@ def test_a_tolerance_is_kept_with_a_standard_error_to_spare(errors, met):
             sample_psnr_db=np.zeros(len(found)),
         )
 
-    wanted = _Wanted(full=trial([1.0, 1.0, 5.0]), tolerance=0.15, psnr_db=None)  # the third sample was not searched
+    wanted = Wanted(full=trial([1.0, 1.0, 5.0]), tolerance=0.15, psnr_db=None)  # the third sample was not searched
     assert wanted.met_by(trial(errors)) == met
 
 

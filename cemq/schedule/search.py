@@ -11,7 +11,7 @@ from cemq.prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
 from cemq.schedule.plan import AUTO, parse_budget, plan_schedule
 
-SEARCH = "search"  # the solver that is all of this, and of `cemq.planning`
+SEARCH = "search"  # the solver that is all of this, and of `cemq.closed_search`
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that it gives to single segments
 SHIFTS = (-1, 1, -2, 2, -4, 4)
 _CERTAIN = 10 ** (-1.5 / 20)  # 1.5 dB: a predicted gain of less is as often none

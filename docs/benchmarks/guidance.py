@@ -17,9 +17,10 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from cemq.bench.machine import describe_machine, one_line
+from cemq.closed_loop import ClosedLoop
+from cemq.closed_search import BRANCH_SHARES
 from cemq.evaluation import run_batch
 from cemq.models import locate, open_pipeline
-from cemq.planning import BRANCH_SHARES, ClosedLoop
 from cemq.profiling import profile, record_references
 from cemq.propagation import sample_schedules
 from cemq.quantize import CemqConfig, quantize_in_place

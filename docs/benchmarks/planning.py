@@ -37,11 +37,12 @@ from cemq.analysis import analyze
 from cemq.bench.machine import describe_machine, one_line
 from cemq.bundle import EVIDENCE, PRIOR, read_bundle
 from cemq.closed_loop import FULL, ClosedLoop
+from cemq.closed_search import PUBLISHED
 from cemq.errors import InfeasibleBudgetError
 from cemq.evaluation import run_batch
 from cemq.evaluation.metrics import psnr_db
 from cemq.models import locate, open_pipeline
-from cemq.planning import PUBLISHED, plan
+from cemq.planning import plan
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.profiling import profile, record_references
 from cemq.propagation import sample_schedules
