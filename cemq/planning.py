@@ -154,7 +154,7 @@ def _teach(loop: ClosedLoop, budget: int | None, predictor: str, effort: Effort)
     """Run what says how errors reach the final sample, and count all of it as spent, also what an earlier plan has run.
 
     Schedules of the budget that is planned for, since how errors spread depends on how many steps are skipped; and some
-    of half as many, without which the prior says too little about long gaps once it is carried over.
+    of half as many, for the other budgets that are planned on this prior without running anything.
 
     Returns:
         How many runs there are to fit to.
