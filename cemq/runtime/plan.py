@@ -36,7 +36,7 @@ class Plan:
             raise InputError(f"cache={self.cache}: branches of guidance are skipped one by one with cache=output only")
 
     def with_budget(self, budget: int | str) -> Plan:
-        """The same with another schedule.
+        """The same with a schedule of that budget; as it is, if it has that budget: its schedule may have been run.
 
         Raises:
             ModelError: There is no prior to plan from.
@@ -44,6 +44,8 @@ class Plan:
         """
         if self.prior is None or self.sampler is None:
             raise ModelError("this schedule came without an error prior: load a bundle to plan another budget")
+        if parse_budget(budget, self.prior.num_steps) == self.schedule.budget:
+            return self
         return self._planned(self.prior, self.sampler, budget)
 
     def carried_over(self, sampler: SamplerFingerprint) -> Plan | None:

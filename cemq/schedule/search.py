@@ -14,7 +14,6 @@ from cemq.schedule.plan import AUTO, parse_budget, plan_schedule
 SEARCH = "search"  # the solver that is all of this, and of `cemq.closed_search`
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that it gives to single segments
 SHIFTS = (-1, 1, -2, 2, -4, 4)
-_CERTAIN = 10 ** (-1.5 / 20)  # 1.5 dB: a predicted gain of less is as often none
 _MOST_STEPS = 128  # that are searched while a user waits
 
 
@@ -108,8 +107,7 @@ def plan_predicted(
 
     Args:
         predictor: One for all, or ``auto``: one for each segment.
-        known: Like one that was found good in closed loop: taken as it is unless another is predicted to be better by
-            more than predictions are usually off.
+        known: Another start, like one that was found good in closed loop.
 
     Raises:
         InfeasibleBudgetError: The budget is out of range.
@@ -121,10 +119,7 @@ def plan_predicted(
     evenly = plan_schedule(prior, count, solver="uniform", predictor=whole)
     choices = SEGMENT_PREDICTORS if predictor == AUTO else ()
     starts += [evenly] if known is None else [evenly, known]
-    found = improve(prior, starts, predictors=choices, view=view)
-    if known and prior.final_error(found.served, view) >= _CERTAIN * prior.final_error(known.served, view):
-        return known
-    return found
+    return improve(prior, starts, predictors=choices, view=view)
 
 
 def stretched(schedule: CacheSchedule, places: Sequence[float], num_steps: int, budget: int) -> CacheSchedule:
