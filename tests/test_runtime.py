@@ -277,10 +277,14 @@ def test_another_sampler_class_computes_in_full_with_one_warning(dit):
 def test_another_budget_of_a_sampler_that_meets_timesteps_twice(dit):
     dit.scheduler = PNDMScheduler(skip_prk_steps=True)
     schedule = CacheSchedule(num_steps=STEPS + 1, full_steps=(0, 2, 4))
-    plan = plan_of(dit, schedule, prior=profiled(dit))
-    assert plan.with_budget(schedule.budget) is plan  # it may have been run; what is predicted to be better was not
-    other = plan.with_budget(5).schedule
+    other = plan_of(dit, schedule, prior=profiled(dit)).with_budget(5).schedule
     assert (other.num_steps, other.budget) == (STEPS + 1, 5)
+
+
+def test_a_budget_that_a_plan_has_is_not_planned_again(dit):
+    plan = plan_of(dit, CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 5)), prior=profiled(dit))
+    assert plan.with_budget(3) is plan  # it may have been run; what is predicted to be better was not
+    assert plan.with_budget("2x") is plan
 
 
 def test_another_budget_is_planned_and_followed_until_it_is_set_again(dit):
