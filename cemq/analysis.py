@@ -16,7 +16,7 @@ from cemq.closed_loop import ClosedLoop, Trial
 from cemq.errors import InputError
 from cemq.evaluation import run_batch
 from cemq.models import default_device, locate, open_pipeline
-from cemq.predict import check_predictor
+from cemq.predict import check_corrector, check_predictor
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.processes import ALONE, Processes
 from cemq.propagation import sample_schedules
@@ -64,8 +64,8 @@ def costs_of(prior: ErrorPrior) -> dict[str, Callable[[CacheSchedule], float]]:
     plain = unweighted(prior)
     for view in VIEWS:
         found[f"cem, {view}"] = lambda s, view=view: cem_cost(prior, s, view)
-        found[f"unweighted, {view}"] = lambda s, view=view: plain.final_error(s.served, view)
-        found[f"fitted, {view}"] = lambda s, view=view: prior.final_error(s.served, view)
+        found[f"unweighted, {view}"] = lambda s, view=view: plain.final_error(s.integrated, view)
+        found[f"fitted, {view}"] = lambda s, view=view: prior.final_error(s.integrated, view)
     return found
 
 
@@ -77,6 +77,7 @@ def analyze(
     samples: int = 16,
     seed: int = 0,
     budget: int | None = None,
+    corrector: str | None = None,
     device: str | None = None,
     progress: Progress | None = None,
     processes: Processes = ALONE,
@@ -86,6 +87,7 @@ def analyze(
     Args:
         schedules: How many for each predictor, none of which the bundle was fitted to; half of them near uniform.
         budget: Full-compute steps of all of them; None takes 3 in 10 of the steps.
+        corrector: Of all of them; None takes that of the schedules that the bundle was fitted to.
         processes: Those that `cemq.processes.launched` gives, to run a share of the samples each; all return the same.
 
     Returns:
@@ -97,6 +99,8 @@ def analyze(
     """
     for name in predictors:
         check_predictor(name)
+    if corrector is not None:
+        check_corrector(corrector)
     manifest, prior = read_bundle(Path(bundle)), ErrorPrior.load(Path(bundle) / PRIOR)
     if schedules < 5:
         raise InputError(f"schedules={schedules}: a rank correlation needs at least 5")
@@ -124,9 +128,9 @@ def analyze(
     )  # fmt: skip
     costs = costs_of(prior)
     result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
-    result |= {"samples": samples, "spearman": {}, "points": {}}
+    result |= {"samples": samples, "corrector": corrector or prior.corrector, "spearman": {}, "points": {}}
     for name in predictors:
-        tested = test_schedules(num_steps, schedules, name, budget)
+        tested = test_schedules(num_steps, schedules, name, budget, corrector or prior.corrector)
         trials: list[Trial] = []
         for schedule in tested:
             trials.append(loop.run(schedule))
@@ -143,7 +147,7 @@ def analyze(
     return result
 
 
-def test_schedules(num_steps: int, count: int, predictor: str, budget: int) -> list[CacheSchedule]:
+def test_schedules(num_steps: int, count: int, predictor: str, budget: int, corrector: str) -> list[CacheSchedule]:
     """Different schedules of one budget, near uniform and random in turn, drawn with seeds that planning does not use.
 
     There must be as many.
@@ -151,7 +155,7 @@ def test_schedules(num_steps: int, count: int, predictor: str, budget: int) -> l
     found: dict[tuple[int, ...], CacheSchedule] = {}
     seeds = itertools.count(_FIRST_SEED)
     while len(found) < count:
-        for schedule in sample_schedules(num_steps, count, (predictor,), next(seeds), budget):
+        for schedule in sample_schedules(num_steps, count, (predictor,), next(seeds), budget, corrector):
             found.setdefault(schedule.full_steps, schedule)
     return list(found.values())[:count]
 

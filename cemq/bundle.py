@@ -232,6 +232,7 @@ pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
 | SSIM | {fidelity["ssim"]:.4f} |
 | relative L2 of the final latent | {fidelity["relative_l2"]:.4f} |
 | predictor | {schedule.predictor_text()}, of {CACHED[manifest.cache]} |
+| corrector | {schedule.corrector} |
 | correction | {manifest.correction or "none"} |
 | sampler | {manifest.sampler.scheduler}, {schedule.num_steps} steps |
 """

@@ -155,6 +155,9 @@ def quantize_and_schedule(
     predictor: Annotated[
         str | None, typer.Option(help="auto, reuse, damped, taylor1, taylor2, goc or mean-velocity [auto].")
     ] = None,
+    corrector: Annotated[
+        str | None, typer.Option(help="Of skipped steps, later: auto, none, linear or quadratic [auto].")
+    ] = None,
     correction: Annotated[str | None, typer.Option(help="auto, none, drift, affine, eoc or erta [auto].")] = None,
     effort: Annotated[str | None, typer.Option(help="Of the search: quick, normal or thorough [normal].")] = None,
     prior: Annotated[str | None, typer.Option(help="combined, cache or self [combined].")] = None,
@@ -184,8 +187,8 @@ def quantize_and_schedule(
             "bits_budget": bits_budget, "components": _names(components) if components else None,
             "steps": steps, "budget": int(budget) if budget and budget.isdigit() else budget, "solver": solver,
             "dtype": dtype, "tolerance": tolerance, "target_psnr": target_psnr, "correction": correction,
-            "effort": effort, "predictor": predictor, "prior": prior, "cache": cache, "calib": calib,
-            "samples": samples, "seed": seed, "call": _call_arguments(call),
+            "effort": effort, "predictor": predictor, "corrector": corrector, "prior": prior, "cache": cache,
+            "calib": calib, "samples": samples, "seed": seed, "call": _call_arguments(call),
         }  # fmt: skip
         _quiet()
         with _progress() as progress:

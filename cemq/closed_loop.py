@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ import numpy as np
 from cemq.correction import Correction
 from cemq.evaluation import Outcome, run_batch
 from cemq.evaluation.metrics import PSNR_CEILING_DB, error_of, psnr_db, relative_l2
+from cemq.predict import NO_CORRECTOR
 from cemq.prior import ErrorPrior
 from cemq.processes import ALONE, Processes
 from cemq.propagation import SAMPLE, Fit, fit_propagation
 from cemq.runtime import Plan, attached
+from cemq.sampler import responses
 from cemq.sampling import Batch
 from cemq.schedule import CacheSchedule
 
@@ -156,20 +158,33 @@ class ClosedLoop:
         """Of one run with that many full-compute steps, in runs of all samples at full compute."""
         return self._count(share) / self.samples * budget / self.num_steps
 
+    @property
+    def correctable(self) -> bool:
+        """Whether skipped steps can be corrected later: under the sampler as the latest run has set it up."""
+        return self.cache == "output" and responses(self.pipe.scheduler, self.num_steps) is not None
+
     def plain(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.is_plain]
 
     def fit(self, view: str, *, repeated: float = 1.0) -> Fit:
         """What all plain trials so far say about how errors reach the final image.
 
-        Those that were not drawn to teach count ``repeated`` each.
+        Those that were not drawn to teach count ``repeated`` each. With a corrector errors spread otherwise: where the
+        lessons had one, trials without say nothing, and the other way round.
         """
-        plain = [trial for trial in self.plain() if trial.psnr_db < PSNR_CEILING_DB]
+        corrector = next((t.schedule.corrector for t in self.plain() if t.schedule.solver == SAMPLE), NO_CORRECTOR)
+        plain = [
+            trial
+            for trial in self.plain()
+            if trial.psnr_db < PSNR_CEILING_DB
+            and (trial.schedule.solver == FULL or trial.schedule.corrects == (corrector != NO_CORRECTOR))
+        ]
         samples = min((trial.samples for trial in plain), default=0)  # that all of them were run on
         errors = [error_of(trial.sample_psnr_db[:samples].mean()) for trial in plain]
         schedules = [trial.schedule for trial in plain]
         counts = [1.0 if schedule.solver in (FULL, SAMPLE) else repeated for schedule in schedules]
-        return fit_propagation(self.prior, schedules, errors, counts=counts, view=view)
+        metadata = self.prior.metadata and replace(self.prior.metadata, corrector=corrector)
+        return fit_propagation(replace(self.prior, metadata=metadata), schedules, errors, counts=counts, view=view)
 
 
 def _count(batches: Sequence[Batch]) -> int:

@@ -19,6 +19,7 @@ from cemq.closed_loop import ClosedLoop, Trial
 from cemq.correction import Correction
 from cemq.errors import InfeasibleBudgetError
 from cemq.evaluation.metrics import error_of, psnr_of
+from cemq.predict import NO_CORRECTOR
 from cemq.prior import ErrorPrior
 from cemq.propagation import SAMPLE
 from cemq.schedule import (
@@ -98,12 +99,14 @@ class Search:
 
     Args:
         predictor: One for all segments, or ``auto``.
+        correctors: That are tried, the one of the schedules that teach first.
         view: Of the prior.
         limit: In runs at full compute of all samples.
     """
 
     loop: ClosedLoop
     predictor: str
+    correctors: tuple[str, ...]
     view: str
     limit: float
 
@@ -115,11 +118,13 @@ class Search:
                 continue
 
     def own(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
+        settings = {"corrector": self.correctors[0], "view": self.view}
         for name in dict.fromkeys((self.predictor, *self._names)):
-            planned = plan_schedule(prior, budget, predictor=name, view=self.view)
+            planned = plan_schedule(prior, budget, predictor=name, **settings)
             yield planned
             yield improve(prior, planned, predictors=self._choices if name == AUTO else (), view=self.view)
-        yield plan_predicted(prior, budget, predictor=self.predictor, view=self.view)
+        for corrector in self.correctors:
+            yield plan_predicted(prior, budget, predictor=self.predictor, corrector=corrector, view=self.view)
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -127,7 +132,9 @@ class Search:
 
     @property
     def _choices(self) -> tuple[str, ...]:
-        return SEGMENT_PREDICTORS if self.predictor == AUTO else ()
+        """Predictors that a segment may be served by instead: without a corrector, for with one predictions do not say
+        which is better."""
+        return SEGMENT_PREDICTORS if self.predictor == AUTO and self.correctors[0] == NO_CORRECTOR else ()
 
     def best(self, budget: int) -> Trial:
         """The best trial of a budget once the effort is spent: never worse on the samples than what was published."""
@@ -158,7 +165,7 @@ class Search:
             further = improve(prior, start, predictors=self._choices, view=self.view, moves=4)
             moves = [move for move in (*neighbours(start, self._choices), further) if move.key not in known]
             if moves:
-                return min(moves, key=lambda move: prior.final_error(move.served, self.view))
+                return min(moves, key=lambda move: prior.final_error(move.integrated, self.view))
         return None
 
     def _finals(self, budget: int) -> float:
@@ -189,7 +196,7 @@ class Search:
         score = _middle_mean(centered)
         if samples > 1:  # one sample says nothing about its noise
             fit = self.loop.fit(self.view)
-            predicted = np.array([psnr_of(fit.prior.final_error(t.schedule.served, self.view)) for t in trials])
+            predicted = np.array([psnr_of(fit.prior.final_error(t.schedule.integrated, self.view)) for t in trials])
             noise = _middle_error(centered).mean() ** 2
             misfit = (DB_PER_LOG * fit.rms_log_error) ** 2
             share = noise / (noise + misfit) if noise + misfit else 0.0
@@ -207,7 +214,9 @@ class Search:
         skippable = loop.calls_per_step >= 2 and loop.cache == "output"
         for share in BRANCH_SHARES if skippable else ():
             more = paid_steps(budget, share, loop.num_steps)
-            planned = plan_schedule(prior, more, predictor=self.predictor, view=self.view)
+            planned = plan_schedule(
+                prior, more, predictor=self.predictor, corrector=chosen.schedule.corrector, view=self.view
+            )
             better = improve(prior, planned, predictors=self._choices, view=self.view)
             for schedule in (skip_branches(each, budget) for each in (planned, better)):
                 trial = loop.run(schedule) if schedule.branch_steps else chosen
@@ -249,18 +258,21 @@ class Search:
     def _likely(self, low: int, high: int, wanted: Wanted) -> int:
         """The budget to try next: where the fitted prior expects to meet the target, kept within the inner range."""
         fit = self.loop.fit(self.view).prior
-        planned = plan_all(fit, high - 1, predictor=self.predictor, view=self.view) if high > 2 else []
+        planned = self._planned(fit, high - 1) if high > 2 else []
         meets = [
             budget
             for budget, schedule in enumerate(planned, start=2)
-            if budget >= low and fit.final_error(schedule.served, self.view) <= wanted.error
+            if budget >= low and fit.final_error(schedule.integrated, self.view) <= wanted.error
         ]
         likely = meets[0] if meets else high - 1
         return min(max(likely, low + (high - low) // 4), high - 1)
 
+    def _planned(self, prior: ErrorPrior, largest: int) -> list[CacheSchedule]:
+        return plan_all(prior, largest, predictor=self.predictor, corrector=self.correctors[0], view=self.view)
+
     def curve(self, prior: ErrorPrior) -> list[dict[str, Any]]:
         """For every budget, the predicted error of the plan relative to that of full compute, and what was measured."""
-        planned = plan_all(prior, self.loop.num_steps - 1, predictor=self.predictor, view=self.view)
+        planned = self._planned(prior, self.loop.num_steps - 1)
         base = prior.final_error(np.eye(self.loop.num_steps), self.view)
         full = self.loop.trials[0]
         points = []
@@ -270,7 +282,7 @@ class Search:
             points.append(
                 {
                     "budget": budget,
-                    "predicted_error": prior.final_error(schedule.served, self.view),
+                    "predicted_error": prior.final_error(schedule.integrated, self.view),
                     "measured_psnr_db": best and best.psnr_db,
                     "measured_relative_l2": best and best.relative_l2,
                 }

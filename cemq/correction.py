@@ -102,7 +102,7 @@ def _drift(prior: ErrorPrior, schedule: CacheSchedule) -> Tables:
     EOC's idea (arXiv:2501.19243) in its additive form, over the actual age, with full precision as the target.
     """
     q, v = prior.channel_means
-    return np.ones_like(v), v - schedule.served @ q
+    return np.ones_like(v), v - schedule.integrated @ q
 
 
 def _affine(prior: ErrorPrior, schedule: CacheSchedule) -> Tables:
@@ -112,7 +112,7 @@ def _affine(prior: ErrorPrior, schedule: CacheSchedule) -> Tables:
     rectification (arXiv:2508.21091, section 3.4), which is the same regression written for the error.
     """
     (q, v), (qq, qv) = prior.channel_means, prior.channel_grams
-    served, mean = schedule.served, schedule.served @ q
+    served, mean = schedule.integrated, schedule.integrated @ q
     variance = np.einsum("sk,ckl,sl->sc", served, qq, served) - mean**2
     covariance = np.einsum("sk,cks->sc", served, qv) - mean * v
     gain = np.where(variance > 1e-12, covariance / np.maximum(variance, 1e-12), 1.0)

@@ -102,6 +102,7 @@ def _cache_dit(schedule: CacheSchedule, made_for: dict[str, Any], cache: str) ->
         served = ""
     else:
         served = f"  # no counterpart of the predictor {schedule.predictor_text()}: the cached residual is used again\n"
+    corrected = "# cemq corrects skipped steps once it has computed the next one; cache-dit has no counterpart.\n"
     branches = (
         f"# cemq skips one branch of guidance on {len(schedule.branch_steps)} of these steps; a mask cannot say so.\n"
     )
@@ -112,7 +113,7 @@ def _cache_dit(schedule: CacheSchedule, made_for: dict[str, Any], cache: str) ->
 # The steps are the same, the way skipped ones are served is not: cache-dit always runs the first block and extrapolates
 # the residual of the others, cemq {CACHED[cache]}. Fidelity measured with cemq does not carry over.
 # The mask holds for {made_for["num_inference_steps"]} inference steps under the sampler it was planned for; cache-dit checks neither.
-{branches if schedule.branch_steps else ""}cache_config:
+{branches if schedule.branch_steps else ""}{corrected if schedule.corrects else ""}cache_config:
   num_inference_steps: {schedule.num_steps}
   steps_computation_mask: [{mask}]
   steps_computation_policy: static

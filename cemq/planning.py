@@ -16,7 +16,7 @@ from cemq.closed_loop import FULL, ClosedLoop, Trial
 from cemq.closed_search import SEARCHED, Search, Wanted, is_certain
 from cemq.correction import METHODS, Correction, make_correction
 from cemq.errors import InputError, choose
-from cemq.predict import PREDICTORS
+from cemq.predict import CORRECTORS, NO_CORRECTOR, PREDICTORS
 from cemq.prior import ErrorPrior
 from cemq.propagation import sample_schedules
 from cemq.schedule import (
@@ -29,6 +29,7 @@ from cemq.schedule import (
 )
 
 AUTO_BUDGET = "auto"
+TRIED_CORRECTORS = ("quadratic", "linear")
 _REPEATED = 0.25  # what a run of the search counts in the prior that is kept: its neighbours say much the same
 _CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
 _FIT_SHARE = 0.6  # of the effort goes into runs that only teach
@@ -61,7 +62,7 @@ class Planned:
 
 
 def check_planning(
-    *, solver: str, predictor: str, correction: str, effort: str, budget: int | str, steps: int | None
+    *, solver: str, predictor: str, corrector: str, correction: str, effort: str, budget: int | str, steps: int | None
 ) -> None:
     """What can be said before anything is run.
 
@@ -71,6 +72,7 @@ def check_planning(
     """
     choose("solver", solver, (SEARCH, *SOLVERS))
     choose("predictor", predictor, (AUTO, *PREDICTORS))
+    choose("corrector", corrector, (AUTO, NO_CORRECTOR, *CORRECTORS))
     choose("correction", correction, (AUTO, "none", *METHODS))
     choose("effort", effort, EFFORTS)
     if budget == AUTO_BUDGET:
@@ -86,6 +88,7 @@ def plan(
     *,
     solver: str = SEARCH,
     predictor: str = AUTO,
+    corrector: str = AUTO,
     correction: str = AUTO,
     effort: str = "normal",
     view: str = "combined",
@@ -99,11 +102,14 @@ def plan(
             within ``(1 + tolerance)`` of the quantized model's own at full compute, or reach ``target_psnr``.
         solver: ``search`` is everything this module does; another name takes that solver's schedule as it is.
         predictor: One for all, or ``auto``: the search chooses one for each segment.
+        corrector: What full-compute steps make up for: ``quadratic``, ``linear`` or ``none``; ``auto`` is the best of
+            those that the sampler and the cache allow, for the solvers of this package, and none for those published.
         correction: ``auto`` keeps the one that helps most on the planning samples, if any does.
         view: Of the prior; see `plan_schedule`.
 
     Raises:
         InfeasibleBudgetError: The budget is out of range, or no budget reaches the target.
+        InputError: The sampler or the cache leaves no room for the corrector asked for.
     """
     effort_limits = EFFORTS[effort]
     full = loop.run(CacheSchedule(num_steps=loop.num_steps, full_steps=range(loop.num_steps), solver=FULL))
@@ -113,8 +119,11 @@ def plan(
     steps = None
     if budget != AUTO_BUDGET:
         steps = check_budget(budget, loop.num_steps, "segment" if solver == SEARCH else solver)
-    taught = _teach(loop, steps, predictor, effort_limits)
-    search = Search(loop=loop, predictor=predictor, view=view, limit=effort_limits.full_runs)
+    correctors = _correctors(loop, corrector, solver)
+    taught = _teach(loop, steps, predictor, correctors[0], effort_limits)
+    search = Search(
+        loop=loop, predictor=predictor, correctors=correctors, view=view, limit=effort_limits.full_runs
+    )  # fmt: skip
     if steps is None:
         best = search.fewest(Wanted(full=full, tolerance=tolerance, psnr_db=target_psnr))
     elif steps == loop.num_steps:
@@ -122,7 +131,8 @@ def plan(
     elif solver == SEARCH:
         best = search.best(steps)
     else:
-        best = loop.run(plan_schedule(loop.fit(view).prior, steps, solver=solver, predictor=predictor, view=view))
+        settings = {"solver": solver, "predictor": predictor, "corrector": correctors[0], "view": view}
+        best = loop.run(plan_schedule(loop.fit(view).prior, steps, **settings))
     chosen, fix = _corrected(loop, best, correction, effort_limits.full_runs + _CORRECTIONS)
     if solver == SEARCH and best is not full and correction in (AUTO, "none"):
         chosen, fix = search.with_skipped_branches(chosen, fix)
@@ -150,7 +160,19 @@ def plan(
     return Planned(schedule=chosen.schedule, correction=fix, prior=fit.prior, evidence=evidence)
 
 
-def _teach(loop: ClosedLoop, budget: int | None, predictor: str, effort: Effort) -> int:
+def _correctors(loop: ClosedLoop, corrector: str, solver: str) -> tuple[str, ...]:
+    """Those to try, the one to teach with first."""
+    if corrector == AUTO:
+        return TRIED_CORRECTORS if solver in (SEARCH, "segment") and loop.correctable else (NO_CORRECTOR,)
+    if corrector != NO_CORRECTOR and not loop.correctable:
+        raise InputError(
+            f"corrector={corrector}: needs cache=output and a sampler whose steps are linear in what the denoiser "
+            f"predicts, found cache={loop.cache} and {type(loop.pipe.scheduler).__name__}: choose auto or none"
+        )
+    return (corrector,)
+
+
+def _teach(loop: ClosedLoop, budget: int | None, predictor: str, corrector: str, effort: Effort) -> int:
     """Run what says how errors reach the final sample, and count all of it as spent, also what an earlier plan has run.
 
     Schedules of the budget that is planned for, since how errors spread depends on how many steps are skipped; and some
@@ -160,9 +182,8 @@ def _teach(loop: ClosedLoop, budget: int | None, predictor: str, effort: Effort)
         How many runs there are to fit to.
     """
     most = (_FIT_SHARE if budget else _FIT_SHARE_AUTO) * effort.full_runs
-    draw = partial(
-        sample_schedules, loop.num_steps, predictors=("taylor1", "reuse") if predictor == AUTO else (predictor,)
-    )
+    predictors = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
+    draw = partial(sample_schedules, loop.num_steps, predictors=predictors, corrector=corrector)
     if budget in (None, loop.num_steps):
         lessons = draw(effort.fitted_to, seed=0)
     else:

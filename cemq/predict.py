@@ -1,9 +1,10 @@
-"""How a skipped step is served: as a linear combination of the outputs of earlier full-compute steps."""
+"""How a skipped step is served, and put right later: as linear combinations of the outputs of full-compute steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -66,6 +67,17 @@ PREDICTORS: dict[str, Rule] = {
     "mean-velocity": _mean_velocity,
 }
 
+# What the steps skipped since the last full-compute step should have been, once there is another: the polynomial that
+# the predictors continue, through the new output too, so that it is interpolated.
+CORRECTORS: dict[str, Rule] = {"linear": _taylor(1), "quadratic": _taylor(2)}
+NO_CORRECTOR = "none"
+_ROUNDING = 1e-9  # weights below it are what is left of others that cancel
+
+
+def check_corrector(name: str) -> str:
+    """The name itself if it is ``none`` or a corrector; raises InputError."""
+    return choose("corrector", name, (NO_CORRECTOR, *CORRECTORS))
+
 
 def check_predictor(name: str) -> str:
     """The name itself if there is such a predictor; raises InputError."""
@@ -90,6 +102,57 @@ def serving_matrix(num_steps: int, full_steps: Sequence[int], predictors: Sequen
         for step in range(start + 1, end):
             served[step] = rule(step, done, served)
     return served
+
+
+def integrated_matrix(served: np.ndarray, full_steps: Sequence[int], corrector: str) -> np.ndarray:
+    """What the sampler has integrated of every step in the end, (num_steps, num_steps), rows as in `serving_matrix`.
+
+    With a corrector, skipped steps between two full-compute ones count as what is interpolated between them; those
+    after the last one stay as they were served.
+
+    Args:
+        served: `serving_matrix`.
+        full_steps: Rising, beginning with 0.
+    """
+    integrated = served.copy()
+    if corrector != NO_CORRECTOR:
+        for index, (before, step) in enumerate(pairwise(full_steps), start=1):
+            integrated[before + 1 : step] = _looked_back(served, full_steps, index, corrector)
+    return integrated
+
+
+def _looked_back(served: np.ndarray, full_steps: Sequence[int], index: int, corrector: str) -> np.ndarray:
+    """Rows for the steps between two full-compute ones, once the later, ``full_steps[index]``, is known."""
+    nodes, rule = full_steps[index::-1], CORRECTORS[corrector]
+    between = range(full_steps[index - 1] + 1, full_steps[index])
+    return np.array([rule(step, nodes, served) for step in between]).reshape(-1, served.shape[1])
+
+
+def correcting_matrix(
+    served: np.ndarray, full_steps: Sequence[int], corrector: str, responses: np.ndarray
+) -> np.ndarray:
+    """What is added to the prediction of every step, (num_steps, num_steps): weights of full-compute outputs.
+
+    With each full-compute step the steps skipped before it are known better. What they moved the sample by too much or
+    too little is made up for at once: the sample that the sampler returns is the one it would have returned, had it
+    been given what is interpolated. UniPC's corrector (arXiv:2302.04867, section 3.1) does so over one step of its own
+    solver, without another evaluation either; here it is done over all that was skipped, for any linear sampler. A
+    multistep sampler remembers what it was given, so it is compensated for that on the steps after.
+
+    Args:
+        served: `serving_matrix`.
+        full_steps: Rising, beginning with 0.
+        responses: `cemq.sampler.responses`: [s, j] is how far one unit of the prediction of step ``j`` has moved the
+            sample after step ``s``.
+    """
+    known, consumed = served.copy(), served.copy()
+    position = {step: index for index, step in enumerate(full_steps)}
+    for step in range(1, len(served)):
+        if index := position.get(step):
+            known[full_steps[index - 1] + 1 : step] = _looked_back(served, full_steps, index, corrector)
+        owed = responses[step, :step] @ (known[:step] - consumed[:step]) / responses[step, step]
+        consumed[step] += np.where(np.abs(owed) > _ROUNDING, owed, 0.0)
+    return consumed - served
 
 
 def reused_steps(served: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cemq.errors import BundleError, InputError, PriorMismatchError, choose
-from cemq.predict import reused_steps
+from cemq.predict import NO_CORRECTOR, reused_steps
 
 VIEWS = ("combined", "cache", "self")
 _ARRAYS = ("qq", "qv", "vv", "step_sizes", "sensitivity", "coherence")
@@ -99,7 +99,7 @@ def _unshared(noise: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorMetadata:
-    """Under which conditions the prior was measured."""
+    """Under which conditions the prior was measured; ``corrector`` is that of the schedules it was fitted to."""
 
     sampler: SamplerFingerprint
     scheme: str
@@ -108,6 +108,7 @@ class PriorMetadata:
     samples: int
     seeds: tuple[int, ...]
     conditions: tuple[str | int, ...]
+    corrector: str = NO_CORRECTOR
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> PriorMetadata:
@@ -179,6 +180,11 @@ class ErrorPrior:
     def num_steps(self) -> int:
         return len(self.step_sizes)
 
+    @property
+    def corrector(self) -> str:
+        """Of the schedules whose errors it predicts best."""
+        return self.metadata.corrector if self.metadata else NO_CORRECTOR
+
     @cached_property  # local search weighs thousands of schedules by it
     def coherences(self) -> np.ndarray:
         """How far errors of two steps point the same way in the final sample, 0 to 1, shape (num_steps, num_steps)."""
@@ -203,7 +209,8 @@ class ErrorPrior:
         """``<p(s) - y(s), p(t) - y(t)>`` of served steps, shape (num_steps, num_steps).
 
         Args:
-            served: What each step is served as (`cemq.predict.serving_matrix`).
+            served: What each step is served as (`cemq.predict.serving_matrix`), or counts as in the end
+                (`cemq.predict.integrated_matrix`).
         """
         gram = self.view(view)
         used = np.flatnonzero(served.any(0))  # of the many columns, those of full-compute steps

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.polynomial import legendre
 
-from cemq.predict import reused_steps
+from cemq.predict import NO_CORRECTOR, reused_steps
 from cemq.prior import ErrorPrior
 from cemq.schedule import CacheSchedule, uniform_steps
 
@@ -46,7 +46,12 @@ class Fit:
 
 
 def sample_schedules(
-    num_steps: int, count: int, predictors: Sequence[str], seed: int, budget: int | None = None
+    num_steps: int,
+    count: int,
+    predictors: Sequence[str],
+    seed: int,
+    budget: int | None = None,
+    corrector: str = NO_CORRECTOR,
 ) -> list[CacheSchedule]:
     """Schedules to fit to, or to test a fit with: half of them near uniform, half at random.
 
@@ -69,6 +74,7 @@ def sample_schedules(
                 full_steps=sorted(chosen),
                 predictor=predictors[index // 2 % len(predictors)],
                 solver=SAMPLE,
+                corrector=corrector,
             )
         )
     return found
@@ -89,7 +95,7 @@ def fit_propagation(
         errors: What was found for each, in any unit that grows with the error in proportion.
         counts: As how many each counts; one, if not given.
     """
-    served = [schedule.served for schedule in schedules]
+    served = [schedule.integrated for schedule in schedules]
     grams = np.stack([prior.error_gram(each, view) for each in served])
     grams *= np.outer(prior.step_sizes, prior.step_sizes)
     wanted = np.log(np.maximum(errors, 1e-12))

@@ -28,6 +28,7 @@ class Recipe(BaseModel):
     target_psnr: float | None = None  # of budget: auto; decibels to reach instead
     solver: str = "search"
     predictor: str = "auto"
+    corrector: str = "auto"
     correction: str = "auto"
     effort: str = "normal"
     prior: str = "combined"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
@@ -75,6 +76,41 @@ def retimed(scheduler: Any, factors: np.ndarray) -> tuple[float, ...]:
         timesteps[-steps:] = (sigmas[-steps - 1 : -1] * scale).to(timesteps)
         scheduler.sigmas, scheduler.timesteps = sigmas, timesteps
     return tuple(float(t) for t in timesteps[-steps:])
+
+
+def responses(scheduler: Any, steps: int) -> np.ndarray | None:
+    """How far one unit of the model output at each of the last ``steps`` steps has moved the sample after every step.
+
+    Measured on twins of a scheduler that has just been given its timesteps: each step gets a channel of its own, in
+    which it alone predicts anything.
+
+    Returns:
+        (steps, steps), float64: [s, j] of the output of step ``j`` in the sample that step ``s`` returns, 0 for
+        ``j > s``. None where this cannot be said: steps that are not linear in the output (samples are clipped), or
+        leave it unused, or want more than an output, a timestep and a sample.
+    """
+
+    def moved(amount: float) -> np.ndarray:
+        twin, outputs = copy.deepcopy(scheduler), amount * torch.eye(steps, dtype=torch.float64)
+        if len(twin.timesteps) > steps:
+            twin.set_begin_index(len(twin.timesteps) - steps)
+        random = {"generator": torch.Generator()} if "generator" in inspect.signature(twin.step).parameters else {}
+        sample, rows = torch.zeros(1, steps, 1, 1, dtype=torch.float64), []
+        for timestep, output in zip(twin.timesteps.cpu()[-steps:], outputs, strict=True):
+            for generator in random.values():
+                generator.manual_seed(0)
+            sample = next_sample(type(twin).step(twin, output.view(1, -1, 1, 1), timestep, sample, **random)).double()
+            rows.append(sample.flatten().numpy())
+        return np.stack(rows)
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            nothing, once, twice = (moved(amount) for amount in (0.0, 1.0, 2.0))
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
+    found = once - nothing
+    linear = np.allclose(twice - nothing, 2 * found, rtol=1e-3, atol=1e-6 * np.abs(found).max())
+    return found if linear and np.isfinite(found).all() and (found.diagonal() != 0).all() else None
 
 
 def next_sample(result: Any) -> torch.Tensor:

@@ -187,6 +187,7 @@ def quantize_and_schedule(
             settled.budget,
             solver=settled.solver,
             predictor=settled.predictor,
+            corrector=settled.corrector,
             correction=settled.correction,
             effort=settled.effort,
             view=settled.prior,
@@ -304,6 +305,7 @@ def _planning(plan: Recipe, steps: int | None) -> dict[str, Any]:
     return {
         "solver": plan.solver,
         "predictor": plan.predictor,
+        "corrector": plan.corrector,
         "correction": plan.correction,
         "effort": plan.effort,
         "budget": plan.budget,

@@ -34,6 +34,8 @@ class Plan:
         choose("cache", self.cache, CACHES)
         if self.schedule.branch_steps and self.cache != "output":
             raise InputError(f"cache={self.cache}: branches of guidance are skipped one by one with cache=output only")
+        if self.schedule.corrects and self.cache != "output":
+            raise InputError(f"cache={self.cache}: skipped steps are corrected later with cache=output only")
 
     def with_budget(self, budget: int | str) -> Plan:
         """The same with a schedule of that budget; as it is, if it has that budget: its schedule may have been run.
@@ -62,13 +64,15 @@ class Plan:
     def _planned(
         self, prior: ErrorPrior, sampler: SamplerFingerprint, budget: int | str, solver: str | None = None
     ) -> Plan:
-        solver, settings = solver or self.solver, {"predictor": self.predictor, "view": self.view}
+        corrector = self.schedule.corrector if self.schedule.corrects or self.cache != "output" else prior.corrector
+        settings = {"predictor": self.predictor, "corrector": corrector, "view": self.view}
+        solver = solver or self.solver
         share = 1 - len(self.schedule.branch_steps) / len(self.schedule.full_steps)
         if solver == SEARCH and share == 1:
             count = parse_budget(budget, prior.num_steps)
             full_steps = list(self.schedule.full_steps)
             places = full_steps if sampler is self.sampler else self.sampler.places_in(sampler)[full_steps]
-            known = stretched(self.schedule, places, prior.num_steps, count)
+            known = replace(stretched(self.schedule, places, prior.num_steps, count), corrector=corrector)
             schedule = plan_predicted(prior, count, known=known, **settings)
         else:
             solver = "segment" if solver == SEARCH else solver

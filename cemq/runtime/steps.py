@@ -12,8 +12,9 @@ from typing import Any
 
 from cemq.errors import ModelError
 from cemq.prior import SamplerFingerprint
+from cemq.runtime.corrector import Corrector
 from cemq.runtime.plan import Plan
-from cemq.sampler import fingerprint, intercepted, retimed
+from cemq.sampler import fingerprint, intercepted, responses, retimed
 from cemq.schedule import CacheSchedule
 
 Stream = tuple[str | None, int]
@@ -31,6 +32,7 @@ class StepTracker:
         self.plan, self.on_start = plan, on_start
         self._current = plan  # that of the latest run
         self._timesteps: tuple[float, ...] = ()  # which it is expected to take
+        self._corrector: Corrector | None = None  # of the run
         self.scheduler: Any = None
         self.step_index: int | None = None
         self._calls: Counter[str | None] = Counter()
@@ -96,6 +98,14 @@ class StepTracker:
         correction = self._current.correction
         if self.step_index is not None and correction is not None and correction.step_factors is not None:
             self._timesteps = retimed(self.scheduler, correction.step_factors)
+        self._corrector = None
+        if self.step_index is not None and self._current.schedule.corrects:
+            moved = responses(self.scheduler, self._current.schedule.num_steps)
+            if moved is None:
+                self.step_index = None
+                self.warn_once(f"{found.scheduler} steps as set up here cannot be corrected later")
+                return result
+            self._corrector = Corrector(self._current.schedule, moved)
         if self.step_index is None:
             if len(found.timesteps) != len(expected.timesteps):
                 difference = (
@@ -113,9 +123,10 @@ class StepTracker:
                 self.step_index = None
                 self.warn_once("the run takes its timesteps from another place than the schedule was planned for")
             else:
-                if self._current.correction is not None:
-                    output = arguments["model_output"]
-                    arguments["model_output"] = self._current.correction.apply(output, self.step_index)
+                for change in (self._corrector, self._current.correction):
+                    if change is not None:
+                        output = arguments["model_output"]
+                        arguments["model_output"] = change.apply(output, self.step_index)
                 self.step_index += 1
         self._calls.clear()
         return original(**arguments)

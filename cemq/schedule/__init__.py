@@ -11,6 +11,7 @@ from cemq.schedule.plan import (
     parse_budget,
     plan_all,
     plan_schedule,
+    settle,
     uniform_steps,
 )
 from cemq.schedule.search import SEARCH, SEGMENT_PREDICTORS, improve, neighbours, plan_predicted, stretched
@@ -36,6 +37,7 @@ __all__ = [
     "plan_schedule",
     "published_errors",
     "segment_costs",
+    "settle",
     "skip_branches",
     "solve_cem",
     "solve_relaxed_cem",

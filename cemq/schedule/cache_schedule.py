@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from cemq.errors import InputError
-from cemq.predict import check_predictor, serving_matrix
+from cemq.predict import (
+    NO_CORRECTOR,
+    check_corrector,
+    check_predictor,
+    correcting_matrix,
+    integrated_matrix,
+    serving_matrix,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +26,9 @@ class CacheSchedule:
     """The full-compute steps of a run, in execution order; step 0, the noisiest, is always one of them.
 
     ``predictor`` serves the skipped steps: one name, or one for each full-compute step and the steps that follow it.
+
+    ``corrector`` puts right, at each full-compute step, what the skipped steps before it moved the sample by
+    (`cemq.predict.correcting_matrix`).
 
     ``branch_steps`` are full-compute steps on which a denoiser that is called once for each branch of guidance computes
     the first (conditional) only. What the other adds to it is predicted, from the full-compute steps with both: step 0
@@ -30,6 +40,7 @@ class CacheSchedule:
     predictor: str | tuple[str, ...] = "taylor1"
     solver: str = "manual"
     branch_steps: tuple[int, ...] = ()
+    corrector: str = NO_CORRECTOR
 
     def __post_init__(self) -> None:
         steps = tuple(self.full_steps)
@@ -47,6 +58,7 @@ class CacheSchedule:
             object.__setattr__(self, "predictor", names[0] if len(set(names)) == 1 else names)
         for name in self.predictors:
             check_predictor(name)
+        check_corrector(self.corrector)
         object.__setattr__(self, "branch_steps", tuple(self.branch_steps))
         if list(self.branch_steps) != sorted(set(self.branch_steps) & set(steps) - {0}):
             raise InputError(
@@ -64,7 +76,9 @@ class CacheSchedule:
         """What tells it from schedules that do something else, whoever made it and whatever its predictors are called:
         a segment that skips nothing is served alike by all of them."""
         served = tuple(self.serving(step) for step in range(self.num_steps))
-        return (served, self.branch_steps, self.between_branches.key) if self.branch_steps else (served,)
+        looked_back = self.integrated.tobytes() if self.corrects else None
+        branches = (self.branch_steps, self.between_branches.key) if self.branch_steps else ()
+        return (served, looked_back, *branches)
 
     @property
     def compute_ratio(self) -> float:
@@ -90,6 +104,21 @@ class CacheSchedule:
     def served(self) -> np.ndarray:
         """`serving_matrix` of this schedule, (num_steps, num_steps)."""
         return serving_matrix(self.num_steps, self.full_steps, self.predictors)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the corrector has anything to do: a step is skipped between two full-compute ones."""
+        full = self.full_steps
+        return self.corrector != NO_CORRECTOR and full[-1] >= len(full)
+
+    @cached_property
+    def integrated(self) -> np.ndarray:
+        """`integrated_matrix` of this schedule, (num_steps, num_steps): what errors of the final sample come from."""
+        return integrated_matrix(self.served, self.full_steps, self.corrector)
+
+    def correcting(self, responses: np.ndarray) -> np.ndarray:
+        """`correcting_matrix` of this schedule under a sampler, (num_steps, num_steps)."""
+        return correcting_matrix(self.served, self.full_steps, self.corrector, responses)
 
     @cached_property
     def last_use(self) -> np.ndarray:
@@ -120,7 +149,7 @@ class CacheSchedule:
         return ", ".join(f"{name} x{count}" if count > 1 else name for name, count in runs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; no ``branch_steps`` where there are none."""
+        """Plain data; no ``branch_steps`` and no ``corrector`` where there are none."""
         predictor = self.predictor if isinstance(self.predictor, str) else list(self.predictor)
         return {
             "num_steps": self.num_steps,
@@ -128,12 +157,13 @@ class CacheSchedule:
             "predictor": predictor,
             "solver": self.solver,
             **({"branch_steps": list(self.branch_steps)} if self.branch_steps else {}),
+            **({"corrector": self.corrector} if self.corrector != NO_CORRECTOR else {}),
         }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CacheSchedule:
         """Raises InputError on a missing or unknown key."""
         expected = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) | {"branch_steps"} != expected:
+        if set(fields) | {"branch_steps", "corrector"} != expected:
             raise InputError(f"cache schedule: expected the keys {sorted(expected)}, found {sorted(fields)}")
         return cls(**fields)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 
 from cemq.errors import InfeasibleBudgetError, InputError, choose
-from cemq.predict import check_predictor
+from cemq.predict import NO_CORRECTOR, check_corrector, check_predictor
 from cemq.prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
 from cemq.schedule.cem import CEM_RULES, CemRule
@@ -71,6 +72,7 @@ def plan_schedule(
     *,
     solver: str = "segment",
     predictor: str = "taylor1",
+    corrector: str = NO_CORRECTOR,
     view: str = "combined",
     gamma: float = GAMMA,
     max_gap: int | None = None,
@@ -85,7 +87,8 @@ def plan_schedule(
     Args:
         budget: Full-compute steps to spend, counting step 0, or a compute ratio such as ``"3x"``. The number of steps
             itself means full compute.
-        predictor: One of `PREDICTORS`, or ``auto``: the one of `SLOPES` that suits each segment best.
+        predictor: One of `PREDICTORS`, or ``auto``: the one of `SLOPES` that suits each segment best (`settle`).
+        corrector: Of `CORRECTORS`, or ``none``: what full-compute steps make up for.
         view: Which errors of the prior to minimise: ``combined``, ``cache`` or ``self``.
         gamma: Exponent on each segment's error.
         max_gap: Longest gap between full-compute steps; None allows any, thrice the mean gap beyond 64 steps.
@@ -104,16 +107,21 @@ def plan_schedule(
     count = check_budget(budget, prior.num_steps, solver if cem is None else "segment")
     choose("solver", solver, SOLVERS)
     check_predictors(predictor)
+    check_corrector(corrector)
     single = "taylor1" if predictor == AUTO else predictor
     if solver == "segment" and count < prior.num_steps:
-        return plan_all(prior, count, predictor=predictor, view=view, gamma=gamma, max_gap=max_gap)[-1]
+        settings = {"predictor": predictor, "corrector": corrector, "view": view, "gamma": gamma, "max_gap": max_gap}
+        planned = plan_all(prior, count, **settings)[-1]
+        return settle(prior, planned, view=view) if predictor == AUTO else planned
     if solver in CEM_RULES:
         full_steps = (cem or CEM_RULES[solver]).solve(prior.cosine_distances(view), count)
     elif solver == "threshold":
         full_steps = threshold_steps(prior.reuse_errors(view), count)
     else:
         full_steps = uniform_steps(prior.num_steps, count)
-    return CacheSchedule(num_steps=prior.num_steps, full_steps=full_steps, predictor=single, solver=solver)
+    return CacheSchedule(
+        num_steps=prior.num_steps, full_steps=full_steps, predictor=single, solver=solver, corrector=corrector
+    )
 
 
 def plan_all(
@@ -121,6 +129,7 @@ def plan_all(
     largest: int,
     *,
     predictor: str = AUTO,
+    corrector: str = NO_CORRECTOR,
     view: str = "combined",
     gamma: float = GAMMA,
     max_gap: int | None = None,
@@ -137,7 +146,7 @@ def plan_all(
     longest = min(max_gap or usual, num_steps)
     # what looks further back than one full-compute step is planned as if it were taylor1
     names = tuple(SLOPES) if predictor == AUTO else (predictor if predictor in SLOPES else "taylor1",)
-    table = segment_costs(prior, names, view=view, gamma=gamma, max_gap=longest)
+    table = segment_costs(prior, names, view=view, corrector=corrector, gamma=gamma, max_gap=longest)
     found = solve_segments(table.costs, largest)
     schedules: list[CacheSchedule] = []
     cheapest = np.inf
@@ -145,7 +154,9 @@ def plan_all(
         if total < cheapest:
             cheapest = total
             chosen = _chosen(table, full_steps) if predictor == AUTO else predictor
-            latest = CacheSchedule(num_steps=num_steps, full_steps=full_steps, predictor=chosen, solver="segment")
+            latest = CacheSchedule(
+                num_steps=num_steps, full_steps=full_steps, predictor=chosen, solver="segment", corrector=corrector
+            )
         schedules.append(latest if np.isfinite(cheapest) else None)
     if schedules[-1] is None:
         raise InfeasibleBudgetError(
@@ -154,9 +165,27 @@ def plan_all(
         )
     small = schedules.count(None)  # budgets too small for these gaps; they are planned with longer ones
     if max_gap is None and small > 1:
-        few = plan_all(prior, small, predictor=predictor, view=view, gamma=gamma)
+        few = plan_all(prior, small, predictor=predictor, corrector=corrector, view=view, gamma=gamma)
         return [*few, *schedules[small:]]
     return schedules[1:]
+
+
+def settle(prior: ErrorPrior, schedule: CacheSchedule, *, view: str = "combined") -> CacheSchedule:
+    """Serve each segment that is corrected later by the predictor of `SLOPES` that lets the sample stray least until
+    then, so that its last step is computed where it should be, and the last segment by the one that leaves the least
+    error. Without a corrector the schedule as it is.
+    """
+    if not schedule.corrects:
+        return schedule
+    full, moved = schedule.full_steps, np.outer(prior.step_sizes, prior.step_sizes)
+    strayed = []
+    for name in SLOPES:
+        errors = prior.error_gram(replace(schedule, predictor=name).served, view) * moved
+        strayed.append(np.add.reduceat(np.add.reduceat(errors, full, 0), full, 1).diagonal())
+    names = tuple(SLOPES)
+    closed = tuple(names[index] for index in np.argmin(strayed, 0)[:-1])
+    ways = [replace(schedule, predictor=(*closed, name)) for name in names]
+    return min(ways, key=lambda way: prior.final_error(way.integrated, view))
 
 
 def _chosen(table: SegmentCosts, full_steps: tuple[int, ...]) -> tuple[str, ...]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 
+from cemq.predict import NO_CORRECTOR
 from cemq.prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
-from cemq.schedule.plan import AUTO, parse_budget, plan_schedule
+from cemq.schedule.plan import AUTO, parse_budget, plan_schedule, settle
 
 SEARCH = "search"  # the solver that is all of this, and of `cemq.closed_search`
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that it gives to single segments
@@ -49,7 +51,7 @@ def _moves(schedule: CacheSchedule, index: int, predictors: Sequence[str]) -> It
 
 
 def _changed(schedule: CacheSchedule, full_steps: tuple[int, ...], predictors: tuple[str, ...]) -> CacheSchedule:
-    return CacheSchedule(num_steps=schedule.num_steps, full_steps=full_steps, predictor=predictors, solver=SEARCH)
+    return replace(schedule, full_steps=full_steps, predictor=predictors, solver=SEARCH)
 
 
 def improve(
@@ -71,7 +73,7 @@ def improve(
 
     @cache  # what one round weighed comes up in the next, and from other starts
     def predicted(candidate: CacheSchedule) -> float:
-        return prior.final_error(candidate.served, view)
+        return prior.final_error(candidate.integrated, view)
 
     def better(best: CacheSchedule, candidates: Iterator[CacheSchedule]) -> CacheSchedule:
         move = min(candidates, key=predicted, default=best)
@@ -98,6 +100,7 @@ def plan_predicted(
     budget: int | str,
     *,
     predictor: str = AUTO,
+    corrector: str = NO_CORRECTOR,
     view: str = "combined",
     known: CacheSchedule | None = None,
 ) -> CacheSchedule:
@@ -107,19 +110,23 @@ def plan_predicted(
 
     Args:
         predictor: One for all, or ``auto``: one for each segment.
+        corrector: Of `CORRECTORS`, or ``none``.
         known: Another start, like one that was found good in closed loop.
 
     Raises:
         InfeasibleBudgetError: The budget is out of range.
     """
     count, whole = parse_budget(budget, prior.num_steps), "taylor1" if predictor == AUTO else predictor
+    settings = {"corrector": corrector, "view": view}
     if prior.num_steps > _MOST_STEPS:
-        return plan_schedule(prior, count, predictor=predictor, view=view)
-    starts = [plan_schedule(prior, count, predictor=name, view=view) for name in dict.fromkeys((predictor, whole))]
-    evenly = plan_schedule(prior, count, solver="uniform", predictor=whole)
-    choices = SEGMENT_PREDICTORS if predictor == AUTO else ()
+        return plan_schedule(prior, count, predictor=predictor, **settings)
+    starts = [plan_schedule(prior, count, predictor=name, **settings) for name in dict.fromkeys((predictor, whole))]
+    evenly = plan_schedule(prior, count, solver="uniform", predictor=whole, **settings)
     starts += [evenly] if known is None else [evenly, known]
-    return improve(prior, starts, predictors=choices, view=view)
+    if corrector != NO_CORRECTOR:  # which predictor serves a segment tells what is predicted of the last only
+        found = improve(prior, starts, view=view)
+        return settle(prior, found, view=view) if predictor == AUTO else found
+    return improve(prior, starts, predictors=SEGMENT_PREDICTORS if predictor == AUTO else (), view=view)
 
 
 def stretched(schedule: CacheSchedule, places: Sequence[float], num_steps: int, budget: int) -> CacheSchedule:
@@ -136,4 +143,4 @@ def stretched(schedule: CacheSchedule, places: Sequence[float], num_steps: int, 
     apart = np.maximum.accumulate(wanted - order) + order  # no two on one step
     full_steps = np.minimum(apart, num_steps - budget + order)
     names = tuple(schedule.predictors[int(rank)] for rank in ranks)
-    return CacheSchedule(num_steps=num_steps, full_steps=full_steps.tolist(), predictor=names, solver=schedule.solver)
+    return replace(schedule, num_steps=num_steps, full_steps=full_steps.tolist(), predictor=names)

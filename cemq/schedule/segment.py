@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cemq.predict import DAMPING
-from cemq.prior import ErrorPrior
+from cemq.predict import DAMPING, NO_CORRECTOR
+from cemq.prior import ErrorPrior, View
 
 # Predictors that a segment can be costed with from its own and the previous full step: their share of the slope.
 SLOPES = {"reuse": 0.0, "damped": DAMPING, "taylor1": 1.0}
@@ -31,7 +31,13 @@ class SegmentCosts:
 
 
 def segment_costs(
-    prior: ErrorPrior, predictors: Sequence[str], *, view: str = "combined", gamma: float, max_gap: int
+    prior: ErrorPrior,
+    predictors: Sequence[str],
+    *,
+    view: str = "combined",
+    corrector: str = NO_CORRECTOR,
+    gamma: float,
+    max_gap: int,
 ) -> SegmentCosts:
     """``(sum_{s,t in segment} P[s, t] <p(s) - y(s), p(t) - y(t)>) ** (gamma / 2)`` for every segment.
 
@@ -40,6 +46,8 @@ def segment_costs(
     Args:
         view: Of the prior: what is cached (x) and what it should be (y).
         predictors: Of `SLOPES`; each segment is costed with the best of them.
+        corrector: With one, segments that end with a full-compute step are costed as what is interpolated between; the
+            predictor is the one that is best without.
         max_gap: The longest segment.
     """
     steps, gram = prior.num_steps, prior.view(view)
@@ -77,9 +85,61 @@ def segment_costs(
         totals = np.where(shares == 0, repeated, totals)
         costs[start, gaps, 1 : len(inside) + 1] = totals.min(0)
         choices[start, gaps, 1 : len(inside) + 1] = totals.argmin(0)
+    if corrector != NO_CORRECTOR:
+        interpolated = _interpolated_costs(prior, view, max_gap, bent=corrector == "quadratic")
+        costs = np.where(np.isfinite(interpolated), interpolated, costs)
     with np.errstate(invalid="ignore"):
         costs = np.maximum(costs, 0.0) ** (gamma / 2)
     return SegmentCosts(costs=costs, choices=choices, predictors=tuple(predictors))
+
+
+def _interpolated_costs(prior: ErrorPrior, view: str, max_gap: int, *, bent: bool) -> np.ndarray:
+    """The sums of `segment_costs` where steps are interpolated between the ends of their segment; infinite where a
+    segment has no end to go by.
+
+    On a straight line, or ``bent`` through the full-compute step before: by ``age (age - length)`` times the second
+    divided difference of the three outputs.
+    """
+    steps, gram, sizes = prior.num_steps, prior.view(view), prior.step_weights[0]
+    totals = np.full((steps, max_gap + 1, max_gap + 1), np.inf)
+    gaps = np.arange(1, max_gap + 1)
+    for length in range(1, min(max_gap, steps - 1) + 1):
+        ages = np.arange(length)
+        start, far = np.arange(steps - length)[:, None], ages / length
+        end, inside = start + length, start + ages  # (starts, 1), (starts, ages)
+        weights = sizes[inside][:, :, None] * sizes[inside][:, None] * prior.coherences[:length, :length]
+        to_start, to_end = _line_errors(gram, inside, far, np.hstack([start, end])).transpose(2, 0, 1)
+        wanted = (1 - far)[:, None] * gram.xy[start, inside][:, None] + far[:, None] * gram.xy[end, inside][:, None]
+        errors = to_start[:, :, None] * (1 - far) + to_end[:, :, None] * far - wanted
+        errors += gram.yy[inside[:, :, None], inside[:, None]]
+        straight = (weights * errors).sum((1, 2))[:, None]
+        totals[start[:, 0], :, length] = np.where(np.arange(max_gap + 1) <= start, straight, np.inf)
+        if bent:
+            shape = ages * (ages - length)
+            pulled = weights @ shape  # (starts, ages)
+            before = np.maximum(start - gaps, 0)
+            nodes = before, np.broadcast_to(start, before.shape), np.broadcast_to(end, before.shape)
+            shares = 1 / (gaps * (gaps + length)), -1 / (gaps * length), 1 / (length * (gaps + length))
+            terms = list(zip(shares, nodes, strict=True))
+            linear = sum(
+                a * np.einsum("sak,sa->sk", _line_errors(gram, inside, far, node), pulled) for a, node in terms
+            )
+            square = sum(a * b * gram.xx[one, other] for a, one in terms for b, other in terms)
+            totals[start[:, 0], 1:, length] += 2 * linear + square * (pulled @ shape)[:, None]
+    return totals
+
+
+def _line_errors(gram: View, inside: np.ndarray, far: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """``<p(s) - y(s), x(node)>``, (starts, ages, nodes), with p on the straight line between the ends of a segment.
+
+    Args:
+        inside: The steps of each segment, (starts, ages); they end one before the next full-compute step.
+        far: How far along each age is, 0 at the first, (ages,).
+        nodes: (starts, nodes).
+    """
+    start, end = inside[:, :1], inside[:, -1:] + 1
+    line = (1 - far)[:, None] * gram.xx[start, nodes][:, None] + far[:, None] * gram.xx[end, nodes][:, None]
+    return line - gram.xy[nodes[:, None], inside[:, :, None]]
 
 
 def _sums_of_corners(matrix: np.ndarray) -> np.ndarray:
