@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from cemq.correction import Correction
 from cemq.errors import InfeasibleBudgetError, InputError, ModelError, choose
+from cemq.predict import NO_CORRECTOR
 from cemq.prior import ErrorPrior, SamplerFingerprint
 from cemq.schedule import AUTO, SEARCH, CacheSchedule, parse_budget, plan_branches, plan_predicted, stretched
 
@@ -64,7 +65,9 @@ class Plan:
     def _planned(
         self, prior: ErrorPrior, sampler: SamplerFingerprint, budget: int | str, solver: str | None = None
     ) -> Plan:
-        corrector = self.schedule.corrector if self.schedule.corrects or self.cache != "output" else prior.corrector
+        corrector = self.schedule.corrector
+        if corrector == NO_CORRECTOR and self.cache == "output":
+            corrector = prior.corrector  # that of what it was fitted to, also where a schedule without one has won
         settings = {"predictor": self.predictor, "corrector": corrector, "view": self.view}
         solver = solver or self.solver
         share = 1 - len(self.schedule.branch_steps) / len(self.schedule.full_steps)

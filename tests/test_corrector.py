@@ -1,0 +1,349 @@
+"""What full-compute steps make up for: weights, samplers, runs of tiny pipelines, and plans."""
+
+import copy
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import FLUX_CALL, make_dit
+from diffusers import (
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_planning import BUDGET, CALL, STEPS, prepared
+from test_predict import full_steps_of
+from test_schedule import all_schedules, prior_of, trajectories
+
+from cemq.closed_loop import ClosedLoop
+from cemq.errors import InputError
+from cemq.planning import check_planning, plan
+from cemq.predict import CORRECTORS, PREDICTORS, correcting_matrix, integrated_matrix, serving_matrix
+from cemq.prior import ErrorPrior
+from cemq.runtime import Plan, attach, attached, detach, set_budget
+from cemq.sampler import fingerprint, intercepted, next_sample, responses
+from cemq.sampling import Batch, run
+from cemq.schedule import CacheSchedule, plan_predicted, plan_schedule, segment_costs, settle, solve_segments
+from cemq.schedule.segment import SLOPES
+
+BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
+LINEAR_DDIM = {"clip_sample": False}
+
+# --- weights
+
+
+def test_between_two_full_steps_the_corrector_interpolates():
+    full = (0, 1, 4)
+    served = serving_matrix(6, full, ("taylor1",) * 3)
+    linear, quadratic = (integrated_matrix(served, full, name)[:, full] for name in ("linear", "quadratic"))
+    assert linear[[2, 3]] == pytest.approx(np.array([[0, 2 / 3, 1 / 3], [0, 1 / 3, 2 / 3]]))
+    # Lagrange's polynomials through 0, 1 and 4
+    assert quadratic[[2, 3]] == pytest.approx(np.array([[-1 / 2, 4 / 3, 1 / 6], [-1 / 2, 1, 1 / 2]]))
+    for found in (linear, quadratic):
+        assert np.array_equal(found[[0, 1, 4]], np.eye(3))
+        assert np.array_equal(found[5], served[5, full])  # nothing comes after it
+    assert np.array_equal(integrated_matrix(served, full, "none"), served)
+
+
+def test_what_is_owed_is_paid_with_the_next_full_step():
+    """Steps of length 1: reuse went twice along v(0); the line to v(3) has (v(0) + v(3)) / 2 on average."""
+    served = serving_matrix(5, (0, 3), ("reuse", "reuse"))
+    added = correcting_matrix(served, (0, 3), "linear", np.tril(np.ones((5, 5))))
+    assert np.flatnonzero(added.any(1)).tolist() == [3]
+    assert added[3].tolist() == pytest.approx([-1, 0, 0, 1, 0])
+    halved = correcting_matrix(served, (0, 3), "linear", np.tril(np.ones((5, 5))) * [1, 1, 1, 2, 1])
+    assert halved[3].tolist() == pytest.approx([-0.5, 0, 0, 0.5, 0])  # a longer step moves the sample twice as far
+
+
+@given(case=full_steps_of(at_least=2), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_after_each_full_step_the_sample_is_where_interpolated_predictions_lead(case, data):
+    steps, full = case
+    names = data.draw(st.lists(st.sampled_from(list(PREDICTORS)), min_size=len(full), max_size=len(full)))
+    corrector = data.draw(st.sampled_from(list(CORRECTORS)))
+    generator = np.random.default_rng(data.draw(st.integers(0, 99)))
+    # a sampler with a memory: what a step is given moves the sample on later steps too
+    moved = np.tril(generator.uniform(0.5, 1, (steps, steps)))
+    schedule = CacheSchedule(num_steps=steps, full_steps=full, predictor=names, corrector=corrector)
+    added = schedule.correcting(moved)
+    assert not np.triu(added, 1).any()  # nothing is known before it is computed
+    assert not np.delete(added, full, axis=1).any()
+    for last, step in enumerate(full):
+        known = integrated_matrix(schedule.served, full[: last + 1], corrector)
+        assert moved[step] @ (schedule.served + added) == pytest.approx(moved[step] @ known, rel=1e-6, abs=1e-6)
+
+
+def test_a_corrector_that_has_nothing_to_do_changes_no_schedule():
+    def schedule(corrector, full=(0, 1, 2)):
+        return CacheSchedule(num_steps=6, full_steps=full, predictor="taylor1", corrector=corrector)
+
+    assert not schedule("quadratic").corrects
+    assert schedule("quadratic").key == schedule("none").key
+    assert len({schedule(name, (0, 1, 4)).key for name in ("none", *CORRECTORS)}) == 3
+    assert schedule("linear", (0, 3)).key == schedule("quadratic", (0, 3)).key  # two points make a line
+    assert schedule("none").to_dict().keys() == {"num_steps", "full_steps", "predictor", "solver"}
+    assert CacheSchedule.from_dict(schedule("linear").to_dict()) == schedule("linear")
+    with pytest.raises(InputError, match="unknown corrector 'cubic'"):
+        schedule("cubic")
+
+
+# --- samplers
+
+SAMPLERS = {
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "ddim": DDIMScheduler(**LINEAR_DDIM, prediction_type="v_prediction"),
+    "dpm++": DPMSolverMultistepScheduler(),
+    "unipc": UniPCMultistepScheduler(),
+    "heun": HeunDiscreteScheduler(),
+    "ancestral": EulerAncestralDiscreteScheduler(),
+}
+
+
+def stepped(scheduler, outputs):
+    """The samples that a fresh copy of a sampler returns for these outputs, flattened."""
+    scheduler, found = copy.deepcopy(scheduler), []
+    sample = torch.zeros(1, outputs.shape[1], 1, 1, dtype=torch.float64)
+    noise = "generator" in scheduler.step.__code__.co_varnames
+    for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
+        random = {"generator": torch.Generator().manual_seed(3)} if noise else {}
+        sample = next_sample(scheduler.step(output.view(1, -1, 1, 1), timestep, sample, **random)).double()
+        found.append(sample.flatten().numpy())
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_responses_say_where_a_sampler_goes(name):
+    scheduler = SAMPLERS[name]
+    scheduler.set_timesteps(8)
+    state = torch.random.get_rng_state()
+    found = responses(scheduler, len(scheduler.timesteps))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert scheduler.step_index is None if hasattr(scheduler, "step_index") else True  # only twins were stepped
+    outputs = torch.randn(len(found), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    moved = stepped(scheduler, outputs) - stepped(scheduler, torch.zeros_like(outputs))
+    assert found @ outputs.numpy() == pytest.approx(moved, rel=1e-3, abs=1e-4 * np.abs(moved).max())
+
+
+def test_responses_of_a_run_that_begins_late_are_those_of_its_steps():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(8)
+    lengths = np.diff(scheduler.sigmas.double().numpy())
+    assert responses(scheduler, 5) == pytest.approx(np.tril(np.tile(lengths[3:], (5, 1))), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(clip_sample=True),
+        DPMSolverMultistepScheduler(thresholding=True),
+        CogVideoXDPMScheduler(),  # wants what it returned the step before
+    ],
+)
+def test_samplers_that_clip_or_want_more_have_no_responses(scheduler):
+    scheduler.set_timesteps(8)
+    assert responses(scheduler, 8) is None
+
+
+# --- runs
+
+RUNS = {
+    "ddim": (lambda: make_dit(DDIMScheduler(**LINEAR_DDIM)), {"guidance_scale": 2.0}, BATCH),
+    "dpm++": (lambda: make_dit(DPMSolverMultistepScheduler()), {"guidance_scale": 2.0}, BATCH),
+    "flow": (None, FLUX_CALL, Batch(conditions=("a", "b"), seeds=(5, 6))),
+}
+
+
+def watched(pipe, batch, call):
+    """What the denoiser predicted at each step (after guidance), and the sample before the run and after each step."""
+    outputs, samples = [], []
+
+    def step(original, **arguments):
+        if not samples:
+            samples.append(arguments["sample"].clone())
+        outputs.append(arguments["model_output"].clone())
+        result = original(**arguments)
+        samples.append(next_sample(result).clone())
+        return result
+
+    with intercepted(pipe.scheduler, "step", step):
+        run(pipe, batch, steps=STEPS, call=call)
+    return outputs, samples
+
+
+@pytest.mark.parametrize("corrector", CORRECTORS)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_where_its_sampler_would_with_interpolated_predictions(name, corrector, flux):
+    make, call, batch = RUNS[name]
+    pipe = make() if make else flux
+    schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4), predictor="reuse", corrector=corrector)
+    pipe.scheduler.set_timesteps(STEPS, **({"mu": 0.7} if name == "flow" else {}))
+    with attached(pipe, schedule):
+        outputs, samples = watched(pipe, batch, call)
+        again, _ = watched(pipe, batch, call)
+    assert all(torch.equal(one, other) for one, other in zip(outputs, again, strict=True))
+    full = [outputs[step] for step in schedule.full_steps]
+    rows = schedule.integrated[:, schedule.full_steps]
+    twin, sample = copy.deepcopy(pipe.scheduler), samples[0]
+    if name == "flow":
+        twin.set_begin_index(0)
+    else:
+        twin.set_timesteps(STEPS)
+    twin._step_index = None
+    for step in range(5):
+        output = sum(weight * each for weight, each in zip(rows[step].tolist(), full, strict=True))
+        sample = next_sample(twin.step(output, twin.timesteps[step], sample))
+    assert torch.allclose(samples[5], sample, rtol=1e-3, atol=1e-4)  # after step 4, the last full one
+    assert not torch.allclose(samples[4], samples[5], atol=1e-2)
+
+
+def test_a_full_schedule_with_a_corrector_changes_nothing():
+    pipe = make_dit(DDIMScheduler(**LINEAR_DDIM))
+    plain = run(pipe, BATCH, steps=STEPS, call=CALL)
+    with attached(pipe, CacheSchedule(num_steps=STEPS, full_steps=range(STEPS), corrector="quadratic")):
+        assert np.array_equal(run(pipe, BATCH, steps=STEPS, call=CALL), plain)
+
+
+def test_a_sampler_that_clips_computes_in_full_with_one_warning(dit):
+    plain = run(dit, BATCH, steps=STEPS, call=CALL)
+    schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 2), corrector="linear")
+    attach(dit, schedule)
+    with pytest.warns(UserWarning, match="DDIMScheduler steps as set up here cannot be corrected"):
+        assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), plain)
+    detach(dit)
+
+
+def test_only_outputs_are_corrected():
+    schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 2), corrector="linear")
+    with pytest.raises(InputError, match="corrected later with cache=output only"):
+        Plan(schedule=schedule, sampler=None, cache="residual")
+
+
+# --- plans
+
+
+@pytest.mark.parametrize("coherence", [np.inf, 2.0])
+@pytest.mark.parametrize("corrector", CORRECTORS)
+def test_the_segment_solver_finds_the_best_corrected_schedule_of_every_budget(corrector, coherence):
+    """Against every schedule there is, by the error of what is integrated, segment by segment."""
+    steps = 7
+    q, v, step_sizes = trajectories(steps)
+    sensitivity = np.random.default_rng(1).uniform(0.2, 3, (2, steps))
+    prior = dataclasses.replace(prior_of(q, v, step_sizes), sensitivity=sensitivity, coherence=coherence)
+    weights = step_sizes * sensitivity[0]
+    together = np.exp(-np.abs(np.subtract.outer(range(steps), range(steps))) / coherence)
+
+    def total(full):
+        schedule = CacheSchedule(num_steps=steps, full_steps=full, predictor="taylor1", corrector=corrector)
+        moved = weights[:, None] * (schedule.integrated @ q - v)
+        apart = np.searchsorted(full, range(steps), side="right")
+        return np.sum(together * (apart[:, None] == apart) * (moved @ moved.T)) / q.shape[1]
+
+    table = segment_costs(prior, ("taylor1",), corrector=corrector, gamma=2.0, max_gap=steps)
+    for budget, (full, cost) in enumerate(solve_segments(table.costs, steps), start=1):
+        assert cost == pytest.approx(min(map(total, all_schedules(steps, budget))), rel=1e-6, abs=1e-9)
+        assert total(full) == pytest.approx(cost, rel=1e-6, abs=1e-9)
+
+
+def test_a_segment_is_served_so_that_the_sample_strays_least():
+    steps, full = 9, (0, 2, 6)
+    q, v, step_sizes = trajectories(steps)
+    prior = prior_of(q, v, step_sizes)
+    schedule = CacheSchedule(num_steps=steps, full_steps=full, corrector="quadratic")
+    found = settle(prior, schedule)
+
+    def strays(name, start, end):
+        served = dataclasses.replace(schedule, predictor=name).served
+        return np.linalg.norm(step_sizes[start:end] @ (served @ q - v)[start:end])
+
+    for segment, (start, end) in enumerate(itertools.pairwise(full)):
+        strayed = {name: strays(name, start, end) for name in SLOPES}
+        assert strayed[found.predictors[segment]] == min(strayed.values())
+    tails = [dataclasses.replace(schedule, predictor=(*found.predictors[:-1], name)) for name in SLOPES]
+    assert found in tails
+    assert prior.final_error(found.integrated) == min(prior.final_error(tail.integrated) for tail in tails)
+    without = dataclasses.replace(schedule, corrector="none")
+    assert settle(prior, without) is without
+
+
+@pytest.fixture(scope="module")
+def corrected():
+    pipe = make_dit(DDIMScheduler(**LINEAR_DDIM))
+    loop = ClosedLoop(**prepared(pipe=pipe))
+    return loop, plan(loop, BUDGET, effort="quick", correction="none")
+
+
+def test_the_search_corrects_where_it_can(corrected, tmp_path):
+    loop, found = corrected
+    assert loop.correctable
+    lessons = [trial.schedule for trial in loop.trials if trial.schedule.solver == "sample"]
+    assert {schedule.corrector for schedule in lessons} == {"quadratic"}
+    tried = {trial.schedule.corrector for trial in loop.trials if trial.schedule.solver not in ("sample", "full")}
+    assert tried >= {"none", "quadratic"}  # what was published has none
+    assert found.prior.corrector == "quadratic"
+    found.prior.save(tmp_path / "prior.safetensors")
+    assert ErrorPrior.load(tmp_path / "prior.safetensors").corrector == "quadratic"
+
+
+def test_plans_at_load_are_corrected_as_the_bundles_own(corrected):
+    loop, found = corrected
+    sampler = loop.prior.metadata.sampler
+    bundled = Plan(schedule=dataclasses.replace(found.schedule, corrector="linear"), sampler=sampler, prior=found.prior)
+    assert bundled.with_budget(4).schedule.corrector == "linear"
+    published = dataclasses.replace(found.schedule, corrector="none")
+    assert Plan(schedule=published, sampler=sampler, prior=found.prior).with_budget(4).schedule.corrector == "quadratic"
+    pipe = loop.pipe
+    attach(pipe, bundled)
+    try:
+        assert set_budget(pipe, 4).corrector == "linear"
+        pipe.scheduler.set_timesteps(9)
+        assert bundled.carried_over(fingerprint(pipe.scheduler)).schedule.corrector == "linear"
+    finally:
+        detach(pipe)
+
+
+@pytest.mark.parametrize("solver", ["segment", "search"])
+def test_a_corrector_that_is_asked_for_is_taken(corrected, solver):
+    loop = ClosedLoop(
+        **{name: getattr(corrected[0], name) for name in ("pipe", "prior", "batches", "references", "steps", "call")}
+    )
+    found = plan(loop, BUDGET, effort="quick", correction="none", corrector="linear", solver=solver)
+    if solver == "segment":
+        assert found.schedule.corrector == "linear"
+    lessons = [trial.schedule.corrector for trial in loop.trials if trial.schedule.solver == "sample"]
+    assert set(lessons) == {"linear"}
+
+
+def test_published_schedules_are_taken_as_published_unless_a_corrector_is_asked_for(corrected):
+    loop = corrected[0]
+    for corrector, taken in (("auto", "none"), ("linear", "linear")):
+        found = plan(loop, BUDGET, solver="uniform", corrector=corrector, correction="none", effort="quick")
+        assert found.schedule.corrector == taken
+
+
+def test_a_corrector_that_the_sampler_has_no_room_for_is_refused():
+    loop = ClosedLoop(**prepared())
+    assert plan(loop, BUDGET, effort="quick", correction="none").schedule.corrector == "none"
+    with pytest.raises(InputError, match="corrector=linear: needs cache=output and a sampler whose steps are linear"):
+        plan(loop, BUDGET, effort="quick", corrector="linear")
+    with pytest.raises(InputError, match="unknown corrector 'cubic'"):
+        check_planning(
+            solver="search", predictor="auto", corrector="cubic", correction="auto", effort="normal", budget=3, steps=6
+        )
+
+
+@pytest.mark.parametrize("corrector", CORRECTORS)
+def test_local_search_predicts_no_more_error_than_the_program_and_even_spacing(corrected, corrector):
+    prior, settings = corrected[1].prior, {"predictor": "reuse", "corrector": corrector}
+    found = plan_predicted(prior, BUDGET, **settings)
+    assert (found.corrector, set(found.predictors)) == (corrector, {"reuse"})
+    for solver in ("segment", "uniform"):
+        start = plan_schedule(prior, BUDGET, solver=solver, **settings)
+        assert prior.final_error(found.integrated) <= prior.final_error(start.integrated) * (1 + 1e-9)
