@@ -17,7 +17,6 @@ from cemq.prior import ErrorPrior
 from cemq.processes import ALONE, Processes
 from cemq.propagation import SAMPLE, Fit, fit_propagation
 from cemq.runtime import Plan, attached
-from cemq.sampler import responses
 from cemq.sampling import Batch
 from cemq.schedule import CacheSchedule
 
@@ -157,11 +156,6 @@ class ClosedLoop:
     def cost(self, budget: int, share: float = 1.0) -> float:
         """Of one run with that many full-compute steps, in runs of all samples at full compute."""
         return self._count(share) / self.samples * budget / self.num_steps
-
-    @property
-    def correctable(self) -> bool:
-        """Whether skipped steps can be corrected later: under the sampler as the latest run has set it up."""
-        return self.cache == "output" and responses(self.pipe.scheduler, self.num_steps) is not None
 
     def plain(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.is_plain]

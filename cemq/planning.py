@@ -19,6 +19,7 @@ from cemq.errors import InputError, choose
 from cemq.predict import CORRECTORS, NO_CORRECTOR, PREDICTORS
 from cemq.prior import ErrorPrior
 from cemq.propagation import sample_schedules
+from cemq.sampler import is_linear
 from cemq.schedule import (
     AUTO,
     SEARCH,
@@ -80,6 +81,16 @@ def check_planning(
             raise InputError(f"budget=auto is found by running schedules: leave --solver {solver} out")
     elif steps:
         check_budget(budget, steps, "segment" if solver == SEARCH else solver)
+
+
+def check_correctable(corrector: str, cache: str, scheduler: Any, steps: int) -> None:
+    """Raises InputError where a corrector is asked for by name and there is no room for it."""
+    named = corrector not in (AUTO, NO_CORRECTOR)
+    if named and not (cache == "output" and is_linear(scheduler, steps)):
+        raise InputError(
+            f"corrector={corrector}: needs cache=output and a sampler whose steps are linear in what the denoiser "
+            f"predicts, found cache={cache} and {type(scheduler).__name__}: choose auto or none"
+        )
 
 
 def plan(
@@ -162,14 +173,11 @@ def plan(
 
 def _correctors(loop: ClosedLoop, corrector: str, solver: str) -> tuple[str, ...]:
     """Those to try, the one to teach with first."""
-    if corrector == AUTO:
-        return TRIED_CORRECTORS if solver in (SEARCH, "segment") and loop.correctable else (NO_CORRECTOR,)
-    if corrector != NO_CORRECTOR and not loop.correctable:
-        raise InputError(
-            f"corrector={corrector}: needs cache=output and a sampler whose steps are linear in what the denoiser "
-            f"predicts, found cache={loop.cache} and {type(loop.pipe.scheduler).__name__}: choose auto or none"
-        )
-    return (corrector,)
+    check_correctable(corrector, loop.cache, loop.pipe.scheduler, loop.steps)
+    if corrector != AUTO:
+        return (corrector,)
+    room = solver in (SEARCH, "segment") and loop.cache == "output" and is_linear(loop.pipe.scheduler, loop.steps)
+    return TRIED_CORRECTORS if room else (NO_CORRECTOR,)
 
 
 def _teach(loop: ClosedLoop, budget: int | None, predictor: str, corrector: str, effort: Effort) -> int:

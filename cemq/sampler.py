@@ -113,6 +113,13 @@ def responses(scheduler: Any, steps: int) -> np.ndarray | None:
     return found if linear and np.isfinite(found).all() and (found.diagonal() != 0).all() else None
 
 
+def is_linear(scheduler: Any, steps: int) -> bool:
+    """Whether its `responses` can be known; also of a scheduler that has not been given its timesteps yet."""
+    twin = copy.deepcopy(scheduler)
+    twin.set_timesteps(steps, **({"mu": 1.0} if twin.config.get("use_dynamic_shifting") else {}))
+    return responses(twin, len(twin.timesteps)) is not None
+
+
 def next_sample(result: Any) -> torch.Tensor:
     """The denoised sample in what ``scheduler.step`` returned, a tuple or an output object."""
     return result[0] if isinstance(result, tuple) else result.prev_sample

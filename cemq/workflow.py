@@ -23,7 +23,7 @@ from cemq.evaluation import measure_fidelity, run_batch
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
 from cemq.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
 from cemq.placement import format_bytes
-from cemq.planning import EFFORTS, check_planning, plan
+from cemq.planning import EFFORTS, check_correctable, check_planning, plan
 from cemq.prior import VIEWS
 from cemq.processes import ALONE, Processes
 from cemq.profiling import profile, record_references
@@ -126,6 +126,7 @@ def quantize_and_schedule(
         check_planning(**_planning(settled, steps))
         check_call(pipe, settled.call)
         check_drivable(pipe)
+        check_correctable(settled.corrector, settled.cache, pipe.scheduler, steps)
         quantization.check_pipeline(pipe)
         profiled, held_out = _conditions(pipe, settled)
         # three sets of samples, with seeds of their own: to profile, to plan on, to check the plan

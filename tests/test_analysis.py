@@ -55,7 +55,7 @@ def test_every_cost_is_named_and_unweighted_ones_know_nothing_of_the_fit():
 
 @pytest.mark.parametrize(("steps", "budget", "count"), [(50, 15, 40), (8, 3, 21), (6, 2, 5)])
 def test_schedules_to_test_with_differ_and_have_the_budget(steps, budget, count):
-    found = analysis.test_schedules(steps, count, "reuse", budget)
+    found = analysis.test_schedules(steps, count, "reuse", budget, "none")
     assert len({schedule.full_steps for schedule in found}) == len(found) == count
     assert {(schedule.budget, schedule.predictor) for schedule in found} == {(budget, "reuse")}
 

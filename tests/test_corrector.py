@@ -29,7 +29,7 @@ from cemq.planning import check_planning, plan
 from cemq.predict import CORRECTORS, PREDICTORS, correcting_matrix, integrated_matrix, serving_matrix
 from cemq.prior import ErrorPrior
 from cemq.runtime import Plan, attach, attached, detach, set_budget
-from cemq.sampler import fingerprint, intercepted, next_sample, responses
+from cemq.sampler import fingerprint, intercepted, is_linear, next_sample, responses
 from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule, plan_predicted, plan_schedule, segment_costs, settle, solve_segments
 from cemq.schedule.segment import SLOPES
@@ -148,8 +148,14 @@ def test_responses_of_a_run_that_begins_late_are_those_of_its_steps():
     ],
 )
 def test_samplers_that_clip_or_want_more_have_no_responses(scheduler):
+    assert not is_linear(scheduler, 8)
     scheduler.set_timesteps(8)
     assert responses(scheduler, 8) is None
+
+
+def test_whether_steps_are_linear_is_known_before_a_run():
+    for scheduler in (*SAMPLERS.values(), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)):
+        assert is_linear(copy.deepcopy(scheduler), 8)
 
 
 # --- runs
@@ -282,7 +288,6 @@ def corrected():
 
 def test_the_search_corrects_where_it_can(corrected, tmp_path):
     loop, found = corrected
-    assert loop.correctable
     lessons = [trial.schedule for trial in loop.trials if trial.schedule.solver == "sample"]
     assert {schedule.corrector for schedule in lessons} == {"quadratic"}
     tried = {trial.schedule.corrector for trial in loop.trials if trial.schedule.solver not in ("sample", "full")}

@@ -131,8 +131,8 @@ def measure_cells(lab: Lab) -> list[dict[str, Any]]:
     full = CacheSchedule(num_steps=50, full_steps=range(50))
     rows.append({"budget": 50, "plan": "full compute", "psnr_db": lab.psnr(lab.of(full)).tolist()})
     for budget in BUDGETS:
-        for predictor, correction in (("taylor1", "none"), ("auto", "auto")):
-            planned = plan(lab.loop(), budget, predictor=predictor, correction=correction)
+        for predictor, corrector, correction in (("taylor1", "none", "none"), ("auto", "auto", "auto")):
+            planned = plan(lab.loop(), budget, predictor=predictor, corrector=corrector, correction=correction)
             corrected = planned.evidence["winner"]["correction"]
             rows.append(
                 {
@@ -145,14 +145,21 @@ def measure_cells(lab: Lab) -> list[dict[str, Any]]:
                     "schedule": planned.schedule.to_dict(),
                 }
             )
-        for solver, predictor in itertools.product(PUBLISHED, ("taylor1", "taylor2")):
+        ways = (
+            ("taylor1", "none"),
+            ("taylor2", "none"),
+            ("taylor1", "quadratic"),
+            ("reuse", "none"),
+            ("reuse", "quadratic"),
+        )
+        for solver, (predictor, corrector) in itertools.product(PUBLISHED, ways):
+            settings = {"predictor": predictor, "corrector": corrector}
             try:
-                schedule = plan_schedule(lab.prior, budget, solver=solver, predictor=predictor)
+                schedule = plan_schedule(lab.prior, budget, solver=solver, **settings)
             except InfeasibleBudgetError:
-                schedule = plan_schedule(lab.prior, budget, solver="cem-relaxed", predictor=predictor)
-            rows.append(
-                {"budget": budget, "plan": f"{solver}, {predictor}", "psnr_db": lab.psnr(lab.of(schedule)).tolist()}
-            )
+                schedule = plan_schedule(lab.prior, budget, solver="cem-relaxed", **settings)
+            name = f"{solver}, {predictor}" + (f", {corrector}" if corrector != "none" else "")
+            rows.append({"budget": budget, "plan": name, "psnr_db": lab.psnr(lab.of(schedule)).tolist()})
     return rows
 
 
