@@ -72,6 +72,7 @@ PREDICTORS: dict[str, Rule] = {
 CORRECTORS: dict[str, Rule] = {"linear": _taylor(1), "quadratic": _taylor(2)}
 NO_CORRECTOR = "none"
 _ROUNDING = 1e-9  # weights below it are what is left of others that cancel
+_UNFELT = 1e-6  # of the largest response: a step that moves the sample less pays nothing
 
 
 def check_corrector(name: str) -> str:
@@ -146,12 +147,16 @@ def correcting_matrix(
             sample after step ``s``.
     """
     known, consumed = served.copy(), served.copy()
+    moves = (
+        np.abs(responses.diagonal()) > _UNFELT * np.abs(responses).max()
+    )  # what a step of no length owes, the next pays
     position = {step: index for index, step in enumerate(full_steps)}
     for step in range(1, len(served)):
         if index := position.get(step):
             known[full_steps[index - 1] + 1 : step] = _looked_back(served, full_steps, index, corrector)
-        owed = responses[step, :step] @ (known[:step] - consumed[:step]) / responses[step, step]
-        consumed[step] += np.where(np.abs(owed) > _ROUNDING, owed, 0.0)
+        if moves[step]:
+            owed = responses[step, :step] @ (known[:step] - consumed[:step]) / responses[step, step]
+            consumed[step] += np.where(np.abs(owed) > _ROUNDING, owed, 0.0)
     return consumed - served
 
 

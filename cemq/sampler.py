@@ -87,7 +87,7 @@ def responses(scheduler: Any, steps: int) -> np.ndarray | None:
     Returns:
         (steps, steps), float64: [s, j] of the output of step ``j`` in the sample that step ``s`` returns, 0 for
         ``j > s``. None where this cannot be said: steps that are not linear in the output (samples are clipped), or
-        leave it unused, or want more than an output, a timestep and a sample.
+        want more than an output, a timestep and a sample.
     """
 
     def moved(amount: float) -> np.ndarray:
@@ -110,7 +110,8 @@ def responses(scheduler: Any, steps: int) -> np.ndarray | None:
         return None
     found = once - nothing
     linear = np.allclose(twice - nothing, 2 * found, rtol=1e-3, atol=1e-6 * np.abs(found).max())
-    return found if linear and np.isfinite(found).all() and (found.diagonal() != 0).all() else None
+    moves = found.shape == (steps, steps) and np.isfinite(found).all() and found.diagonal().any()
+    return found if linear and moves else None
 
 
 def is_linear(scheduler: Any, steps: int) -> bool:

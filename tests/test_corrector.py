@@ -81,6 +81,13 @@ def test_after_each_full_step_the_sample_is_where_interpolated_predictions_lead(
         assert moved[step] @ (schedule.served + added) == pytest.approx(moved[step] @ known, rel=1e-6, abs=1e-6)
 
 
+def test_a_step_of_no_length_leaves_the_debt_to_the_next():
+    served = serving_matrix(5, (0, 3), ("reuse", "reuse"))
+    added = correcting_matrix(served, (0, 3), "linear", np.tril(np.ones((5, 5))) * [1, 1, 1, 0, 1])
+    assert added[3].tolist() == [0] * 5
+    assert added[4].tolist() == pytest.approx([-1, 0, 0, 1, 0])
+
+
 def test_a_corrector_that_has_nothing_to_do_changes_no_schedule():
     def schedule(corrector, full=(0, 1, 2)):
         return CacheSchedule(num_steps=6, full_steps=full, predictor="taylor1", corrector=corrector)
