@@ -145,13 +145,7 @@ def measure_cells(lab: Lab) -> list[dict[str, Any]]:
                     "schedule": planned.schedule.to_dict(),
                 }
             )
-        ways = (
-            ("taylor1", "none"),
-            ("taylor2", "none"),
-            ("taylor1", "quadratic"),
-            ("reuse", "none"),
-            ("reuse", "quadratic"),
-        )
+        ways = (("taylor1", "none"), ("taylor2", "none"), ("taylor1", "quadratic"))
         for solver, (predictor, corrector) in itertools.product(PUBLISHED, ways):
             settings = {"predictor": predictor, "corrector": corrector}
             try:
