@@ -15,6 +15,9 @@ import torch
 
 from cemq.prior import SamplerFingerprint
 
+# What samplers raise that want other arguments or shapes than most.
+_UNSUITABLE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 @contextmanager
 def intercepted(scheduler: Any, method: str, around: Callable[..., Any]) -> Iterator[None]:
@@ -106,7 +109,7 @@ def responses(scheduler: Any, steps: int) -> np.ndarray | None:
     try:
         with torch.random.fork_rng(devices=[]):
             nothing, once, twice = (moved(amount) for amount in (0.0, 1.0, 2.0))
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except _UNSUITABLE:
         return None
     found = once - nothing
     linear = np.allclose(twice - nothing, 2 * found, rtol=1e-3, atol=1e-6 * np.abs(found).max())
@@ -117,7 +120,10 @@ def responses(scheduler: Any, steps: int) -> np.ndarray | None:
 def is_linear(scheduler: Any, steps: int) -> bool:
     """Whether its `responses` can be known; also of a scheduler that has not been given its timesteps yet."""
     twin = copy.deepcopy(scheduler)
-    twin.set_timesteps(steps, **({"mu": 1.0} if twin.config.get("use_dynamic_shifting") else {}))
+    try:
+        twin.set_timesteps(steps, **({"mu": 1.0} if twin.config.get("use_dynamic_shifting") else {}))
+    except _UNSUITABLE:
+        return False
     return responses(twin, len(twin.timesteps)) is not None
 
 

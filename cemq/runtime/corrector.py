@@ -25,11 +25,11 @@ class Corrector:
 
     def apply(self, prediction: torch.Tensor, step_index: int) -> torch.Tensor:
         """The prediction of a step with what is owed, in its dtype; itself if nothing is."""
-        if self._last_use[step_index] >= step_index:  # the scheduler may change what it is given in place
-            self._kept[step_index] = prediction.detach().clone()
-        weights = self._added[step_index]
-        owed = [(float(weights[step]), self._kept[step]) for step in np.flatnonzero(weights)]
-        self._kept = {step: kept for step, kept in self._kept.items() if self._last_use[step] > step_index}
+        weights, known = self._added[step_index], {**self._kept, step_index: prediction}
+        owed = [(float(weights[step]), known[step]) for step in np.flatnonzero(weights)]
+        if self._last_use[step_index] > step_index:  # a copy, for the sampler may change what it is given in place
+            known[step_index] = prediction.detach().clone()
+        self._kept = {step: kept for step, kept in known.items() if self._last_use[step] > step_index}
         if not owed:
             return prediction
         return (prediction.float() + sum(weight * kept.float() for weight, kept in owed)).to(prediction.dtype)

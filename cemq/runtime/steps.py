@@ -33,6 +33,7 @@ class StepTracker:
         self._current = plan  # that of the latest run
         self._timesteps: tuple[float, ...] = ()  # which it is expected to take
         self._corrector: Corrector | None = None  # of the run
+        self._measured: tuple[SamplerFingerprint, Any] | None = None
         self.scheduler: Any = None
         self.step_index: int | None = None
         self._calls: Counter[str | None] = Counter()
@@ -100,13 +101,13 @@ class StepTracker:
             self._timesteps = retimed(self.scheduler, correction.step_factors)
         self._corrector = None
         if self.step_index is not None and self._current.schedule.corrects:
-            moved = responses(self.scheduler, self._current.schedule.num_steps)
+            moved = self._responses_of(found)
             if moved is None:
                 self.step_index = None
                 self.warn_once(f"{found.scheduler} steps as set up here cannot be corrected later")
-                return result
-            self._corrector = Corrector(self._current.schedule, moved)
-        if self.step_index is None:
+            else:
+                self._corrector = Corrector(self._current.schedule, moved)
+        elif self.step_index is None:
             if len(found.timesteps) != len(expected.timesteps):
                 difference = (
                     f"this run has {len(found.timesteps)} steps, the schedule was planned for {len(expected.timesteps)}"
@@ -115,6 +116,12 @@ class StepTracker:
                 difference = "the sampler's settings or timesteps are not those the schedule was planned for"
             self.warn_once(difference)
         return result
+
+    def _responses_of(self, found: SamplerFingerprint) -> Any:
+        """`responses` of the scheduler as it is now, measured once for runs that are alike."""
+        if self._measured is None or self._measured[0] != found:
+            self._measured = found, responses(self.scheduler, self._current.schedule.num_steps)
+        return self._measured[1]
 
     def _step(self, original: Any, **arguments: Any) -> Any:
         self._check_thread()

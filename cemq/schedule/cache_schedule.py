@@ -76,9 +76,8 @@ class CacheSchedule:
         """What tells it from schedules that do something else, whoever made it and whatever its predictors are called:
         a segment that skips nothing is served alike by all of them."""
         served = tuple(self.serving(step) for step in range(self.num_steps))
-        looked_back = self.integrated.tobytes() if self.corrects else None
         branches = (self.branch_steps, self.between_branches.key) if self.branch_steps else ()
-        return (served, looked_back, *branches)
+        return (served, self.corrector if self.corrects else NO_CORRECTOR, *branches)
 
     @property
     def compute_ratio(self) -> float:
