@@ -154,6 +154,8 @@ BUILD = ("quantize-and-schedule", "builtin:dit-digits")
         ("the CEM rule cannot spend budget=7 on 50 steps", [*BUILD, "--solver", "cem", "--budget", "7"]),
         ("unknown solver 'segmnt'", [*BUILD, "--solver", "segmnt"]),
         ("unknown predictor 'taylor9'", [*BUILD, "--predictor", "taylor9"]),
+        ("unknown corrector 'cubic': choose from auto, none, linear, quadratic", [*BUILD, "--corrector", "cubic"]),
+        ("corrector=linear: needs cache=output", [*BUILD, "--corrector", "linear", "--cache", "residual"]),
         ("unknown correction 'drif'", [*BUILD, "--correction", "drif"]),
         ("unknown effort 'hard': choose from quick, normal, thorough", [*BUILD, "--effort", "hard"]),
         ("leave --solver cem out", [*BUILD, "--budget", "auto", "--solver", "cem"]),

@@ -75,6 +75,7 @@ def print_description(description: dict[str, Any]) -> None:
         + f", compute ratio "
         f"{schedule['compute_ratio']:.2f}, {schedule['solver']} on the {description['prior']['view']} prior, "
         f"{', '.join([names] if isinstance(names := schedule['predictor'], str) else dict.fromkeys(names))}",
+        "corrector": schedule.get("corrector", "none"),
         "correction": description["correction"] or "none",
         "cache": description["cache"],
         "fidelity": f"PSNR {fidelity['psnr_db']:.1f} dB, SSIM {fidelity['ssim']:.4f}, relative L2 "

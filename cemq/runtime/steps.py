@@ -108,13 +108,7 @@ class StepTracker:
             else:
                 self._corrector = Corrector(self._current.schedule, moved)
         elif self.step_index is None:
-            if len(found.timesteps) != len(expected.timesteps):
-                difference = (
-                    f"this run has {len(found.timesteps)} steps, the schedule was planned for {len(expected.timesteps)}"
-                )
-            else:
-                difference = "the sampler's settings or timesteps are not those the schedule was planned for"
-            self.warn_once(difference)
+            self.warn_once(_difference(found, expected))
         return result
 
     def _responses_of(self, found: SamplerFingerprint) -> Any:
@@ -149,6 +143,12 @@ class StepTracker:
 def _ends_like(found: SamplerFingerprint, expected: SamplerFingerprint) -> bool:
     """An image-to-image run begins late, so that it was planned for the last timesteps only."""
     return dataclasses.replace(found, timesteps=found.timesteps[-len(expected.timesteps) :]).matches(expected)
+
+
+def _difference(found: SamplerFingerprint, expected: SamplerFingerprint) -> str:
+    if len(found.timesteps) != len(expected.timesteps):
+        return f"this run has {len(found.timesteps)} steps, the schedule was planned for {len(expected.timesteps)}"
+    return "the sampler's settings or timesteps are not those the schedule was planned for"
 
 
 class AnySamplerTracker(StepTracker):
