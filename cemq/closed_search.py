@@ -110,10 +110,10 @@ class Search:
     view: str
     limit: float
 
-    def published(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
+    def published(self, prior: ErrorPrior, budget: int, corrector: str = NO_CORRECTOR) -> Iterator[CacheSchedule]:
         for solver, name in itertools.product(PUBLISHED, self._names):
             try:
-                yield plan_schedule(prior, budget, solver=solver, predictor=name, view=self.view)
+                yield plan_schedule(prior, budget, solver=solver, predictor=name, corrector=corrector, view=self.view)
             except InfeasibleBudgetError:  # the CEM rule has holes
                 continue
 
@@ -125,6 +125,8 @@ class Search:
             yield improve(prior, planned, predictors=self._choices if name == AUTO else (), view=self.view)
         for corrector in self.correctors:
             yield plan_predicted(prior, budget, predictor=self.predictor, corrector=corrector, view=self.view)
+        if self.correctors[0] != NO_CORRECTOR:
+            yield from self.published(prior, budget, self.correctors[0])
 
     @property
     def _names(self) -> tuple[str, ...]:
