@@ -99,14 +99,14 @@ class Search:
 
     Args:
         predictor: One for all segments, or ``auto``.
-        correctors: That are tried, the one of the schedules that teach first.
+        corrector: Of all that is tried but what was published.
         view: Of the prior.
         limit: In runs at full compute of all samples.
     """
 
     loop: ClosedLoop
     predictor: str
-    correctors: tuple[str, ...]
+    corrector: str
     view: str
     limit: float
 
@@ -118,15 +118,14 @@ class Search:
                 continue
 
     def own(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
-        settings = {"corrector": self.correctors[0], "view": self.view}
+        settings = {"corrector": self.corrector, "view": self.view}
         for name in dict.fromkeys((self.predictor, *self._names)):
             planned = plan_schedule(prior, budget, predictor=name, **settings)
             yield planned
             yield improve(prior, planned, predictors=self._choices if name == AUTO else (), view=self.view)
-        for corrector in self.correctors:
-            yield plan_predicted(prior, budget, predictor=self.predictor, corrector=corrector, view=self.view)
-        if self.correctors[0] != NO_CORRECTOR:
-            yield from self.published(prior, budget, self.correctors[0])
+        yield plan_predicted(prior, budget, predictor=self.predictor, **settings)
+        if self.corrector != NO_CORRECTOR:
+            yield from self.published(prior, budget, self.corrector)
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -136,7 +135,7 @@ class Search:
     def _choices(self) -> tuple[str, ...]:
         """Predictors that a segment may be served by instead: without a corrector, for with one predictions do not say
         which is better."""
-        return SEGMENT_PREDICTORS if self.predictor == AUTO and self.correctors[0] == NO_CORRECTOR else ()
+        return SEGMENT_PREDICTORS if self.predictor == AUTO and self.corrector == NO_CORRECTOR else ()
 
     def best(self, budget: int) -> Trial:
         """The best trial of a budget once the effort is spent: never worse on the samples than what was published."""
@@ -270,7 +269,7 @@ class Search:
         return min(max(likely, low + (high - low) // 4), high - 1)
 
     def _planned(self, prior: ErrorPrior, largest: int) -> list[CacheSchedule]:
-        return plan_all(prior, largest, predictor=self.predictor, corrector=self.correctors[0], view=self.view)
+        return plan_all(prior, largest, predictor=self.predictor, corrector=self.corrector, view=self.view)
 
     def curve(self, prior: ErrorPrior) -> list[dict[str, Any]]:
         """For every budget, the predicted error of the plan relative to that of full compute, and what was measured."""

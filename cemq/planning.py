@@ -30,7 +30,7 @@ from cemq.schedule import (
 )
 
 AUTO_BUDGET = "auto"
-TRIED_CORRECTORS = ("quadratic", "linear")
+AUTO_CORRECTOR = "quadratic"  # on average no better than linear, but what it leaves is predicted better
 _REPEATED = 0.25  # what a run of the search counts in the prior that is kept: its neighbours say much the same
 _CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
 _FIT_SHARE = 0.6  # of the effort goes into runs that only teach
@@ -113,8 +113,8 @@ def plan(
             within ``(1 + tolerance)`` of the quantized model's own at full compute, or reach ``target_psnr``.
         solver: ``search`` is everything this module does; another name takes that solver's schedule as it is.
         predictor: One for all, or ``auto``: the search chooses one for each segment.
-        corrector: What full-compute steps make up for: ``quadratic``, ``linear`` or ``none``; ``auto`` is the best of
-            those that the sampler and the cache allow, for the solvers of this package, and none for those published.
+        corrector: How skipped steps are put right later: ``quadratic``, ``linear`` or ``none``; ``auto`` is the first
+            where the sampler and the cache allow it and the solver is one of this package, not a published one.
         correction: ``auto`` keeps the one that helps most on the planning samples, if any does.
         view: Of the prior; see `plan_schedule`.
 
@@ -130,11 +130,9 @@ def plan(
     steps = None
     if budget != AUTO_BUDGET:
         steps = check_budget(budget, loop.num_steps, "segment" if solver == SEARCH else solver)
-    correctors = _correctors(loop, corrector, solver)
-    taught = _teach(loop, steps, predictor, correctors[0], effort_limits)
-    search = Search(
-        loop=loop, predictor=predictor, correctors=correctors, view=view, limit=effort_limits.full_runs
-    )  # fmt: skip
+    corrector = _settled_corrector(loop, corrector, solver)
+    taught = _teach(loop, steps, predictor, corrector, effort_limits)
+    search = Search(loop=loop, predictor=predictor, corrector=corrector, view=view, limit=effort_limits.full_runs)
     if steps is None:
         best = search.fewest(Wanted(full=full, tolerance=tolerance, psnr_db=target_psnr))
     elif steps == loop.num_steps:
@@ -142,7 +140,7 @@ def plan(
     elif solver == SEARCH:
         best = search.best(steps)
     else:
-        settings = {"solver": solver, "predictor": predictor, "corrector": correctors[0], "view": view}
+        settings = {"solver": solver, "predictor": predictor, "corrector": corrector, "view": view}
         best = loop.run(plan_schedule(loop.fit(view).prior, steps, **settings))
     chosen, fix = _corrected(loop, best, correction, effort_limits.full_runs + _CORRECTIONS)
     if solver == SEARCH and best is not full and correction in (AUTO, "none"):
@@ -171,13 +169,13 @@ def plan(
     return Planned(schedule=chosen.schedule, correction=fix, prior=fit.prior, evidence=evidence)
 
 
-def _correctors(loop: ClosedLoop, corrector: str, solver: str) -> tuple[str, ...]:
-    """Those to try, the one to teach with first."""
+def _settled_corrector(loop: ClosedLoop, corrector: str, solver: str) -> str:
+    """The one to plan with."""
     check_correctable(corrector, loop.cache, loop.pipe.scheduler, loop.steps)
     if corrector != AUTO:
-        return (corrector,)
+        return corrector
     room = solver in (SEARCH, "segment") and loop.cache == "output" and is_linear(loop.pipe.scheduler, loop.steps)
-    return TRIED_CORRECTORS if room else (NO_CORRECTOR,)
+    return AUTO_CORRECTOR if room else NO_CORRECTOR
 
 
 def _teach(loop: ClosedLoop, budget: int | None, predictor: str, corrector: str, effort: Effort) -> int:
