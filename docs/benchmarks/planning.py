@@ -389,9 +389,11 @@ def page(record: dict[str, Any]) -> str:
                 for names in (["taylor1"], ["taylor1", "taylor2"])
             )
             own = row["search, auto"]
+            later = [row.get(f"{solver}, taylor1, quadratic") for solver in PUBLISHED]  # not in records of before
             cells.append(
                 [model, scheme, mean(full), budget]
                 + [mean(row[f"{solver}, {name}"]["psnr_db"]) for name in ("taylor1", "taylor2") for solver in PUBLISHED]
+                + [mean(each["psnr_db"]) if each else "-" for each in later]
                 + [mean(row["search, taylor1"]["psnr_db"])]
                 + [interval(own["psnr_db"]), own["correction"] or "none", own["full_steps"]]
                 + [difference(row["search, taylor1"]["psnr_db"], best)]
@@ -488,8 +490,9 @@ made with; `unweighted` is the same with step sizes as the only weights; `cem` i
 
 ## Default plan against uniform and CEM
 
-`search, taylor1` is the search with that one predictor and no correction, as `uniform` and `cem` have it; `default`
-chooses the predictor of each segment and a correction. CEM's rule has no schedule of 7: its relaxed variant stands in.
+`search, taylor1` is the search with that one predictor, no corrector and no correction, as `uniform` and `cem` have it;
+`corrected later` are those two with the corrector `quadratic`, which `default` has too; it chooses the predictor of
+each segment and a correction besides. CEM's rule has no schedule of 7: its relaxed variant stands in.
 Margins are over the better of uniform and CEM: of `search, taylor1` with that predictor, of `default` with that
 predictor, and with the better of both. Every cell is planned on samples that nothing has been run on. "full steps"
 is what the default plan spends: it may leave part of the budget.
@@ -502,6 +505,7 @@ is what the default plan spends: it may leave part of the budget.
                 "50 of 50",
                 "budget",
                 *(f"{solver}, {name}" for name in ("taylor1", "taylor2") for solver in PUBLISHED),
+                *(f"{solver}, taylor1, corrected later" for solver in PUBLISHED),
                 "search, taylor1",
                 "default",
                 "correction",
