@@ -85,12 +85,15 @@ def check_planning(
 
 def check_correctable(corrector: str, cache: str, scheduler: Any, steps: int) -> None:
     """Raises InputError where a corrector is asked for by name and there is no room for it."""
-    named = corrector not in (AUTO, NO_CORRECTOR)
-    if named and not (cache == "output" and is_linear(scheduler, steps)):
+    if corrector not in (AUTO, NO_CORRECTOR) and not _is_correctable(cache, scheduler, steps):
         raise InputError(
             f"corrector={corrector}: needs cache=output and a sampler whose steps are linear in what the denoiser "
             f"predicts, found cache={cache} and {type(scheduler).__name__}: choose auto or none"
         )
+
+
+def _is_correctable(cache: str, scheduler: Any, steps: int) -> bool:
+    return cache == "output" and is_linear(scheduler, steps)
 
 
 def plan(
@@ -174,8 +177,8 @@ def _settled_corrector(loop: ClosedLoop, corrector: str, solver: str) -> str:
     check_correctable(corrector, loop.cache, loop.pipe.scheduler, loop.steps)
     if corrector != AUTO:
         return corrector
-    room = solver in (SEARCH, "segment") and loop.cache == "output" and is_linear(loop.pipe.scheduler, loop.steps)
-    return AUTO_CORRECTOR if room else NO_CORRECTOR
+    own = solver in (SEARCH, "segment")
+    return AUTO_CORRECTOR if own and _is_correctable(loop.cache, loop.pipe.scheduler, loop.steps) else NO_CORRECTOR
 
 
 def _teach(loop: ClosedLoop, budget: int | None, predictor: str, corrector: str, effort: Effort) -> int:

@@ -147,14 +147,13 @@ def correcting_matrix(
             sample after step ``s``.
     """
     known, consumed = served.copy(), served.copy()
-    moves = (
-        np.abs(responses.diagonal()) > _UNFELT * np.abs(responses).max()
-    )  # what a step of no length owes, the next pays
+    # a step of no length cannot pay: the next one does
+    pays = np.abs(responses.diagonal()) > _UNFELT * np.abs(responses).max()
     position = {step: index for index, step in enumerate(full_steps)}
     for step in range(1, len(served)):
         if index := position.get(step):
             known[full_steps[index - 1] + 1 : step] = _looked_back(served, full_steps, index, corrector)
-        if moves[step]:
+        if pays[step]:
             owed = responses[step, :step] @ (known[:step] - consumed[:step]) / responses[step, step]
             consumed[step] += np.where(np.abs(owed) > _ROUNDING, owed, 0.0)
     return consumed - served
