@@ -102,6 +102,7 @@ def analyze(
     if corrector is not None:
         check_corrector(corrector)
     manifest, prior = read_bundle(Path(bundle)), ErrorPrior.load(Path(bundle) / PRIOR)
+    corrector = corrector or prior.corrector
     if schedules < 5:
         raise InputError(f"schedules={schedules}: a rank correlation needs at least 5")
     steps, num_steps = manifest.num_inference_steps, prior.num_steps
@@ -128,9 +129,9 @@ def analyze(
     )  # fmt: skip
     costs = costs_of(prior)
     result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
-    result |= {"samples": samples, "corrector": corrector or prior.corrector, "spearman": {}, "points": {}}
+    result |= {"samples": samples, "corrector": corrector, "spearman": {}, "points": {}}
     for name in predictors:
-        tested = test_schedules(num_steps, schedules, name, budget, corrector or prior.corrector)
+        tested = test_schedules(num_steps, schedules, name, budget, corrector)
         trials: list[Trial] = []
         for schedule in tested:
             trials.append(loop.run(schedule))

@@ -156,7 +156,7 @@ def quantize_and_schedule(
         str | None, typer.Option(help="auto, reuse, damped, taylor1, taylor2, goc or mean-velocity [auto].")
     ] = None,
     corrector: Annotated[
-        str | None, typer.Option(help="Of skipped steps, later: auto, none, linear or quadratic [auto].")
+        str | None, typer.Option(help="What puts skipped steps right later: auto, none, linear or quadratic [auto].")
     ] = None,
     correction: Annotated[str | None, typer.Option(help="auto, none, drift, affine, eoc or erta [auto].")] = None,
     effort: Annotated[str | None, typer.Option(help="Of the search: quick, normal or thorough [normal].")] = None,

@@ -174,8 +174,8 @@ def plan(
 
 def _settled_corrector(loop: ClosedLoop, corrector: str, solver: str) -> str:
     """The one to plan with."""
-    check_correctable(corrector, loop.cache, loop.pipe.scheduler, loop.steps)
     if corrector != AUTO:
+        check_correctable(corrector, loop.cache, loop.pipe.scheduler, loop.steps)
         return corrector
     own = solver in (SEARCH, "segment")
     return AUTO_CORRECTOR if own and _is_correctable(loop.cache, loop.pipe.scheduler, loop.steps) else NO_CORRECTOR

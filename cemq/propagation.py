@@ -95,14 +95,14 @@ def fit_propagation(
         errors: What was found for each, in any unit that grows with the error in proportion.
         counts: As how many each counts; one, if not given.
     """
-    served = [schedule.integrated for schedule in schedules]
-    grams = np.stack([prior.error_gram(each, view) for each in served])
+    integrated = [schedule.integrated for schedule in schedules]
+    grams = np.stack([prior.error_gram(each, view) for each in integrated])
     grams *= np.outer(prior.step_sizes, prior.step_sizes)
     wanted = np.log(np.maximum(errors, 1e-12))
     shares = np.sqrt(np.ones(len(wanted)) if counts is None else counts)
     model = _Model(
         grams=grams,
-        signs=np.where([reused_steps(each) for each in served], 1.0, -1.0),
+        signs=np.where([reused_steps(each) for each in integrated], 1.0, -1.0),
         basis=legendre.legvander(np.linspace(-1, 1, prior.num_steps), DEGREE),
     )
     # errors come in the model's units: begin with a constant that is right on average
