@@ -18,7 +18,7 @@ import numpy as np
 from cemq.closed_loop import ClosedLoop, Trial
 from cemq.correction import Correction
 from cemq.errors import InfeasibleBudgetError
-from cemq.evaluation.metrics import error_of, psnr_of
+from cemq.evaluation.metrics import error_of, middle_error, middle_mean, psnr_of
 from cemq.predict import NO_CORRECTOR
 from cemq.prior import ErrorPrior
 from cemq.propagation import SAMPLE
@@ -54,24 +54,6 @@ def _standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def _middle_mean(values: np.ndarray) -> np.ndarray:
-    """Of the last axis, without the sixth that is highest and the sixth that is lowest.
-
-    A sample that takes another turn is off by ten times what the others are; the mean of all says less about others.
-    """
-    cut = values.shape[-1] // 6
-    return np.sort(values)[..., cut : values.shape[-1] - cut].mean(-1)
-
-
-def _middle_error(values: np.ndarray) -> np.ndarray:
-    """The standard error of `_middle_mean` (Tukey and McLaughlin 1963): that of the mean of values whose outer sixths
-    are moved to where the middle ends, over the share that is left; 0 for a single one."""
-    count = values.shape[-1]
-    cut, ordered = count // 6, np.sort(values)
-    held = ordered.clip(ordered[..., cut, None], ordered[..., count - cut - 1, None])
-    return held.std(-1, ddof=min(1, count - 1)) / math.sqrt(count) / (1 - 2 * cut / count)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """Of ``budget=auto``: either a target, or an error within ``1 + tolerance`` of the same samples at full compute."""
@@ -85,7 +67,7 @@ class Wanted:
             return trial.psnr_db >= self.psnr_db
         excess = trial.sample_relative_l2 - (1 + self.tolerance) * self.full.sample_relative_l2[: trial.samples]
         # with a standard error to spare: what only just passes here fails on half of all other samples
-        return _middle_mean(excess) + _middle_error(excess) <= 0
+        return middle_mean(excess) + middle_error(excess) <= 0
 
     @property
     def error(self) -> float:
@@ -194,11 +176,11 @@ class Search:
         samples = min(trial.samples for trial in trials)
         found = np.array([trial.sample_psnr_db[:samples] for trial in trials])
         centered = found - found.mean(0)
-        score = _middle_mean(centered)
+        score = middle_mean(centered)
         if samples > 1:  # one sample says nothing about its noise
             fit = self.loop.fit(self.view)
             predicted = np.array([psnr_of(fit.prior.final_error(t.schedule.integrated, self.view)) for t in trials])
-            noise = _middle_error(centered).mean() ** 2
+            noise = middle_error(centered).mean() ** 2
             misfit = (DB_PER_LOG * fit.rms_log_error) ** 2
             share = noise / (noise + misfit) if noise + misfit else 0.0
             score = (1 - share) * score + share * (predicted - predicted.mean())

@@ -16,6 +16,7 @@ from cemq.closed_loop import FULL, ClosedLoop, Trial
 from cemq.closed_search import SEARCHED, Search, Wanted, is_certain
 from cemq.correction import METHODS, Correction, make_correction
 from cemq.errors import InputError, choose
+from cemq.evaluation.metrics import middle_mean
 from cemq.predict import CORRECTORS, NO_CORRECTOR, PREDICTORS
 from cemq.prior import ErrorPrior
 from cemq.propagation import sample_schedules
@@ -31,6 +32,8 @@ from cemq.schedule import (
 
 AUTO_BUDGET = "auto"
 AUTO_CORRECTOR = "quadratic"  # on average no better than linear, but what it leaves is predicted better
+_WORTH_CORRECTING = 2.0  # dB that even spacing loses to full compute: below, little is left but quantization
+_OTHER_BUDGET = 0.3  # of the steps, where the budget is not known yet or skips nothing
 _REPEATED = 0.25  # what a run of the search counts in the prior that is kept: its neighbours say much the same
 _CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
 _FIT_SHARE = 0.6  # of the effort goes into runs that only teach
@@ -117,7 +120,8 @@ def plan(
         solver: ``search`` is everything this module does; another name takes that solver's schedule as it is.
         predictor: One for all, or ``auto``: the search chooses one for each segment.
         corrector: How skipped steps are put right later: ``quadratic``, ``linear`` or ``none``; ``auto`` is the first
-            where the sampler and the cache allow it and the solver is one of this package, not a published one.
+            where the sampler and the cache allow it, the solver is one of this package, not a published one, and
+            evenly spaced steps lose enough to full compute.
         correction: ``auto`` keeps the one that helps most on the planning samples, if any does.
         view: Of the prior; see `plan_schedule`.
 
@@ -133,7 +137,7 @@ def plan(
     steps = None
     if budget != AUTO_BUDGET:
         steps = check_budget(budget, loop.num_steps, "segment" if solver == SEARCH else solver)
-    corrector = _settled_corrector(loop, corrector, solver)
+    corrector = _settled_corrector(loop, corrector, solver, predictor, steps, full)
     taught = _teach(loop, steps, predictor, corrector, effort_limits)
     search = Search(loop=loop, predictor=predictor, corrector=corrector, view=view, limit=effort_limits.full_runs)
     if steps is None:
@@ -172,13 +176,26 @@ def plan(
     return Planned(schedule=chosen.schedule, correction=fix, prior=fit.prior, evidence=evidence)
 
 
-def _settled_corrector(loop: ClosedLoop, corrector: str, solver: str) -> str:
-    """The one to plan with."""
+def _settled_corrector(
+    loop: ClosedLoop, corrector: str, solver: str, predictor: str, budget: int | None, full: Trial
+) -> str:
+    """The one to plan with.
+
+    Where quantization is most of the error there is little to put right, and the difference between schedules that a
+    corrector leaves is too small to be predicted.
+    """
     if corrector != AUTO:
         check_correctable(corrector, loop.cache, loop.pipe.scheduler, loop.steps)
         return corrector
     own = solver in (SEARCH, "segment")
-    return AUTO_CORRECTOR if own and _is_correctable(loop.cache, loop.pipe.scheduler, loop.steps) else NO_CORRECTOR
+    if not own or not _is_correctable(loop.cache, loop.pipe.scheduler, loop.steps):
+        return NO_CORRECTOR
+    if budget in (None, loop.num_steps):
+        budget = max(2, round(_OTHER_BUDGET * loop.num_steps))
+    name = "taylor1" if predictor == AUTO else predictor
+    even = loop.run(plan_schedule(loop.prior, budget, solver="uniform", predictor=name), share=SEARCHED)
+    lost = middle_mean(full.sample_psnr_db[: even.samples] - even.sample_psnr_db)
+    return AUTO_CORRECTOR if lost > _WORTH_CORRECTING else NO_CORRECTOR
 
 
 def _teach(loop: ClosedLoop, budget: int | None, predictor: str, corrector: str, effort: Effort) -> int:
@@ -199,12 +216,13 @@ def _teach(loop: ClosedLoop, budget: int | None, predictor: str, corrector: str,
         lessons = draw(effort.fitted_to // 3, seed=1, budget=max(2, budget // 2))
         lessons += draw(effort.fitted_to, seed=0, budget=budget)
     learned: dict[Any, float] = {}
+    before = loop.spent
     for schedule in lessons:
         if sum(learned.values()) >= most:
             break
         loop.run(schedule, share=SEARCHED)
         learned[schedule.key] = loop.cost(schedule.budget, SEARCHED)
-    loop.spent = sum(learned.values())
+    loop.spent = before + sum(learned.values())
     return len(learned) + 1  # and full compute
 
 

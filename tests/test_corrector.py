@@ -320,6 +320,21 @@ def test_plans_at_load_are_corrected_as_the_bundles_own(corrected):
         detach(pipe)
 
 
+@pytest.mark.parametrize("budget", [BUDGET, "auto"])
+def test_where_even_spacing_loses_little_there_is_nothing_to_correct(corrected, budget, monkeypatch):
+    loop = ClosedLoop(
+        **{name: getattr(corrected[0], name) for name in ("pipe", "prior", "batches", "references", "steps", "call")}
+    )
+    full = CacheSchedule(num_steps=loop.num_steps, full_steps=range(loop.num_steps))
+    even = plan_schedule(loop.prior, 2 if budget == "auto" else budget, solver="uniform", predictor="taylor1")
+    lost = float(np.mean(corrected[0].run(full).sample_psnr_db - corrected[0].run(even).sample_psnr_db))
+    for worth, corrector in ((lost - 0.01, "quadratic"), (lost + 0.01, "none")):
+        monkeypatch.setattr("cemq.planning._WORTH_CORRECTING", worth)
+        found = plan(loop, budget, effort="quick", correction="none")
+        assert found.prior.corrector == corrector
+        loop = dataclasses.replace(loop, _trials={}, _batches_run={}, spent=0.0)
+
+
 @pytest.mark.parametrize("solver", ["segment", "search"])
 def test_a_corrector_that_is_asked_for_is_taken(corrected, solver):
     loop = ClosedLoop(

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from cemq.evaluation.compare import Outcome, measure_fidelity, write_side_by_side
-from cemq.evaluation.metrics import psnr_db, relative_l2, ssim
+from cemq.evaluation.metrics import middle_error, middle_mean, psnr_db, relative_l2, ssim
 
 
 def test_psnr_of_a_known_error():
@@ -63,3 +63,12 @@ def test_the_picture_has_the_reference_on_the_left(tmp_path):
     assert pixels.shape == (128, 260, 3)
     assert pixels[:, :128].max() == 0
     assert pixels[:, -128:].min() == 255
+
+
+def test_the_middle_of_samples_and_its_standard_error_by_hand():
+    values = np.array([100.0, 1, 2, 3, 4, -50])  # the outer sixths are cut off, or moved to 1 and 4
+    assert middle_mean(values) == 2.5
+    held = [4, 1, 2, 3, 4, 1]
+    expected = np.std(held, ddof=1) / np.sqrt(6) / (4 / 6)
+    assert middle_error(np.stack([values, 2 * values])) == pytest.approx([expected, 2 * expected])
+    assert (middle_mean(values[:1]), middle_error(values[:1])) == (100.0, 0.0)

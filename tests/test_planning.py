@@ -10,7 +10,7 @@ import pytest
 from conftest import make_dit
 
 from cemq.closed_loop import ClosedLoop, Trial
-from cemq.closed_search import SEARCHED, Search, Wanted, _middle_error, _middle_mean
+from cemq.closed_search import SEARCHED, Search, Wanted
 from cemq.correction import METHODS
 from cemq.errors import InfeasibleBudgetError, InputError
 from cemq.evaluation import run_batch
@@ -97,15 +97,6 @@ def test_what_is_fitted_to_has_the_budget_that_is_planned_for(searched):
     assert found.evidence["fit"]["teach"] == len(taught) + 1 > 5
     assert {schedule.budget for schedule in taught} == {BUDGET, 2}  # and what is nearest to half of it
     assert sum(schedule.budget == BUDGET for schedule in taught) >= len(taught) / 2
-
-
-def test_the_middle_of_samples_and_its_standard_error_by_hand():
-    values = np.array([100.0, 1, 2, 3, 4, -50])  # the outer sixths are cut off, or moved to 1 and 4
-    assert _middle_mean(values) == 2.5
-    held = [4, 1, 2, 3, 4, 1]
-    expected = np.std(held, ddof=1) / np.sqrt(6) / (4 / 6)
-    assert _middle_error(np.stack([values, 2 * values])) == pytest.approx([expected, 2 * expected])
-    assert (_middle_mean(values[:1]), _middle_error(values[:1])) == (100.0, 0.0)
 
 
 def test_nothing_is_run_twice(searched):
