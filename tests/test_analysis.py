@@ -6,8 +6,9 @@ from typer.testing import CliRunner
 
 import cemq
 from cemq import analysis
-from cemq.analysis import analyze, cem_cost, costs_of, rank_correlation, unweighted
+from cemq.analysis import analyze, cem_cost, costs_of, errors_found, rank_correlation, unweighted
 from cemq.cli import app
+from cemq.closed_loop import Trial
 from cemq.errors import InputError
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.schedule import CacheSchedule, cem_costs, plan_schedule, solve_cem
@@ -25,6 +26,15 @@ def test_rank_correlation_agrees_with_scipy_where_values_are_tied():
     for _ in range(5):
         one, other = random.integers(0, 6, 20), random.integers(0, 6, 20)
         assert rank_correlation(one, other) == pytest.approx(stats.spearmanr(one, other).statistic)
+
+
+def test_what_one_sample_makes_of_a_schedule_is_left_out_of_its_error():
+    usual, schedule = np.array([40.0, 42, 44, 46, 48, 50]), CacheSchedule(num_steps=4, full_steps=(0, 2))
+    rows = [usual + 1, usual - 1, usual + np.array([0, 0, -30.0, 0, 0, 0]), usual + np.array([0, 0, 30.0, 0, 0, 0])]
+    trials = [
+        Trial(schedule=schedule, correction=None, sample_relative_l2=np.ones(6), sample_psnr_db=row) for row in rows
+    ]
+    assert -20 * np.log10(errors_found(trials)) == pytest.approx([46, 44, 45, 45])
 
 
 def prior_of(steps):
