@@ -21,19 +21,22 @@ from cemq.sampling import Batch
 from cemq.schedule import CacheSchedule
 
 FULL = "full"  # the solver of full compute
+_PARTS = 4  # of the samples, that lessons are given on in turn
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trial:
     """One schedule that was run: of each sample, the relative L2 error of the final latents and the image's PSNR.
 
-    Both are to full precision. Trials on fewer samples were run on the first ones.
+    Both are to full precision. Trials on fewer samples were run on the first ones, but lessons on those from
+    ``lesson_from`` on.
     """
 
     schedule: CacheSchedule
     correction: str | None
     sample_relative_l2: np.ndarray
     sample_psnr_db: np.ndarray
+    lesson_from: int | None = None
 
     @property
     def relative_l2(self) -> float:
@@ -62,6 +65,7 @@ class Trial:
             "schedule": self.schedule.to_dict(),
             "correction": self.correction,
             "samples": self.samples,
+            "first_sample": self.lesson_from or 0,
             "relative_l2": self.relative_l2,
             "psnr_db": self.psnr_db,
         }
@@ -113,9 +117,25 @@ class ClosedLoop:
 
         Only what was not run before is run now.
         """
-        key = (schedule.key, correction and correction.method)
+        return self._run(schedule, correction, range(math.ceil(share * len(self.batches))))
+
+    def teach(self, schedule: CacheSchedule, lesson: int) -> Trial:
+        """Run a schedule for what it says about how errors spread, on a part of the samples: one after the other.
+
+        How errors spread differs from sample to sample, so a few samples for each lesson, but all of them in turn, say
+        as much as twice as many that are always the same.
+        """
+        parts, count = min(_PARTS, len(self.batches)), len(self.batches)
+        part = lesson % parts
+        return self._run(schedule, None, range(part * count // parts, (part + 1) * count // parts), lesson=True)
+
+    def _run(
+        self, schedule: CacheSchedule, correction: Correction | None, wanted: range, lesson: bool = False
+    ) -> Trial:
+        lesson_from = _count(self.batches[: wanted.start]) if lesson else None
+        key = (schedule.key, correction and correction.method, lesson_from)
         known = self._trials.get(key)
-        missing = range(self._batches_run.get(key, 0), math.ceil(share * len(self.batches)))
+        missing = range(self._batches_run.get(key, wanted.start), wanted.stop)
         if not missing:
             return known
         # each process plans for itself, from the same numbers; on unequal machines they might come to differ
@@ -138,6 +158,7 @@ class ClosedLoop:
             correction=correction and correction.method,
             sample_relative_l2=errors,
             sample_psnr_db=qualities,
+            lesson_from=lesson_from,
         )
         self._batches_run[key] = missing.stop
         done = known.samples if known else 0
@@ -158,27 +179,39 @@ class ClosedLoop:
         return self._count(share) / self.samples * budget / self.num_steps
 
     def plain(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.is_plain]
+        """Trials, lessons apart, whose error is one that the prior predicts."""
+        return [trial for trial in self.trials if trial.is_plain and trial.lesson_from is None]
 
     def fit(self, view: str, *, repeated: float = 1.0) -> Fit:
         """What all plain trials so far say about how errors reach the final image.
 
         Those that were not drawn to teach count ``repeated`` each. With a corrector errors spread otherwise: where the
-        lessons had one, trials without say nothing, and the other way round.
+        lessons had one, trials without say nothing, and the other way round. What was run on the same samples is
+        compared with each other, and with full compute.
         """
-        corrector = next((t.schedule.corrector for t in self.plain() if t.schedule.solver == SAMPLE), NO_CORRECTOR)
-        plain = [
+        corrector = next((t.schedule.corrector for t in self.trials if t.schedule.solver == SAMPLE), NO_CORRECTOR)
+        alike = [
             trial
-            for trial in self.plain()
-            if trial.psnr_db < PSNR_CEILING_DB
+            for trial in self.trials
+            if trial.is_plain
+            and trial.psnr_db < PSNR_CEILING_DB
             and (trial.schedule.solver == FULL or trial.schedule.corrects == (corrector != NO_CORRECTOR))
         ]
-        samples = min((trial.samples for trial in plain), default=0)  # that all of them were run on
-        errors = [error_of(trial.sample_psnr_db[:samples].mean()) for trial in plain]
-        schedules = [trial.schedule for trial in plain]
-        counts = [1.0 if schedule.solver in (FULL, SAMPLE) else repeated for schedule in schedules]
+        schedules, errors, counts, groups = [], [], [], []
+        for number, start in enumerate(dict.fromkeys(trial.lesson_from for trial in alike)):
+            group = [trial for trial in alike if trial.lesson_from == start]
+            shared = slice(0, min(trial.samples for trial in group))
+            schedules += [trial.schedule for trial in group]
+            errors += [error_of(trial.sample_psnr_db[shared].mean()) for trial in group]
+            counts += [1.0 if trial.schedule.solver in (FULL, SAMPLE) else repeated for trial in group]
+            for full in (trial for trial in alike if trial.schedule.solver == FULL and start is not None):
+                schedules.append(full.schedule)
+                errors.append(error_of(full.sample_psnr_db[start : start + shared.stop].mean()))
+                counts.append(1.0)
+            groups += [number] * (len(schedules) - len(groups))
         metadata = self.prior.metadata and replace(self.prior.metadata, corrector=corrector)
-        return fit_propagation(replace(self.prior, metadata=metadata), schedules, errors, counts=counts, view=view)
+        prior = replace(self.prior, metadata=metadata)
+        return fit_propagation(prior, schedules, errors, counts=counts, groups=groups, view=view)
 
 
 def _count(batches: Sequence[Batch]) -> int:

@@ -217,11 +217,11 @@ def _teach(loop: ClosedLoop, budget: int | None, predictor: str, corrector: str,
         lessons += draw(effort.fitted_to, seed=0, budget=budget)
     learned: dict[Any, float] = {}
     before = loop.spent
-    for schedule in lessons:
+    for index, schedule in enumerate(lessons):
         if sum(learned.values()) >= most:
             break
-        loop.run(schedule, share=SEARCHED)
-        learned[schedule.key] = loop.cost(schedule.budget, SEARCHED)
+        trial = loop.teach(schedule, index // 4)  # four are near uniform and at random, with each predictor
+        learned[schedule.key, trial.lesson_from] = trial.samples / loop.samples / schedule.compute_ratio
     loop.spent = before + sum(learned.values())
     return len(learned) + 1  # and full compute
 

@@ -86,6 +86,7 @@ def fit_propagation(
     errors: Sequence[float],
     *,
     counts: Sequence[float] | None = None,
+    groups: Sequence[int] | None = None,
     view: str = "combined",
 ) -> Fit:
     """Sensitivity and coherence with which `ErrorPrior.final_error` comes closest to what was measured.
@@ -94,6 +95,8 @@ def fit_propagation(
         schedules: That were run in closed loop.
         errors: What was found for each, in any unit that grows with the error in proportion.
         counts: As how many each counts; one, if not given.
+        groups: Which samples each was run on, by any number; errors of different samples may differ by a factor. What
+            is fitted is what groups show on average, each as much as another.
     """
     integrated = [schedule.integrated for schedule in schedules]
     grams = np.stack([prior.error_gram(each, view) for each in integrated])
@@ -105,17 +108,22 @@ def fit_propagation(
         signs=np.where([reused_steps(each) for each in integrated], 1.0, -1.0),
         basis=legendre.legvander(np.linspace(-1, 1, prior.num_steps), DEGREE),
     )
+    known, group = np.unique(np.zeros(len(wanted)) if groups is None else groups, return_inverse=True)
+    # what sets each group apart, of which there is none on average
+    apart = np.vstack([np.eye(len(known) - 1), -np.ones(len(known) - 1)])[group]
     # errors come in the model's units: begin with a constant that is right on average
-    parameters = np.zeros(2 * (DEGREE + 1) + 1)
+    parameters = np.zeros(len(known) - 1 + 2 * (DEGREE + 1) + 1)
+    at_model = slice(len(known) - 1, None)
     parameters[-1] = np.log(_COHERENCE)
-    parameters[0] = np.mean(wanted - model.predict(parameters)[0])
+    parameters[at_model][0] = np.mean(wanted - model.predict(parameters[at_model])[0])
     start = parameters.copy()
     orders = np.arange(DEGREE + 1)
-    penalty = np.r_[RIDGE * orders, _APART * (1 + orders), _HELD]
+    penalty = np.r_[np.zeros(len(known) - 1), RIDGE * orders, _APART * (1 + orders), _HELD]
 
     def residuals(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        predicted, slopes = model.predict(at)
-        misses, turns = shares * (predicted - wanted), shares[:, None] * slopes
+        predicted, slopes = model.predict(at[at_model])
+        misses = shares * (predicted + apart @ at[: len(known) - 1] - wanted)
+        turns = shares[:, None] * np.hstack([apart, slopes])
         return np.r_[misses, penalty * (at - start)], np.vstack([turns, np.diag(penalty)])
 
     # Levenberg-Marquardt
@@ -135,7 +143,7 @@ def fit_propagation(
                 break
         else:
             damping = min(damping * 4, 1e6)
-    sensitivity = np.stack([np.exp(model.exponents(parameters, sign)) for sign in (-1.0, 1.0)])
+    sensitivity = np.stack([np.exp(model.exponents(parameters[at_model], sign)) for sign in (-1.0, 1.0)])
     fitted = replace(prior, sensitivity=sensitivity, coherence=float(np.exp(parameters[-1])))
     return Fit(prior=fitted, rms_log_error=float(np.sqrt(np.sum(value[: len(wanted)] ** 2) / np.sum(shares**2))))
 

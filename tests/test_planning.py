@@ -101,10 +101,11 @@ def test_what_is_fitted_to_has_the_budget_that_is_planned_for(searched):
 
 def test_nothing_is_run_twice(searched):
     loop, _ = searched
-    served = [(trial.schedule.served.tobytes(), trial.correction) for trial in loop.trials]
+    served = [(trial.schedule.served.tobytes(), trial.correction, trial.lesson_from) for trial in loop.trials]
     assert len(set(served)) == len(served) > 10
     count = len(loop.trials)
-    assert loop.run(loop.trials[3].schedule) is loop.trials[3]
+    known = loop.plain()[2]
+    assert loop.run(known.schedule) is known
     assert len(loop.trials) == count
 
 
@@ -299,8 +300,10 @@ def test_what_can_be_planned_passes(changes):
 def test_the_search_takes_some_of_the_samples_and_the_finals_all():
     loop = ClosedLoop(**prepared(batch_size=1))
     found = plan(loop, BUDGET, effort="normal", correction="none")
-    searched = [trial for trial in loop.trials if trial.samples < loop.samples]
+    searched = [trial for trial in loop.trials if trial.samples < loop.samples and trial.lesson_from is None]
     assert {trial.samples for trial in searched} == {2}
+    lessons = [trial for trial in loop.trials if trial.lesson_from is not None]
+    assert {(trial.lesson_from, trial.samples) for trial in lessons} == {(0, 1), (1, 1), (2, 1)}
     assert any(trial.schedule.solver not in ("sample", "uniform", "cem") for trial in searched)
     finals = [trial for trial in loop.trials[1:] if trial.samples == loop.samples]  # the first is full compute
     assert {"uniform", "cem"} <= {trial.schedule.solver for trial in finals}

@@ -60,6 +60,20 @@ def test_the_fit_tells_errors_that_keep_their_direction_from_those_that_do_not()
     assert found[0] < 3 < 20 < found[1]
 
 
+def test_errors_on_other_samples_may_be_greater_by_a_factor():
+    prior = synthetic_prior()
+    truth, groups = true_prior(prior, 5.0), np.arange(40) % 3
+    errors = np.array([truth.final_error(s.served) for s in samples(0, 40)])
+    alone = fit_propagation(prior, samples(0, 40), errors, groups=np.full(40, 7))
+    fit = fit_propagation(prior, samples(0, 40), errors * np.array([0.25, 1.0, 4.0])[groups], groups=groups)
+    held_out = samples(1, 40)
+    found, known = ([each.prior.final_error(s.served) for s in held_out] for each in (fit, alone))
+    assert np.log(found) == pytest.approx(np.log(known), abs=0.1)  # the mean of the factors' logarithms is 0
+    assert fit.rms_log_error < 0.05
+    mixed = fit_propagation(prior, samples(0, 40), errors * np.array([0.25, 1.0, 4.0])[groups])
+    assert mixed.rms_log_error > 0.3
+
+
 def test_a_fit_to_few_runs_is_smooth():
     prior = synthetic_prior()
     truth = true_prior(prior, 5.0)
