@@ -21,7 +21,7 @@ from cemq.sampling import Batch
 from cemq.schedule import CacheSchedule
 
 FULL = "full"  # the solver of full compute
-_PARTS = 4  # of the samples, that lessons are given on in turn
+_LESSON = 8  # samples at the least that a lesson is run on
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,19 +105,21 @@ class ClosedLoop:
 
     @property
     def samples(self) -> int:
-        return self._count(1.0)
+        return _count(self.batches)
 
     @property
     def trials(self) -> list[Trial]:
         """In the order in which they were first run."""
         return list(self._trials.values())
 
-    def run(self, schedule: CacheSchedule, correction: Correction | None = None, *, share: float = 1.0) -> Trial:
-        """The trial of a schedule on the first ``share`` of the samples at the least, in whole batches.
+    def run(
+        self, schedule: CacheSchedule, correction: Correction | None = None, *, samples: int | None = None
+    ) -> Trial:
+        """The trial of a schedule on the first ``samples`` at the least, in whole batches; None takes all.
 
         Only what was not run before is run now.
         """
-        return self._run(schedule, correction, range(math.ceil(share * len(self.batches))))
+        return self._run(schedule, correction, range(self._batches_of(samples)))
 
     def teach(self, schedule: CacheSchedule, lesson: int) -> Trial:
         """Run a schedule for what it says about how errors spread, on a part of the samples: one after the other.
@@ -125,7 +127,8 @@ class ClosedLoop:
         How errors spread differs from sample to sample, so a few samples for each lesson, but all of them in turn, say
         as much as twice as many that are always the same.
         """
-        parts, count = min(_PARTS, len(self.batches)), len(self.batches)
+        count = len(self.batches)
+        parts = min(max(1, self.samples // _LESSON), count)
         part = lesson % parts
         return self._run(schedule, None, range(part * count // parts, (part + 1) * count // parts), lesson=True)
 
@@ -171,12 +174,15 @@ class ClosedLoop:
         outcome = run_batch(self.pipe, self.batches[index], steps=self.steps, call=self.call)
         return relative_l2(reference.latents, outcome.latents), psnr_db(reference.images, outcome.images)
 
-    def _count(self, share: float) -> int:
-        return _count(self.batches[: math.ceil(share * len(self.batches))])
+    def _batches_of(self, samples: int | None) -> int:
+        """How many batches hold the first ``samples``; all if there are no more."""
+        count = len(self.batches)
+        held = np.cumsum([len(batch.seeds) for batch in self.batches])
+        return count if samples is None else min(int(np.searchsorted(held, samples)) + 1, count)
 
-    def cost(self, budget: int, share: float = 1.0) -> float:
+    def cost(self, budget: int, samples: int | None = None) -> float:
         """Of one run with that many full-compute steps, in runs of all samples at full compute."""
-        return self._count(share) / self.samples * budget / self.num_steps
+        return _count(self.batches[: self._batches_of(samples)]) / self.samples * budget / self.num_steps
 
     def plain(self) -> list[Trial]:
         """Trials, lessons apart, whose error is one that the prior predicts."""

@@ -1,7 +1,7 @@
 """The search for the best schedule of a budget, or for the fewest steps that will do, in closed loop.
 
 Candidates first, then the neighbours of the best, most promising first; every run sharpens the predictions for the
-next. All this is done on half of the samples. What they say is partly luck, so trials are ranked by what was measured
+next. All this is done on some of the samples. What they say is partly luck, so trials are ranked by what was measured
 and what is predicted together, and the few best then meet what was published on all samples.
 """
 
@@ -39,7 +39,7 @@ PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
 BRANCH_SHARES = (0.5, 0.75, 0.9)  # of the full-compute steps that compute both branches of guidance
-SEARCHED = 0.5  # share of the samples that all but the finals run on
+SEARCHED = 16  # samples that all but lessons and finals run on
 FINALISTS = 4
 _RETRIED = 2  # of them meet the target of budget=auto on all samples, or do not
 
@@ -134,9 +134,9 @@ class Search:
         prior = loop.fit(self.view).prior
         for index, schedule in enumerate(self.own(prior, budget)):
             if index == 0 or loop.spent + cost <= limit:
-                loop.run(schedule, share=SEARCHED)
+                loop.run(schedule, samples=SEARCHED)
         while loop.spent + cost <= limit and (move := self._next(budget)):
-            loop.run(move, share=SEARCHED)
+            loop.run(move, samples=SEARCHED)
         return self._ranked(self._tried(budget))[0]
 
     def _next(self, budget: int) -> CacheSchedule | None:

@@ -50,8 +50,8 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(full_runs=5, fitted_to=16),
-    "normal": Effort(full_runs=13, fitted_to=40),
-    "thorough": Effort(full_runs=40, fitted_to=64),
+    "normal": Effort(full_runs=8, fitted_to=40),
+    "thorough": Effort(full_runs=24, fitted_to=64),
 }
 
 
@@ -193,7 +193,7 @@ def _settled_corrector(
     if budget in (None, loop.num_steps):
         budget = max(2, round(_OTHER_BUDGET * loop.num_steps))
     name = "taylor1" if predictor == AUTO else predictor
-    even = loop.run(plan_schedule(loop.prior, budget, solver="uniform", predictor=name), share=SEARCHED)
+    even = loop.run(plan_schedule(loop.prior, budget, solver="uniform", predictor=name), samples=SEARCHED)
     lost = middle_mean(full.sample_psnr_db[: even.samples] - even.sample_psnr_db)
     return AUTO_CORRECTOR if lost > _WORTH_CORRECTING else NO_CORRECTOR
 

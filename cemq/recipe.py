@@ -36,7 +36,7 @@ class Recipe(BaseModel):
     calib: str | None = None  # a file beside the recipe, in calib_data/, or anywhere
     samples: int = Field(default=16, ge=1)
     batch_size: int = Field(default=4, ge=1)
-    planning_samples: int = Field(default=32, ge=1)  # that candidates are run on; others than those profiled
+    planning_samples: int = Field(default=64, ge=1)  # that candidates are run on; others than those profiled
     seed: int = 0
     dtype: str | None = None
     call: dict[str, Any] = {}

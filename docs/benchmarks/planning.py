@@ -101,7 +101,7 @@ class Lab:
         pairs = zip(self.references(steps), found, strict=True)
         return np.concatenate([psnr_db(a.images, b.images) for a, b in pairs])
 
-    def loop(self, steps: int = 50, prior: ErrorPrior | None = None, samples: int = 32) -> ClosedLoop:
+    def loop(self, steps: int = 50, prior: ErrorPrior | None = None, samples: int = 64) -> ClosedLoop:
         """The planning samples, with seeds after those that the bundle used; nothing has been run on them."""
         first = max(self.manifest.profiled_seeds) + 1
         return ClosedLoop(
