@@ -536,7 +536,7 @@ is what the default plan spends: it may leave part of the budget.
 ## How far from the ceiling
 
 A blind local search in closed loop, one full-compute step moved at a time from even spacing, kept where 10 samples say
-so, until no move helps or ten minutes of one core are over; `search, taylor1` is what the default search finds in 13
+so, until no move helps or ten minutes of one core are over; `search, taylor1` is what the default search finds in 8
 runs' worth.
 
 {
