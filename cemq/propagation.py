@@ -27,8 +27,8 @@ from cemq.schedule import CacheSchedule, uniform_steps
 
 SAMPLE = "sample"  # the solver of schedules that are drawn, not planned
 DEGREE = 7
-RIDGE = 0.1  # pulls the higher terms to zero: fewer runs than terms still give a smooth sensitivity
-_APART = 0.05  # pulls the two polynomials together, where runs do not tell them apart
+RIDGE = 0.2  # pulls the higher terms to zero: fewer runs than terms still give a smooth sensitivity
+_APART = 0.4  # pulls the two polynomials together, where runs do not tell them apart
 _COHERENCE = 8.0  # steps; where the fit begins
 _HELD = 0.015  # keeps it there if runs say nothing about it
 _ITERATIONS = 60
