@@ -36,7 +36,7 @@ _WORTH_CORRECTING = 2.0  # dB that even spacing loses to full compute: below, li
 _OTHER_BUDGET = 0.3  # of the steps, where the budget is not known yet or skips nothing
 _REPEATED = 0.25  # what a run of the search counts in the prior that is kept: its neighbours say much the same
 _CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
-_FIT_SHARE = 0.6  # of the effort goes into runs that only teach
+_FIT_SHARE = 0.6  # of the effort at most goes into runs that only teach
 _FIT_SHARE_AUTO = 0.35  # where the search is for a budget too
 
 

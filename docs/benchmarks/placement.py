@@ -62,7 +62,7 @@ def build(folder: Path, model: str, scheme: str, steps: int) -> None:
     call = {"height": 32, "width": 32, "guidance_scale": 3.0} if model == "sd3" else {"guidance_scale": 3.0}
     manifest = cemq.quantize_and_schedule(
         f"builtin:{model}-digits", folder, scheme=scheme, rounding="nearest", steps=steps, budget=steps // 5,
-        samples=1, solver="uniform", dtype="bfloat16", call=call,
+        samples=1, planning_samples=1, effort="quick", solver="uniform", dtype="bfloat16", call=call,
     )  # fmt: skip
     torch.manual_seed(0)
 
