@@ -205,16 +205,15 @@ class ClosedLoop:
         ]
         schedules, errors, counts, groups = [], [], [], []
         for number, start in enumerate(dict.fromkeys(trial.lesson_from for trial in alike)):
-            group = [trial for trial in alike if trial.lesson_from == start]
-            shared = slice(0, min(trial.samples for trial in group))
-            schedules += [trial.schedule for trial in group]
-            errors += [error_of(trial.sample_psnr_db[shared].mean()) for trial in group]
-            counts += [1.0 if trial.schedule.solver in (FULL, SAMPLE) else repeated for trial in group]
-            for full in (trial for trial in alike if trial.schedule.solver == FULL and start is not None):
-                schedules.append(full.schedule)
-                errors.append(error_of(full.sample_psnr_db[start : start + shared.stop].mean()))
-                counts.append(1.0)
-            groups += [number] * (len(schedules) - len(groups))
+            group = [(trial, 0) for trial in alike if trial.lesson_from == start]
+            shared = min(trial.samples for trial, _ in group)
+            if start is not None:
+                group += [(trial, start) for trial in alike if trial.schedule.solver == FULL]
+            for trial, first in group:
+                schedules.append(trial.schedule)
+                errors.append(error_of(trial.sample_psnr_db[first : first + shared].mean()))
+                counts.append(1.0 if trial.schedule.solver in (FULL, SAMPLE) else repeated)
+                groups.append(number)
         metadata = self.prior.metadata and replace(self.prior.metadata, corrector=corrector)
         prior = replace(self.prior, metadata=metadata)
         return fit_propagation(prior, schedules, errors, counts=counts, groups=groups, view=view)

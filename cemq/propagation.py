@@ -109,20 +109,19 @@ def fit_propagation(
         basis=legendre.legvander(np.linspace(-1, 1, prior.num_steps), DEGREE),
     )
     known, group = np.unique(np.zeros(len(wanted)) if groups is None else groups, return_inverse=True)
-    # what sets each group apart, of which there is none on average
-    apart = np.vstack([np.eye(len(known) - 1), -np.ones(len(known) - 1)])[group]
+    free = len(known) - 1  # what sets each group apart is 0 on average; the model's own parameters come after
+    apart = np.vstack([np.eye(free), -np.ones(free)])[group]
     # errors come in the model's units: begin with a constant that is right on average
-    parameters = np.zeros(len(known) - 1 + 2 * (DEGREE + 1) + 1)
-    at_model = slice(len(known) - 1, None)
+    parameters = np.zeros(free + 2 * (DEGREE + 1) + 1)
     parameters[-1] = np.log(_COHERENCE)
-    parameters[at_model][0] = np.mean(wanted - model.predict(parameters[at_model])[0])
+    parameters[free] = np.mean(wanted - model.predict(parameters[free:])[0])
     start = parameters.copy()
     orders = np.arange(DEGREE + 1)
-    penalty = np.r_[np.zeros(len(known) - 1), RIDGE * orders, _APART * (1 + orders), _HELD]
+    penalty = np.r_[np.zeros(free), RIDGE * orders, _APART * (1 + orders), _HELD]
 
     def residuals(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        predicted, slopes = model.predict(at[at_model])
-        misses = shares * (predicted + apart @ at[: len(known) - 1] - wanted)
+        predicted, slopes = model.predict(at[free:])
+        misses = shares * (predicted + apart @ at[:free] - wanted)
         turns = shares[:, None] * np.hstack([apart, slopes])
         return np.r_[misses, penalty * (at - start)], np.vstack([turns, np.diag(penalty)])
 
@@ -143,7 +142,7 @@ def fit_propagation(
                 break
         else:
             damping = min(damping * 4, 1e6)
-    sensitivity = np.stack([np.exp(model.exponents(parameters[at_model], sign)) for sign in (-1.0, 1.0)])
+    sensitivity = np.stack([np.exp(model.exponents(parameters[free:], sign)) for sign in (-1.0, 1.0)])
     fitted = replace(prior, sensitivity=sensitivity, coherence=float(np.exp(parameters[-1])))
     return Fit(prior=fitted, rms_log_error=float(np.sqrt(np.sum(value[: len(wanted)] ** 2) / np.sum(shares**2))))
 

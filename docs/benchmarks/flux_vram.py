@@ -100,8 +100,7 @@ def build(folder: Path, sizes: Sizes, device: str) -> None:
     ).save_pretrained(source)  # fmt: skip
     manifest = cemq.quantize_and_schedule(
         str(source), folder, scheme="w4a8", rounding="nearest", steps=STEPS, budget=BUDGET, samples=1, solver="uniform",
-        planning_samples=1, effort="quick",
-        dtype="bfloat16", device=device,
+        planning_samples=1, effort="quick", dtype="bfloat16", device=device,
         call={"height": TINY.pixels, "width": TINY.pixels, "max_sequence_length": TINY.text_tokens},
     )  # fmt: skip
     shutil.rmtree(source)
