@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cemq.bundle import PRIOR, read_bundle
+from cemq.bundle import MANIFEST, PRIOR, Manifest, read_bundle
 from cemq.closed_loop import ClosedLoop, Trial
 from cemq.errors import InputError
 from cemq.evaluation import run_batch
@@ -22,8 +24,9 @@ from cemq.prior import VIEWS, ErrorPrior
 from cemq.processes import ALONE, Processes
 from cemq.propagation import sample_schedules
 from cemq.runtime import detach, from_pretrained
-from cemq.sampling import EVALUATION_SEED_OFFSET, Progress, iterate, make_batches
-from cemq.schedule import CacheSchedule, cem_costs
+from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
+from cemq.schedule import CacheSchedule, cem_costs, usual_budget
+from cemq.workflow import quantize_and_schedule
 
 _FIRST_SEED = 12345  # of the schedules that predictions are tested with
 
@@ -73,6 +76,8 @@ def costs_of(prior: ErrorPrior) -> dict[str, Callable[[CacheSchedule], float]]:
 def analyze(
     bundle: str | Path,
     *,
+    scheme: str | None = None,
+    recipe: str | None = None,
     schedules: int = 60,
     predictors: Sequence[str] = ("taylor1", "reuse"),
     samples: int = 16,
@@ -86,8 +91,10 @@ def analyze(
     """Run random and near-uniform schedules of a bundle on evaluation seeds and compare with what is predicted.
 
     Args:
+        bundle: Its folder; or a model, of which a bundle is made for the purpose, and not kept.
+        scheme: To quantize a model with; see `quantize_and_schedule`, as for ``recipe``.
         schedules: How many for each predictor, none of which the bundle was fitted to; half of them near uniform.
-        budget: Full-compute steps of all of them; None takes 3 in 10 of the steps.
+        budget: Full-compute steps of all of them, at least 2; None takes 3 in 10 of the steps.
         corrector: Of all of them; None takes that of the schedules that the bundle was fitted to.
         processes: Those that `cemq.processes.launched` gives, to run a share of the samples each; all return the same.
 
@@ -102,31 +109,25 @@ def analyze(
         check_predictor(name)
     if corrector is not None:
         check_corrector(corrector)
-    manifest, prior = read_bundle(Path(bundle)), ErrorPrior.load(Path(bundle) / PRIOR)
-    corrector = corrector or prior.corrector
     if schedules < 5:
         raise InputError(f"schedules={schedules}: a rank correlation needs at least 5")
-    steps, num_steps = manifest.num_inference_steps, prior.num_steps
-    budget = max(2, budget or round(0.3 * num_steps))
-    if schedules > (possible := math.comb(num_steps - 1, budget - 1)):
-        raise InputError(f"schedules={schedules}: {budget} of {num_steps} steps can be chosen in {possible} ways only")
+    place = device or default_device()
+    with _bundle_of(bundle, scheme, recipe, place, progress, processes) as folder:
+        manifest, prior = read_bundle(folder), ErrorPrior.load(folder / PRIOR)
+        corrector, num_steps = corrector or prior.corrector, prior.num_steps
+        budget = budget or usual_budget(num_steps)
+        if schedules > (ways := math.comb(num_steps - 1, budget - 1)):
+            raise InputError(f"schedules={schedules}: {budget} of {num_steps} steps can be chosen in {ways} ways only")
+        pipe = from_pretrained(folder, device=place)
+    detach(pipe)
+    pipe.set_progress_bar_config(disable=True)
     batches = make_batches(
         manifest.held_out_conditions, samples=samples, first_seed=EVALUATION_SEED_OFFSET + seed, batch_size=8
     )
-    place = device or default_device()
-    original = open_pipeline(locate(manifest.model).folder, dtype=manifest.dtype, device=place)
-    pipe = from_pretrained(bundle, device=place)
-    detach(pipe)
-    for each in (original, pipe):
-        each.set_progress_bar_config(disable=True)
-    references = [
-        run_batch(original, batch, steps=steps, call=manifest.call, on_step=on_step)
-        for batch, on_step in iterate(processes.share(batches), "reference", progress, steps)
-    ]
-    del original
     loop = ClosedLoop(
-        pipe=pipe, prior=prior, batches=batches, references=references, steps=steps, call=manifest.call,
-        cache=manifest.cache, processes=processes,
+        pipe=pipe, prior=prior, batches=batches,
+        references=_references(manifest, processes.share(batches), place, progress),
+        steps=manifest.num_inference_steps, call=manifest.call, cache=manifest.cache, processes=processes,
     )  # fmt: skip
     costs = costs_of(prior)
     result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
@@ -147,6 +148,41 @@ def analyze(
             for index, (schedule, error, trial) in enumerate(zip(tested, errors, trials, strict=True))
         ]
     return result
+
+
+@contextmanager
+def _bundle_of(
+    name: str | Path,
+    scheme: str | None,
+    recipe: str | None,
+    device: str,
+    progress: Progress | None,
+    processes: Processes,
+) -> Iterator[Path]:
+    """The folder itself where it is a bundle's, else one made of the model for as long as the block lasts."""
+    if (folder := Path(name).expanduser() / MANIFEST).is_file():
+        if scheme or recipe:
+            raise InputError(f"'{name}' is a bundle already: leave scheme and recipe out, or give the model")
+        yield folder.parent
+        return
+    with tempfile.TemporaryDirectory(prefix="cemq-") if processes.is_main else nullcontext() as mine:
+        folder = Path(processes.gather([mine])[0]) / "bundle"
+        quantize_and_schedule(
+            str(name), folder, scheme=scheme, recipe=recipe, device=device, progress=progress, processes=processes
+        )
+        yield folder
+        processes.wait()  # until all have read it
+
+
+def _references(manifest: Manifest, batches: Sequence[Batch], device: str, progress: Progress | None) -> list[Any]:
+    """What full precision makes of these samples, uncached."""
+    pipe = open_pipeline(locate(manifest.model).folder, dtype=manifest.dtype, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    steps = manifest.num_inference_steps
+    return [
+        run_batch(pipe, batch, steps=steps, call=manifest.call, on_step=on_step)
+        for batch, on_step in iterate(batches, "reference", progress, steps)
+    ]
 
 
 def errors_found(trials: Sequence[Trial]) -> list[float]:

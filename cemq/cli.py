@@ -307,16 +307,26 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
 @app.command()
 @_one_line_errors
 def analyze(
-    bundle: Bundle,
+    bundle: Annotated[
+        str, typer.Argument(metavar="BUNDLE|MODEL", help="A bundle's folder, or a model to make one of and not keep.")
+    ],
+    scheme: Annotated[str | None, typer.Option(help="To quantize a MODEL with [w8a8].")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Of a MODEL: a shipped recipe by name, or a YAML file.")] = None,
     schedules: Annotated[int, typer.Option(min=5, help="Schedules to run for each predictor.")] = 60,
     predictors: Annotated[str, typer.Option(help="Predictors, separated by commas.")] = "taylor1,reuse",
     samples: Annotated[int, typer.Option(min=1, help="Samples of each run.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Shifts the evaluation seeds.")] = 0,
+    budget: Annotated[
+        int | None, typer.Option(min=2, help="Full-compute steps of the schedules; default: three in ten.")
+    ] = None,
+    corrector: Annotated[
+        str | None, typer.Option(help="Of the schedules: none, linear or quadratic; default: what was planned with.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG: predicted against measured error.")] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Run many schedules of a bundle and show how well each predicted cost ranks them.
+    """Run many schedules of a bundle, or of a model quantized, and show how well each predicted cost ranks them.
 
     Example: cemq analyze digits --schedules 60
     """
@@ -331,8 +341,9 @@ def analyze(
         _quiet()
         with _progress() as progress:
             found = run_analysis(
-                bundle, schedules=schedules, predictors=_names(predictors), samples=samples, seed=seed, device=device,
-                progress=progress, processes=processes,
+                bundle, scheme=scheme, recipe=recipe, schedules=schedules, predictors=_names(predictors),
+                samples=samples, seed=seed, budget=budget, corrector=corrector, device=device, progress=progress,
+                processes=processes,
             )  # fmt: skip
         if plot and processes.is_main:
             draw(found, plot)

@@ -28,12 +28,12 @@ from cemq.schedule import (
     CacheSchedule,
     check_budget,
     plan_schedule,
+    usual_budget,
 )
 
 AUTO_BUDGET = "auto"
 AUTO_CORRECTOR = "quadratic"  # on average no better than linear, but what it leaves is predicted better
 _WORTH_CORRECTING = 2.0  # dB that even spacing loses to full compute: below, little is left but quantization
-_OTHER_BUDGET = 0.3  # of the steps, where the budget is not known yet or skips nothing
 _REPEATED = 0.25  # what a run of the search counts in the prior that is kept: its neighbours say much the same
 _CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
 _FIT_SHARE = 0.6  # of the effort at most goes into runs that only teach
@@ -191,7 +191,7 @@ def _settled_corrector(
     if not own or not _is_correctable(loop.cache, loop.pipe.scheduler, loop.steps):
         return NO_CORRECTOR
     if budget in (None, loop.num_steps):
-        budget = max(2, round(_OTHER_BUDGET * loop.num_steps))
+        budget = usual_budget(loop.num_steps)
     name = "taylor1" if predictor == AUTO else predictor
     even = loop.run(plan_schedule(loop.prior, budget, solver="uniform", predictor=name), samples=SEARCHED)
     lost = middle_mean(full.sample_psnr_db[: even.samples] - even.sample_psnr_db)

@@ -1,5 +1,8 @@
+import tempfile
+
 import numpy as np
 import pytest
+import yaml
 from conftest import make_dit
 from PIL import Image
 from typer.testing import CliRunner
@@ -9,7 +12,7 @@ from cemq import analysis
 from cemq.analysis import analyze, cem_cost, costs_of, errors_found, rank_correlation, unweighted
 from cemq.cli import app
 from cemq.closed_loop import Trial
-from cemq.errors import InputError
+from cemq.errors import InputError, ModelError
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.schedule import CacheSchedule, cem_costs, plan_schedule, solve_cem
 
@@ -70,16 +73,19 @@ def test_schedules_to_test_with_differ_and_have_the_budget(steps, budget, count)
     assert {(schedule.budget, schedule.predictor) for schedule in found} == {(budget, "reuse")}
 
 
+SETTINGS = {
+    "steps": 6, "budget": 3, "samples": 2, "planning_samples": 2, "effort": "quick", "solver": "uniform",
+    "correction": "none", "call": {"guidance_scale": 2.0},
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     root = tmp_path_factory.mktemp("analysis")
     make_dit().save_pretrained(root / "pipeline")
     (root / "labels.txt").write_text("1\n2\n3\n")
-    cemq.quantize_and_schedule(
-        str(root / "pipeline"), root / "bundle", calib=str(root / "labels.txt"), steps=6, budget=3, samples=2,
-        planning_samples=2, effort="quick", solver="uniform", correction="none", scheme="w4a8",
-        call={"guidance_scale": 2.0},
-    )  # fmt: skip
+    settings = SETTINGS | {"calib": str(root / "labels.txt")}
+    cemq.quantize_and_schedule(str(root / "pipeline"), root / "bundle", scheme="w4a8", **settings)
     return root / "bundle"
 
 
@@ -98,6 +104,23 @@ def test_an_analysis_of_too_few_or_impossibly_many_schedules_is_refused(bundle):
         analyze(bundle, schedules=4, device="cpu")
     with pytest.raises(InputError, match="schedules=60: 2 of 6 steps can be chosen in 5 ways only"):
         analyze(bundle, schedules=60, device="cpu")
+
+
+def test_a_model_is_analyzed_through_a_bundle_that_is_not_kept(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(SETTINGS | {"calib": str(bundle.parent / "labels.txt")}))
+    same = {"schedules": 5, "predictors": ("reuse",), "samples": 1, "budget": 3, "device": "cpu"}
+    found = analyze(bundle.parent / "pipeline", recipe=str(recipe), scheme="w4a8", **same)
+    assert found["points"] == analyze(bundle, **same)["points"]
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
+def test_a_bundle_is_not_quantized_again_to_be_analyzed(bundle):
+    with pytest.raises(InputError, match="is a bundle already: leave scheme and recipe out"):
+        analyze(bundle, scheme="w8a8", device="cpu")
+    with pytest.raises(ModelError, match="no such model 'nowhere'"):
+        analyze("nowhere", device="cpu")
 
 
 def test_an_analysis_from_the_command_line_is_printed_and_drawn(bundle, tmp_path):

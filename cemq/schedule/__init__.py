@@ -13,6 +13,7 @@ from cemq.schedule.plan import (
     plan_schedule,
     settle,
     uniform_steps,
+    usual_budget,
 )
 from cemq.schedule.search import SEARCH, SEGMENT_PREDICTORS, improve, neighbours, plan_predicted, stretched
 from cemq.schedule.segment import segment_costs, solve_segments
@@ -44,4 +45,5 @@ __all__ = [
     "solve_segments",
     "stretched",
     "uniform_steps",
+    "usual_budget",
 ]

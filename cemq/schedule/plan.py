@@ -56,6 +56,11 @@ def check_budget(budget: int | str, num_steps: int, solver: str) -> int:
     return steps
 
 
+def usual_budget(num_steps: int) -> int:
+    """Three in ten: what schedules are tried with where none was asked for."""
+    return max(2, round(0.3 * num_steps))
+
+
 def check_predictors(name: str) -> str:
     """The name itself if it is ``auto`` or a predictor; raises InputError."""
     return name if name == AUTO else check_predictor(name)
