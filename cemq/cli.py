@@ -167,6 +167,9 @@ def quantize_and_schedule(
     ] = None,
     calib: Annotated[str | None, typer.Option(help="Text file, one prompt or class label a line.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples to profile on [16].")] = None,
+    planning_samples: Annotated[
+        int | None, typer.Option(min=1, help="Other samples, to run schedules on [64; large models' recipes: 16].")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="First seed of the profiling samples [0].")] = None,
     call: Call = None,
     device: Device = None,
@@ -188,7 +191,8 @@ def quantize_and_schedule(
             "steps": steps, "budget": int(budget) if budget and budget.isdigit() else budget, "solver": solver,
             "dtype": dtype, "tolerance": tolerance, "target_psnr": target_psnr, "correction": correction,
             "effort": effort, "predictor": predictor, "corrector": corrector, "prior": prior, "cache": cache,
-            "calib": calib, "samples": samples, "seed": seed, "call": _call_arguments(call),
+            "calib": calib, "samples": samples, "planning_samples": planning_samples, "seed": seed,
+            "call": _call_arguments(call),
         }  # fmt: skip
         _quiet()
         with _progress() as progress:

@@ -16,8 +16,8 @@ from cemq.runtime import Plan, attached
 from cemq.sampling import Batch, run
 
 FAST = (
-    "--steps", "4", "--budget", "2", "--samples", "2", "--solver", "uniform", "--effort", "quick", "--correction",
-    "drift", "--device", "cpu",
+    "--steps", "4", "--budget", "2", "--samples", "2", "--planning-samples", "4", "--solver", "uniform", "--effort",
+    "quick", "--correction", "drift", "--device", "cpu",
 )  # fmt: skip
 # bfloat16 as well: left to itself, diffusers rounds stored scales to the model's dtype while it loads them
 BUILDS = {

@@ -18,7 +18,10 @@ import cemq
 from cemq import cli
 
 CEMQ = str(Path(sys.executable).with_name("cemq"))
-FAST = ["--steps", "10", "--budget", "4", "--samples", "2", "--solver", "uniform", "--effort", "quick"]
+FAST = [
+    "--steps", "10", "--budget", "4", "--samples", "2", "--planning-samples", "4", "--solver", "uniform", "--effort",
+    "quick",
+]  # fmt: skip
 
 
 def invoke(*arguments):
@@ -26,7 +29,7 @@ def invoke(*arguments):
 
 
 def run(*arguments):
-    return subprocess.run([CEMQ, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    return subprocess.run([CEMQ, *map(str, arguments)], capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +101,8 @@ def test_a_quick_search_from_the_command_line(dit_folder, tmp_path):
     (tmp_path / "calib.txt").write_text("1\n2\n3\n")
     done = invoke(
         "quantize-and-schedule", dit_folder, "--steps", "6", "--budget", "auto", "--tolerance", "0.5", "--effort",
-        "quick", "--samples", "2", "--calib", tmp_path / "calib.txt", "--call", "guidance_scale=2.0",
-        "-o", tmp_path / "out",
+        "quick", "--samples", "2", "--planning-samples", "16", "--calib", tmp_path / "calib.txt",
+        "--call", "guidance_scale=2.0", "-o", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "of 6 steps in full" in done.stdout
@@ -116,7 +119,8 @@ def test_a_quick_search_from_the_command_line(dit_folder, tmp_path):
     assert drawn.stdout.count("█") == 2 * len(manifest["schedule"]["full_steps"])
     refused = invoke(
         "quantize-and-schedule", dit_folder, "--steps", "6", "--budget", "auto", "--target-psnr", "200", "--effort",
-        "quick", "--samples", "2", "--calib", tmp_path / "calib.txt", "-o", tmp_path / "none",
+        "quick", "--samples", "2", "--planning-samples", "4", "--calib", tmp_path / "calib.txt",
+        "-o", tmp_path / "none",
     )  # fmt: skip
     assert refused.exit_code == 1
     last = refused.stderr.strip().splitlines()[-1]  # after the progress bars: only a run can tell
@@ -236,7 +240,7 @@ def prompted_bundle(tmp_path_factory):
     output = tmp_path_factory.mktemp("cli") / "sd3"
     done = invoke(
         "quantize-and-schedule", "builtin:sd3-digits", "--steps", "4", "--budget", "2", "--samples", "1",
-        "--solver", "uniform", "--effort", "quick", "--correction", "none",
+        "--planning-samples", "2", "--solver", "uniform", "--effort", "quick", "--correction", "none",
         "--scheme", "w4a8", "--rounding", "nearest", "--low-rank", "4", "--components", "transformer, text_encoder",
         "-o", output,
     )  # fmt: skip

@@ -363,8 +363,8 @@ def test_a_build_says_what_it_takes_before_long_work_and_the_bundle_keeps_the_ca
     (tmp_path / "labels.txt").write_text("1\n2\n")
     arguments = [
         "quantize-and-schedule", str(dit_folder), "--cache", "modules", "--steps", "6", "--budget", "3", "--solver",
-        "uniform", "--effort", "quick", "--samples", "2", "--calib", str(tmp_path / "labels.txt"), "-o",
-        str(tmp_path / "out"),
+        "uniform", "--effort", "quick", "--samples", "2", "--planning-samples", "4", "--calib",
+        str(tmp_path / "labels.txt"), "-o", str(tmp_path / "out"),
     ]  # fmt: skip
     made = CliRunner().invoke(cli.app, arguments)
     assert made.exit_code == 0, made.output

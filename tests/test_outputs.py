@@ -137,8 +137,8 @@ def test_the_command_line_makes_videos_and_audio(tmp_path, name, suffix):
     family = FAMILIES[name]
     family.pipeline().save_pretrained(tmp_path / "pipeline")
     cemq.quantize_and_schedule(
-        str(tmp_path / "pipeline"), tmp_path / "bundle", steps=4, samples=1, budget=2, solver="segment",
-        calib="prompts.txt", call=family.call,
+        str(tmp_path / "pipeline"), tmp_path / "bundle", steps=4, samples=1, planning_samples=2, budget=2,
+        solver="segment", calib="prompts.txt", call=family.call,
     )  # fmt: skip
     arguments = ["generate", str(tmp_path / "bundle"), "--prompt", "a cat", "-o"]
     wrong = CliRunner().invoke(app, [*arguments, str(tmp_path / "out.jpg")])

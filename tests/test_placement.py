@@ -255,7 +255,7 @@ PROMPT = Batch(conditions=("a bold seven",), seeds=(3,))
 def build(folder, model, scheme, **settings):
     cemq.quantize_and_schedule(
         f"builtin:{model}", folder, scheme=scheme, rounding="nearest", steps=6, budget=3, samples=1,
-        solver="segment", overwrite=True, **settings,
+        planning_samples=4, solver="segment", overwrite=True, **settings,
     )  # fmt: skip
     return folder
 

@@ -43,7 +43,7 @@ def start(command, **variables):
 
 def finish(process):
     try:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.kill()
         raise

@@ -664,8 +664,8 @@ def test_the_command_line_takes_a_cache_and_shows_it(bundle, dit_folder, tmp_pat
     (tmp_path / "labels.txt").write_text("1\n2\n")
     made = invoke(
         "quantize-and-schedule", dit_folder, "--cache", "residual", "--steps", "6", "--budget", "3", "--solver",
-        "uniform", "--effort", "quick", "--samples", "2", "--calib", tmp_path / "labels.txt", "-o", tmp_path / "out",
-        "--json",
+        "uniform", "--effort", "quick", "--samples", "2", "--planning-samples", "4", "--calib",
+        tmp_path / "labels.txt", "-o", tmp_path / "out", "--json",
     )  # fmt: skip
     assert made.exit_code == 0, made.output
     assert json.loads(made.stdout)["cache"] == "residual"

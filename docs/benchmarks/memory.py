@@ -51,7 +51,7 @@ def quantize_and_schedule(source: Path, target: Path, scheme: str) -> None:
     """The whole build: the full-precision model runs first, GPTQ is fitted to what it was fed."""
     import cemq
 
-    settings = {"steps": 4, "budget": 2, "samples": 1, "solver": "uniform", "dtype": "bfloat16", "calib": None}
+    settings = {"steps": 4, "budget": 2, "samples": 1, "planning_samples": 1, "solver": "uniform", "dtype": "bfloat16"}
     cemq.quantize_and_schedule(str(source), target, scheme=scheme, overwrite=True, **settings)
 
 
