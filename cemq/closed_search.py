@@ -209,7 +209,7 @@ class Search:
         return kept, fix
 
     def fewest(self, wanted: Wanted) -> Trial:
-        """The trial with the fewest full-compute steps that meets what is wanted, by bisection over budgets.
+        """The trial with the fewest full-compute steps that meets what is wanted, also on all samples.
 
         Raises:
             InfeasibleBudgetError: Not even full compute does.
@@ -220,23 +220,38 @@ class Search:
                 f"target_psnr={wanted.psnr_db}: full compute reaches {full.psnr_db:.1f} dB; choose less, or a scheme "
                 "with more bits"
             )
-        low, high = 2, loop.num_steps
-        rounds = math.ceil(math.log2(loop.num_steps))
-        while low < high:
-            middle = self._likely(low, high, wanted)
-            left = self.limit - self._finals(middle) - len(PUBLISHED) * len(self._names) * loop.cost(middle)
-            trial = self.explore(middle, loop.spent + (left - loop.spent) / rounds)
-            rounds = max(1, rounds - 1)
-            if wanted.met_by(trial):
-                high = trial.schedule.budget
-            else:
-                low = middle + 1
-        for budget in range(high, loop.num_steps):  # what some samples promised, all of them may not keep
-            met = [trial for trial in self._finalists(budget, _RETRIED) if wanted.met_by(trial)]
+        budget = self._least(2, wanted)
+        while budget < loop.num_steps:  # what some samples promised, all of them may not keep
+            promising = self._ranked(self._meeting(wanted, budget, budget))[:_RETRIED]
+            met = [trial for trial in (loop.run(each.schedule) for each in promising) if wanted.met_by(trial)]
             if met:
                 best = self.best(budget)
                 return best if wanted.met_by(best) else self._ranked(met)[0]
+            budget = self._least(budget + 1, wanted)
         return full
+
+    def _least(self, low: int, wanted: Wanted) -> int:
+        """The smallest budget from ``low`` on with a schedule that meets what is wanted on the samples it was run on,
+        by bisection; that of full compute where there is none."""
+        loop = self.loop
+        high = self._smallest(wanted, low, loop.num_steps)
+        rounds = math.ceil(math.log2(high - low + 1))
+        while low < high:
+            middle = self._likely(low, high, wanted)
+            left = self.limit - self._finals(middle) - len(PUBLISHED) * len(self._names) * loop.cost(middle)
+            self.explore(middle, loop.spent + (left - loop.spent) / rounds)
+            rounds = max(1, rounds - 1)
+            found = self._smallest(wanted, low, middle)
+            low, high = (low, found) if found <= middle else (middle + 1, high)
+        return high
+
+    def _meeting(self, wanted: Wanted, low: int, high: int) -> list[Trial]:
+        return [t for t in self._tried(high) if t.schedule.budget >= low and wanted.met_by(t)]
+
+    def _smallest(self, wanted: Wanted, low: int, high: int) -> int:
+        """Budget of a trial from ``low`` to ``high`` that meets what is wanted; that of full compute if none does."""
+        budgets = (trial.schedule.budget for trial in self._meeting(wanted, low, high))
+        return min(budgets, default=self.loop.num_steps)
 
     def _likely(self, low: int, high: int, wanted: Wanted) -> int:
         """The budget to try next: where the fitted prior expects to meet the target, kept within the inner range."""

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import make_dit
 
-from cemq.closed_loop import ClosedLoop, Trial
+from cemq import closed_search
+from cemq.closed_loop import FULL, ClosedLoop, Trial
 from cemq.closed_search import SEARCHED, Search, Wanted
 from cemq.correction import METHODS
 from cemq.errors import InfeasibleBudgetError, InputError
@@ -17,7 +18,7 @@ from cemq.evaluation import run_batch
 from cemq.planning import EFFORTS, check_planning, plan
 from cemq.prior import ErrorPrior
 from cemq.profiling import profile, record_references
-from cemq.propagation import Fit
+from cemq.propagation import Fit, sample_schedules
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.runtime import Plan, attached
 from cemq.sampling import make_batches
@@ -245,6 +246,24 @@ def test_auto_finds_a_budget_within_the_tolerance(quantized, tolerance):
     assert found.evidence["tolerance"] == tolerance
     if tolerance > 1:
         assert found.schedule.budget < STEPS
+
+
+def test_auto_goes_on_to_larger_budgets_where_all_samples_do_not_keep_what_some_promised(monkeypatch):
+    monkeypatch.setattr(closed_search, "SEARCHED", 1)
+    # pictures may be best with few steps although latents are not, and so budgets that do not do rank first
+    monkeypatch.setattr(Search, "_ranked", lambda _, trials: sorted(trials, key=lambda trial: trial.schedule.budget))
+    loop = ClosedLoop(**prepared(batch_size=1))
+    full = loop.run(CacheSchedule(num_steps=STEPS, full_steps=range(STEPS), solver=FULL))
+    for schedule in sample_schedules(STEPS, 6, ("taylor1",), 0):
+        loop.teach(schedule, 0)
+
+    def met_by(trial):
+        return trial.schedule.budget >= (3 if trial.samples < loop.samples else 5)
+
+    wanted = SimpleNamespace(full=full, psnr_db=None, error=full.error, met_by=met_by)
+    search = Search(loop=loop, predictor="auto", corrector="none", view="combined", limit=20)
+    found = search.fewest(wanted)
+    assert (found.schedule.budget, found.samples) == (5, loop.samples)
 
 
 def test_auto_reaches_a_target_psnr(quantized, searched):

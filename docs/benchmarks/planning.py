@@ -506,10 +506,10 @@ samples, as where plans are compared; `by plain means` is the first column witho
 ## Default plan against uniform and CEM
 
 `search, taylor1` is the search with that one predictor, no corrector and no correction, as `uniform` and `cem` have it;
-`corrected later` are those two with the corrector `quadratic`, which `default` has too; it chooses the predictor of
-each segment and a correction besides. CEM's rule has no schedule of 7: its relaxed variant stands in.
-Margins are over the better of uniform and CEM: of `search, taylor1` with that predictor, of `default` with that
-predictor, and with the better of both. Every cell is planned on samples that nothing has been run on. "full steps"
+`corrected later` are those two with the corrector `quadratic`; `default` has it where skipping costs enough, and
+chooses the predictor of each segment and a correction besides. CEM's rule has no schedule of 7: its relaxed variant
+stands in. Margins are over the better of uniform and CEM: of `search, taylor1` with that predictor, of `default` with
+that predictor, and with the better of both. Every cell is planned on samples that nothing has been run on. "full steps"
 is what the default plan spends: it may leave part of the budget.
 
 {
