@@ -68,8 +68,8 @@ def costs_of(prior: ErrorPrior) -> dict[str, Callable[[CacheSchedule], float]]:
     plain = unweighted(prior)
     for view in VIEWS:
         found[f"cem, {view}"] = lambda s, view=view: cem_cost(prior, s, view)
-        found[f"unweighted, {view}"] = lambda s, view=view: plain.final_error(s.integrated, view)
-        found[f"fitted, {view}"] = lambda s, view=view: prior.final_error(s.integrated, view)
+        found[f"unweighted, {view}"] = lambda s, view=view: plain.final_error(s.served, s.integrated, view)
+        found[f"fitted, {view}"] = lambda s, view=view: prior.final_error(s.served, s.integrated, view)
     return found
 
 

@@ -20,7 +20,7 @@ from cemq.errors import BundleError, CemqError
 from cemq.prior import SamplerFingerprint
 from cemq.schedule import CacheSchedule
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "cemq.json"
 PRIOR = "prior.safetensors"
 EVIDENCE = "evidence.json"

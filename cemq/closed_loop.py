@@ -97,6 +97,7 @@ class ClosedLoop:
     calls_per_step: float = math.nan  # of the denoiser, in the latest run
     _trials: dict[Any, Trial] = field(default_factory=dict)
     _batches_run: dict[Any, int] = field(default_factory=dict)
+    _fits: dict[Any, Fit] = field(default_factory=dict)  # to all that has been run so far
 
     @property
     def num_steps(self) -> int:
@@ -164,6 +165,7 @@ class ClosedLoop:
             lesson_from=lesson_from,
         )
         self._batches_run[key] = missing.stop
+        self._fits.clear()
         done = known.samples if known else 0
         self.spent += (trial.samples - done) / self.samples / schedule.compute_ratio
         if self.progress:
@@ -195,6 +197,11 @@ class ClosedLoop:
         lessons had one, trials without say nothing, and the other way round. What was run on the same samples is
         compared with each other, and with full compute.
         """
+        if (view, repeated) not in self._fits:
+            self._fits[view, repeated] = self._fitted(view, repeated)
+        return self._fits[view, repeated]
+
+    def _fitted(self, view: str, repeated: float) -> Fit:
         corrector = next((t.schedule.corrector for t in self.trials if t.schedule.solver == SAMPLE), NO_CORRECTOR)
         alike = [
             trial

@@ -115,8 +115,8 @@ class Search:
 
     @property
     def _choices(self) -> tuple[str, ...]:
-        """Predictors that a segment may be served by instead: without a corrector, for with one predictions do not say
-        which is better."""
+        """Predictors that a segment may be served by instead: without a corrector, for with one such moves exploit what
+        is predicted of how the sample strays."""
         return SEGMENT_PREDICTORS if self.predictor == AUTO and self.corrector == NO_CORRECTOR else ()
 
     def best(self, budget: int) -> Trial:
@@ -139,6 +139,9 @@ class Search:
             loop.run(move, samples=SEARCHED)
         return self._ranked(self._tried(budget))[0]
 
+    def _predicted(self, prior: ErrorPrior, schedule: CacheSchedule) -> float:
+        return prior.final_error(schedule.served, schedule.integrated, self.view)
+
     def _next(self, budget: int) -> CacheSchedule | None:
         """The most promising neighbour of the best schedule that has any which were not run."""
         prior = self.loop.fit(self.view).prior
@@ -148,15 +151,15 @@ class Search:
             further = improve(prior, start, predictors=self._choices, view=self.view, moves=4)
             moves = [move for move in (*neighbours(start, self._choices), further) if move.key not in known]
             if moves:
-                return min(moves, key=lambda move: prior.final_error(move.integrated, self.view))
+                return min(moves, key=lambda move: self._predicted(prior, move))
         return None
 
     def _finals(self, budget: int) -> float:
         """What it costs to run the finalists on the samples that the search has not run them on."""
         return FINALISTS * (self.loop.cost(budget) - self.loop.cost(budget, SEARCHED))
 
-    def _finalists(self, budget: int, count: int = FINALISTS) -> list[Trial]:
-        return [self.loop.run(trial.schedule) for trial in self._ranked(self._tried(budget))[:count]]
+    def _finalists(self, budget: int) -> list[Trial]:
+        return [self.loop.run(trial.schedule) for trial in self._ranked(self._tried(budget))[:FINALISTS]]
 
     def _tried(self, budget: int) -> list[Trial]:
         """What a plan of this budget may be."""
@@ -179,7 +182,7 @@ class Search:
         score = middle_mean(centered)
         if samples > 1:  # one sample says nothing about its noise
             fit = self.loop.fit(self.view)
-            predicted = np.array([psnr_of(fit.prior.final_error(t.schedule.integrated, self.view)) for t in trials])
+            predicted = np.array([psnr_of(self._predicted(fit.prior, t.schedule)) for t in trials])
             noise = middle_error(centered).mean() ** 2
             misfit = (DB_PER_LOG * fit.rms_log_error) ** 2
             share = noise / (noise + misfit) if noise + misfit else 0.0
@@ -260,7 +263,7 @@ class Search:
         meets = [
             budget
             for budget, schedule in enumerate(planned, start=2)
-            if budget >= low and fit.final_error(schedule.integrated, self.view) <= wanted.error
+            if budget >= low and self._predicted(fit, schedule) <= wanted.error
         ]
         likely = meets[0] if meets else high - 1
         return min(max(likely, low + (high - low) // 4), high - 1)
@@ -271,7 +274,7 @@ class Search:
     def curve(self, prior: ErrorPrior) -> list[dict[str, Any]]:
         """For every budget, the predicted error of the plan relative to that of full compute, and what was measured."""
         planned = self._planned(prior, self.loop.num_steps - 1)
-        base = prior.final_error(np.eye(self.loop.num_steps), self.view)
+        base = prior.final_error(np.eye(self.loop.num_steps), view=self.view)
         full = self.loop.trials[0]
         points = []
         for budget, schedule in enumerate(planned, start=2):
@@ -280,7 +283,7 @@ class Search:
             points.append(
                 {
                     "budget": budget,
-                    "predicted_error": prior.final_error(schedule.integrated, self.view),
+                    "predicted_error": self._predicted(prior, schedule),
                     "measured_psnr_db": best and best.psnr_db,
                     "measured_relative_l2": best and best.relative_l2,
                 }

@@ -115,10 +115,11 @@ def integrated_matrix(served: np.ndarray, full_steps: Sequence[int], corrector: 
         served: `serving_matrix`.
         full_steps: Rising, beginning with 0.
     """
+    if corrector == NO_CORRECTOR:
+        return served
     integrated = served.copy()
-    if corrector != NO_CORRECTOR:
-        for index, (before, step) in enumerate(pairwise(full_steps), start=1):
-            integrated[before + 1 : step] = _looked_back(served, full_steps, index, corrector)
+    for index, (before, step) in enumerate(pairwise(full_steps), start=1):
+        integrated[before + 1 : step] = _looked_back(served, full_steps, index, corrector)
     return integrated
 
 
@@ -127,6 +128,24 @@ def _looked_back(served: np.ndarray, full_steps: Sequence[int], index: int, corr
     nodes, rule = full_steps[index::-1], CORRECTORS[corrector]
     between = range(full_steps[index - 1] + 1, full_steps[index])
     return np.array([rule(step, nodes, served) for step in between]).reshape(-1, served.shape[1])
+
+
+def straying_matrix(served: np.ndarray, integrated: np.ndarray, step_sizes: np.ndarray) -> np.ndarray:
+    """How far the sample has strayed when a step is computed in full, (num_steps, num_steps): weights of full-compute
+    outputs, rows of zeros for skipped steps.
+
+    That is what the steps skipped before it have moved the sample by too much or too little. The step puts it right,
+    but is computed where the sample is before that. Without a corrector nothing is put right, and all is zero.
+
+    Args:
+        served: `serving_matrix`.
+        integrated: `integrated_matrix`.
+        step_sizes: (num_steps,), how far one unit of each prediction moves the sample.
+    """
+    strayed = np.zeros_like(served)
+    full = np.flatnonzero(served.diagonal())
+    strayed[full[1:]] = np.add.reduceat((served - integrated) * step_sizes[:, None], full)[:-1]
+    return strayed
 
 
 def correcting_matrix(

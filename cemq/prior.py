@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from cemq.errors import BundleError, InputError, PriorMismatchError, choose
-from cemq.predict import NO_CORRECTOR, reused_steps
+from cemq.predict import NO_CORRECTOR, reused_steps, straying_matrix
 
 VIEWS = ("combined", "cache", "self")
-_ARRAYS = ("qq", "qv", "vv", "step_sizes", "sensitivity", "coherence")
+RESPONSE = (0.0, 2.0)  # where nothing is known: across, and about as much as the built-in models show
+_ARRAYS = ("qq", "qv", "vv", "step_sizes", "sensitivity", "coherence", "response")
 _OPTIONAL = ("token_cosines", "channel_means", "channel_grams")
 # Settings of a noise scheduler that only choose where on its curve the steps lie; a prior carries over to others.
 _SPACING = {
@@ -138,7 +139,9 @@ class ErrorPrior:
     (2, num_steps) how much one unit of displacement after that step moves the final sample: where the step is computed
     or extrapolated, and where it reuses an earlier output as it is. (num_steps,) is for both, None counts as ones.
     ``coherence`` is over how many steps errors keep their direction on the way to the final sample: those of two steps
-    add up with sign if it is large, in squares if it is small. `cemq.propagation` fits both.
+    add up with sign if it is large, in squares if it is small. ``response`` (2, num_steps) is how far the output of a
+    step moves for a unit that its sample has strayed by, the way it has strayed and across it; (2,) is that of all
+    steps. `cemq.propagation` fits all three.
 
     ``token_cosines`` (3, num_steps, num_steps) is CEM's prior: the mean cosine of token means, of v with v, q with q
     and q with v. ``channel_means`` (2, num_steps, channels), the means of q and of v, and ``channel_grams``
@@ -152,6 +155,7 @@ class ErrorPrior:
     step_sizes: np.ndarray
     sensitivity: np.ndarray | None = None
     coherence: float = np.inf
+    response: np.ndarray = dataclasses.field(default_factory=lambda: np.array(RESPONSE))
     token_cosines: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((3, 0, 0)))
     channel_means: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0, 0)))
     channel_grams: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0, 0, 0)))
@@ -168,6 +172,9 @@ class ErrorPrior:
             if matrix.shape != (steps, steps):
                 raise InputError(f"error prior: {name} has shape {matrix.shape}, expected {(steps, steps)}")
         object.__setattr__(self, "coherence", float(np.asarray(self.coherence).item()))  # a file holds an array
+        if np.shape(self.response) not in ((2,), (2, steps)):
+            raise InputError(f"error prior: response has shape {np.shape(self.response)}, expected {(2, steps)}")
+        object.__setattr__(self, "response", np.broadcast_to(np.reshape(self.response, (2, -1)), (2, steps)))
         if not self.coherence > 0:
             raise InputError(f"error prior: coherence is {self.coherence}, expected more than 0 steps")
         for name in (*_ARRAYS, *_OPTIONAL):
@@ -223,10 +230,24 @@ class ErrorPrior:
         squared = np.diag(self.error_gram(served, view)).clip(0)
         return np.sqrt(squared / np.diag(self.view(view).yy))
 
-    def final_error(self, served: np.ndarray, view: str = "combined") -> float:
-        """Predicted distance of the final sample from the full-precision one, root mean square per element."""
-        weights = np.where(reused_steps(served), *self.step_weights[::-1])
-        return float(np.sqrt(max(weights @ (self.coherences * self.error_gram(served, view)) @ weights, 0.0)))
+    def final_error(self, served: np.ndarray, integrated: np.ndarray | None = None, view: str = "combined") -> float:
+        """Predicted distance of the final sample from the full-precision one, root mean square per element.
+
+        Args:
+            served: `cemq.predict.serving_matrix`.
+            integrated: `cemq.predict.integrated_matrix`; None where nothing is corrected later.
+        """
+        counted = served if integrated is None else integrated
+        if counted is served:
+            errors = self.error_gram(counted, view)
+        else:  # outputs of full-compute steps are off by what they answer to the strayed sample
+            strayed = straying_matrix(served, counted, self.step_sizes)
+            along, across = (counted @ (answer[:, None] * strayed) for answer in self.response)
+            used = np.flatnonzero(across.any(0))
+            beside = across[:, used] @ self.view(view).xx[np.ix_(used, used)] @ across[:, used].T
+            errors = self.error_gram(counted + along, view) + beside
+        weights = np.where(reused_steps(counted), *self.step_weights[::-1])
+        return float(np.sqrt(max(weights @ (self.coherences * errors) @ weights, 0.0)))
 
     def reuse_errors(self, view: str = "combined") -> np.ndarray:
         """Relative L2 error of reuse, shape (num_steps, num_steps): [cache_interval, step_index], NaN before step 0.
@@ -294,6 +315,7 @@ class ErrorPrior:
             vv=between @ self.vv @ between.T,
             step_sizes=linear @ (self.step_sizes / spans[0]) * spans[1],
             sensitivity=np.exp(np.log(self.sensitivity) @ linear.T),
+            response=self.response @ linear.T,
             coherence=self.coherence * len(new) / len(old),
             token_cosines=linear @ cosines @ linear.T if cosines.size else cosines,
             channel_means=between @ means if means.size else means,

@@ -61,9 +61,13 @@ def test_every_cost_is_named_and_unweighted_ones_know_nothing_of_the_fit():
     costs = costs_of(prior)
     assert set(costs) == {f"{kind}, {view}" for kind in ("cem", "unweighted", "fitted") for view in VIEWS}
     for view in VIEWS:
-        assert costs[f"fitted, {view}"](schedule) == prior.final_error(schedule.served, view)
+        assert costs[f"fitted, {view}"](schedule) == prior.final_error(schedule.served, view=view)
         plain = costs[f"unweighted, {view}"](schedule)
-        assert plain == unweighted(prior).final_error(schedule.served, view) != prior.final_error(schedule.served, view)
+        assert (
+            plain
+            == unweighted(prior).final_error(schedule.served, view=view)
+            != prior.final_error(schedule.served, view=view)
+        )
 
 
 @pytest.mark.parametrize(("steps", "budget", "count"), [(50, 15, 40), (8, 3, 21), (6, 2, 5)])

@@ -69,7 +69,7 @@ def test_coherent_errors_add_up_with_sign_in_the_final_sample(view):
     prior = prior_of(*trajectories(), sensitivity=sensitivity)
     prior = dataclasses.replace(prior, step_sizes=sizes)
     moved = sum(size * gain * error for size, gain, error in zip(sizes, sensitivity, errors, strict=True))
-    assert prior.final_error(served, view) == pytest.approx(np.sqrt(np.mean(moved**2)), rel=1e-9)
+    assert prior.final_error(served, view=view) == pytest.approx(np.sqrt(np.mean(moved**2)), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_without_quantization_error_all_views_are_equal():
         assert np.array_equal(prior.reuse_errors("combined"), prior.reuse_errors(view), equal_nan=True)
         assert np.array_equal(prior.cosine_distances("combined"), prior.cosine_distances(view))
         served = np.tri(STEPS) / 2
-        assert prior.final_error(served, "combined") == prior.final_error(served, view)
+        assert prior.final_error(served, view="combined") == prior.final_error(served, view=view)
 
 
 def test_with_quantization_error_no_two_views_are_equal():
@@ -241,6 +241,14 @@ def test_a_misshapen_matrix_is_refused_by_name(name, shape):
 def test_a_coherence_that_is_not_positive_is_refused(coherence):
     with pytest.raises(InputError, match="expected more than 0 steps"):
         prior_of(*trajectories(), coherence=coherence)
+
+
+def test_one_response_is_that_of_all_steps_and_none_of_another_length_is_taken():
+    q, v = trajectories()
+    assert np.array_equal(prior_of(q, v, response=np.array([0.5, 2.0])).response, [[0.5] * len(q), [2.0] * len(q)])
+    for wrong in (np.ones(3), np.ones((2, len(q) + 1))):
+        with pytest.raises(InputError, match=r"response has shape \(.*\), expected \(2, "):
+            prior_of(q, v, response=wrong)
 
 
 def test_a_sensitivity_of_another_length_is_refused():

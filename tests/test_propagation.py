@@ -82,7 +82,32 @@ def test_a_fit_to_few_runs_is_smooth():
     assert np.abs(np.diff(np.log(fit.prior.sensitivity))).max() < 2
 
 
-def test_a_fit_changes_nothing_but_sensitivity_and_coherence():
+@pytest.mark.parametrize("response", [(0.0, 4.0), (2.0, 1.0), (-1.5, 1.0)])
+def test_a_fit_to_corrected_runs_recovers_what_steps_answer_to_a_strayed_sample(response):
+    prior = synthetic_prior()
+    truth = dataclasses.replace(true_prior(prior, 5.0), response=np.array(response))
+
+    def corrected(seed):
+        return sample_schedules(STEPS, 40, ("taylor1", "reuse"), seed=seed, corrector="quadratic")
+
+    def predicted(by, seed):
+        return np.array([by.final_error(s.served, s.integrated) for s in corrected(seed)])
+
+    fit = fit_propagation(prior, corrected(0), predicted(truth, 0))
+    assert np.linalg.norm(fit.prior.response.mean(1)) == pytest.approx(np.linalg.norm(response), rel=0.4)
+    assert np.sign(np.round(fit.prior.response[0].mean())) == np.sign(response[0])
+    deaf = dataclasses.replace(fit.prior, response=np.zeros(2))
+    misses = [np.std(np.log(predicted(each, 1) / predicted(truth, 1))) for each in (fit.prior, deaf)]
+    assert misses[0] < 0.1 < 0.5 * misses[1]
+
+
+def test_what_runs_without_a_corrector_do_not_tell_stays_as_it_was():
+    prior = synthetic_prior()
+    fit = fit_propagation(prior, samples(0, 40), [true_prior(prior, 5.0).final_error(s.served) for s in samples(0, 40)])
+    assert np.array_equal(fit.prior.response, prior.response)
+
+
+def test_a_fit_changes_nothing_but_sensitivity_coherence_and_response():
     prior = synthetic_prior()
     fitted = fit_propagation(prior, samples(0, 8), np.linspace(0.1, 0.4, 8)).prior
     assert fitted.qq is prior.qq

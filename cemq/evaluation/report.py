@@ -40,6 +40,7 @@ def describe(bundle: Path) -> dict[str, Any]:
             "step_sizes": prior.step_sizes.tolist(),
             "sensitivity": prior.sensitivity.tolist(),
             "coherence": prior.coherence,
+            "response": prior.response.tolist(),
         },
         "correction": manifest.correction,
         "cache": manifest.cache,

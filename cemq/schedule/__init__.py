@@ -11,7 +11,6 @@ from cemq.schedule.plan import (
     parse_budget,
     plan_all,
     plan_schedule,
-    settle,
     uniform_steps,
     usual_budget,
 )
@@ -38,7 +37,6 @@ __all__ = [
     "plan_schedule",
     "published_errors",
     "segment_costs",
-    "settle",
     "skip_branches",
     "solve_cem",
     "solve_relaxed_cem",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import numpy as np
 
@@ -92,7 +91,7 @@ def plan_schedule(
     Args:
         budget: Full-compute steps to spend, counting step 0, or a compute ratio such as ``"3x"``. The number of steps
             itself means full compute.
-        predictor: One of `PREDICTORS`, or ``auto``: the one of `SLOPES` that suits each segment best (`settle`).
+        predictor: One of `PREDICTORS`, or ``auto``: the one of `SLOPES` that suits each segment best.
         corrector: Of `CORRECTORS`, or ``none``: what full-compute steps make up for.
         view: Which errors of the prior to minimise: ``combined``, ``cache`` or ``self``.
         gamma: Exponent on each segment's error.
@@ -116,8 +115,7 @@ def plan_schedule(
     single = "taylor1" if predictor == AUTO else predictor
     if solver == "segment" and count < prior.num_steps:
         settings = {"predictor": predictor, "corrector": corrector, "view": view, "gamma": gamma, "max_gap": max_gap}
-        planned = plan_all(prior, count, **settings)[-1]
-        return settle(prior, planned, view=view) if predictor == AUTO else planned
+        return plan_all(prior, count, **settings)[-1]
     if solver in CEM_RULES:
         full_steps = (cem or CEM_RULES[solver]).solve(prior.cosine_distances(view), count)
     elif solver == "threshold":
@@ -173,24 +171,6 @@ def plan_all(
         few = plan_all(prior, small, predictor=predictor, corrector=corrector, view=view, gamma=gamma)
         return [*few, *schedules[small:]]
     return schedules[1:]
-
-
-def settle(prior: ErrorPrior, schedule: CacheSchedule, *, view: str = "combined") -> CacheSchedule:
-    """Serve each segment that is corrected later by the predictor of `SLOPES` that lets the sample stray least until
-    then, so that its last step is computed where it should be, and the last segment by the one that leaves the least
-    error. Without a corrector the schedule as it is.
-    """
-    if not schedule.corrects:
-        return schedule
-    full, moved = schedule.full_steps, np.outer(prior.step_sizes, prior.step_sizes)
-    strayed = []
-    for name in SLOPES:
-        errors = prior.error_gram(replace(schedule, predictor=name).served, view) * moved
-        strayed.append(np.add.reduceat(np.add.reduceat(errors, full, 0), full, 1).diagonal())
-    names = tuple(SLOPES)
-    closed = tuple(names[index] for index in np.argmin(strayed, 0)[:-1])
-    ways = [replace(schedule, predictor=(*closed, name)) for name in names]
-    return min(ways, key=lambda way: prior.final_error(way.integrated, view))
 
 
 def _chosen(table: SegmentCosts, full_steps: tuple[int, ...]) -> tuple[str, ...]:

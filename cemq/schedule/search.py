@@ -8,10 +8,11 @@ from functools import cache
 
 import numpy as np
 
-from cemq.predict import NO_CORRECTOR
+from cemq.predict import NO_CORRECTOR, straying_matrix
 from cemq.prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
-from cemq.schedule.plan import AUTO, parse_budget, plan_schedule, settle
+from cemq.schedule.plan import AUTO, parse_budget, plan_schedule
+from cemq.schedule.segment import SLOPES
 
 SEARCH = "search"  # the solver that is all of this, and of `cemq.closed_search`
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that it gives to single segments
@@ -73,7 +74,7 @@ def improve(
 
     @cache  # what one round weighed comes up in the next, and from other starts
     def predicted(candidate: CacheSchedule) -> float:
-        return prior.final_error(candidate.integrated, view)
+        return prior.final_error(candidate.served, candidate.integrated, view)
 
     def better(best: CacheSchedule, candidates: Iterator[CacheSchedule]) -> CacheSchedule:
         move = min(candidates, key=predicted, default=best)
@@ -123,10 +124,24 @@ def plan_predicted(
     starts = [plan_schedule(prior, count, predictor=name, **settings) for name in dict.fromkeys((predictor, whole))]
     evenly = plan_schedule(prior, count, solver="uniform", predictor=whole, **settings)
     starts += [evenly] if known is None else [evenly, known]
-    if corrector != NO_CORRECTOR:  # which predictor serves a segment tells what is predicted of the last only
+    if corrector != NO_CORRECTOR:  # moves of predictors exploit what is predicted of how the sample strays
         found = improve(prior, starts, view=view)
         return settle(prior, found, view=view) if predictor == AUTO else found
     return improve(prior, starts, predictors=SEGMENT_PREDICTORS if predictor == AUTO else (), view=view)
+
+
+def settle(prior: ErrorPrior, schedule: CacheSchedule, *, view: str = "combined") -> CacheSchedule:
+    """Serve each segment that is corrected later by the predictor of `SLOPES` that lets the sample stray least until
+    then, and the last one by that which leaves the least error. Without a corrector the schedule as it is.
+    """
+    if not schedule.corrects:
+        return schedule
+    ways = [replace(schedule, predictor=name) for name in SLOPES]
+    strayed = [straying_matrix(way.served, way.integrated, prior.step_sizes)[list(way.full_steps)] for way in ways]
+    energies = np.einsum("wsk,kl,wsl->ws", strayed, prior.view(view).xx, strayed)
+    closed = [ways[index].predictor for index in energies[:, 1:].argmin(0)]
+    ways = [replace(schedule, predictor=(*closed, name)) for name in SLOPES]
+    return min(ways, key=lambda way: prior.final_error(way.served, way.integrated, view))
 
 
 def stretched(schedule: CacheSchedule, places: Sequence[float], num_steps: int, budget: int) -> CacheSchedule:

@@ -46,8 +46,8 @@ def segment_costs(
     Args:
         view: Of the prior: what is cached (x) and what it should be (y).
         predictors: Of `SLOPES`; each segment is costed with the best of them.
-        corrector: With one, segments that end with a full-compute step are costed as what is interpolated between; the
-            predictor is the one that is best without.
+        corrector: With one, segments that end with a full-compute step are costed as what is interpolated between,
+            and by what that step answers to the sample that has strayed by then, which depends on the predictor.
         max_gap: The longest segment.
     """
     steps, gram = prior.num_steps, prior.view(view)
@@ -86,8 +86,12 @@ def segment_costs(
         costs[start, gaps, 1 : len(inside) + 1] = totals.min(0)
         choices[start, gaps, 1 : len(inside) + 1] = totals.argmin(0)
     if corrector != NO_CORRECTOR:
-        interpolated = _interpolated_costs(prior, view, max_gap, bent=corrector == "quadratic")
-        costs = np.where(np.isfinite(interpolated), interpolated, costs)
+        bent = corrector == "quadratic"
+        interpolated = _interpolated_costs(prior, view, max_gap, bent=bent)
+        answers = np.stack([_answers(prior, view, max_gap, SLOPES[name], bent=bent) for name in predictors])
+        closed = np.isfinite(interpolated)
+        costs = np.where(closed, interpolated + answers.min(0), costs)
+        choices = np.where(closed, answers.argmin(0), choices)
     with np.errstate(invalid="ignore"):
         costs = np.maximum(costs, 0.0) ** (gamma / 2)
     return SegmentCosts(costs=costs, choices=choices, predictors=tuple(predictors))
@@ -127,6 +131,45 @@ def _interpolated_costs(prior: ErrorPrior, view: str, max_gap: int, *, bent: boo
             square = sum(a * b * gram.xx[one, other] for a, one in terms for b, other in terms)
             totals[start[:, 0], 1:, length] += 2 * linear + square * (pulled @ shape)[:, None]
     return totals
+
+
+def _answers(prior: ErrorPrior, view: str, max_gap: int, share: float, *, bent: bool) -> np.ndarray:
+    """What the full-compute step that ends a segment answers to where the sample has strayed by then
+    (`ErrorPrior.strayed_grams`), in the final sample, squared; shaped like `segment_costs`.
+
+    It reaches the final sample by the steps that its output counts in: those interpolated before it and, since it is
+    not known which those after it are, as many after it, less and less. All pull the same way.
+
+    Args:
+        share: Of the slope between the two full-compute steps before, that the skipped steps were served with.
+    """
+    steps, gram, weights = prior.num_steps, prior.view(view).xx, prior.step_weights[0]
+    found = np.zeros((steps, max_gap + 1, max_gap + 1))
+    gaps = np.arange(max_gap + 1)
+    inverse = 1 / np.maximum(gaps, 1) * (gaps > 0)
+    for length in range(1, min(max_gap, steps - 1) + 1):
+        ages, start = np.arange(length), np.arange(steps - length)[:, None]
+        before, end = np.maximum(start - gaps, 0), start + length
+        inside = start + ages
+        once, twice = (prior.step_sizes[inside] @ ages**power for power in (1, 2))  # (starts,)
+        # served less interpolated, summed over the segment, in outputs of the steps before, at its start and at its end
+        straight = np.outer(once, share * inverse)
+        counts = np.stack([-straight, straight + once[:, None] / length, 0 * straight - once[:, None] / length])
+        reach = (weights[inside] @ ages / length)[:, None]
+        if bent:
+            span = length + gaps
+            slope, lift = np.outer(once, (1 - share) * inverse), (twice[:, None] + np.outer(once, gaps)) / span
+            curved = np.stack([slope - lift * inverse, lift * span * inverse / length - slope, -lift / length])
+            counts = np.where(gaps > 0, curved, counts)
+            pulled = (weights[inside] @ ages**2)[:, None] + np.outer(weights[inside] @ ages, gaps)
+            reach = np.where(gaps > 0, pulled / (length * span), reach)
+        after = np.append(weights, np.zeros(length))[end + ages] @ (1 - ages / length)
+        nodes = before, np.broadcast_to(start, before.shape), np.broadcast_to(end, before.shape)
+        terms = list(zip(counts, nodes, strict=True))
+        strayed = sum(a * b * gram[one, other] for a, one in terms for b, other in terms)
+        answer = (prior.response**2).sum(0)[end]
+        found[start[:, 0], :, length] = answer * strayed * (reach + after[:, None]) ** 2
+    return found
 
 
 def _line_errors(gram: View, inside: np.ndarray, far: np.ndarray, nodes: np.ndarray) -> np.ndarray:
