@@ -25,8 +25,8 @@ from cemq.processes import ALONE, Processes
 from cemq.propagation import sample_schedules
 from cemq.runtime import detach, from_pretrained
 from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
-from cemq.schedule import CacheSchedule, cem_costs, usual_budget
-from cemq.workflow import quantize_and_schedule
+from cemq.schedule import CacheSchedule, cem_costs, parse_budget, usual_budget
+from cemq.workflow import quantize_and_schedule, resolve_recipe
 
 _FIRST_SEED = 12345  # of the schedules that predictions are tested with
 
@@ -112,12 +112,12 @@ def analyze(
     if schedules < 5:
         raise InputError(f"schedules={schedules}: a rank correlation needs at least 5")
     place = device or default_device()
+    if not _is_bundle(bundle) and (steps := resolve_recipe(str(bundle), recipe, {}).steps):
+        _checked_budget(budget, schedules, steps)  # before the model is quantized and planned for
     with _bundle_of(bundle, scheme, recipe, place, progress, processes) as folder:
         manifest, prior = read_bundle(folder), ErrorPrior.load(folder / PRIOR)
         corrector, num_steps = corrector or prior.corrector, prior.num_steps
-        budget = budget or usual_budget(num_steps)
-        if schedules > (ways := math.comb(num_steps - 1, budget - 1)):
-            raise InputError(f"schedules={schedules}: {budget} of {num_steps} steps can be chosen in {ways} ways only")
+        budget = _checked_budget(budget, schedules, num_steps)
         pipe = from_pretrained(folder, device=place)
     detach(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -150,6 +150,18 @@ def analyze(
     return result
 
 
+def _checked_budget(budget: int | None, schedules: int, num_steps: int) -> int:
+    """The budget, or the usual one, of which there must be so many schedules."""
+    budget = parse_budget(budget or usual_budget(num_steps), num_steps)
+    if schedules > (ways := math.comb(num_steps - 1, budget - 1)):
+        raise InputError(f"schedules={schedules}: {budget} of {num_steps} steps can be chosen in {ways} ways only")
+    return budget
+
+
+def _is_bundle(name: str | Path) -> bool:
+    return (Path(name).expanduser() / MANIFEST).is_file()
+
+
 @contextmanager
 def _bundle_of(
     name: str | Path,
@@ -160,10 +172,10 @@ def _bundle_of(
     processes: Processes,
 ) -> Iterator[Path]:
     """The folder itself where it is a bundle's, else one made of the model for as long as the block lasts."""
-    if (folder := Path(name).expanduser() / MANIFEST).is_file():
+    if _is_bundle(name):
         if scheme or recipe:
             raise InputError(f"'{name}' is a bundle already: leave scheme and recipe out, or give the model")
-        yield folder.parent
+        yield Path(name).expanduser()
         return
     with tempfile.TemporaryDirectory(prefix="cemq-") if processes.is_main else nullcontext() as mine:
         folder = Path(processes.gather([mine])[0]) / "bundle"

@@ -110,6 +110,20 @@ def test_an_analysis_of_too_few_or_impossibly_many_schedules_is_refused(bundle):
         analyze(bundle, schedules=60, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"budget": 60}, r"budget=60 is out of range for 50 steps: choose 2\.\.50"),
+        ({"budget": 49}, "schedules=60: 49 of 50 steps can be chosen in 49 ways only"),
+        ({"corrector": "cubic"}, "unknown corrector 'cubic'"),
+    ],
+)
+def test_what_cannot_be_analyzed_is_refused_before_a_model_is_quantized(asked, message, monkeypatch):
+    monkeypatch.setattr(analysis, "quantize_and_schedule", lambda *_, **__: pytest.fail("began long work"))
+    with pytest.raises(InputError, match=message):
+        analyze("builtin:dit-digits", schedules=60, device="cpu", **asked)
+
+
 def test_a_model_is_analyzed_through_a_bundle_that_is_not_kept(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     recipe = tmp_path / "recipe.yaml"

@@ -39,6 +39,7 @@ from cemq.runtime import Plan, attach, attached, detach, set_budget
 from cemq.sampler import fingerprint, intercepted, is_linear, next_sample, responses
 from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule, plan_predicted, plan_schedule, segment_costs, solve_segments
+from cemq.schedule.search import settle
 from cemq.schedule.segment import SLOPES
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
@@ -248,6 +249,10 @@ def test_only_outputs_are_corrected():
 # --- plans
 
 
+def predicted(prior, schedule):
+    return prior.final_error(schedule.served, schedule.integrated)
+
+
 @pytest.mark.parametrize("coherence", [np.inf, 2.0])
 @pytest.mark.parametrize("corrector", CORRECTORS)
 def test_the_segment_solver_finds_the_best_corrected_schedule_of_every_budget(corrector, coherence):
@@ -283,11 +288,20 @@ def test_the_segment_solver_finds_the_best_corrected_schedule_of_every_budget(co
 def test_a_segment_is_served_so_that_the_sample_strays_least(corrector):
     steps = 9
     q, v, step_sizes = trajectories(steps)
-    found = plan_schedule(prior_of(q, v, step_sizes), 4, predictor="auto", corrector=corrector)
+    prior = prior_of(q, v, step_sizes)
+    found = plan_schedule(prior, 4, predictor="auto", corrector=corrector)
     named = [dataclasses.replace(found, predictor=name) for name in SLOPES]
     strays = [straying_matrix(each.served, each.integrated, step_sizes) @ q for each in named]
     least = np.linalg.norm(strays, axis=2)[:, found.full_steps[1:]].argmin(0)
-    assert found.predictors[1:-1] == tuple(list(SLOPES)[index] for index in least[1:])  # the first one reuses anyway
+    best = tuple(list(SLOPES)[index] for index in least)
+    assert found.predictors[1:-1] == best[1:]  # the first one reuses anyway
+    settled = settle(prior, named[0])
+    assert settled.predictors[1:-1] == best[1:]
+    tails = [dataclasses.replace(settled, predictor=(*settled.predictors[:-1], name)) for name in SLOPES]
+    assert settled in tails
+    assert predicted(prior, settled) == min(predicted(prior, tail) for tail in tails)
+    without = dataclasses.replace(found, corrector="none")
+    assert settle(prior, without) is without
 
 
 @pytest.mark.parametrize("corrector", CORRECTORS)
@@ -307,7 +321,7 @@ def test_a_step_answers_to_where_its_sample_has_strayed(corrector, response):
     off = step_sizes @ (schedule.integrated @ (q + along * strayed) - v)
     beside = step_sizes @ schedule.integrated @ strayed * across
     expected = np.sqrt((off @ off + beside @ beside) / q.shape[1])
-    assert prior.final_error(schedule.served, schedule.integrated) == pytest.approx(expected, rel=1e-9)
+    assert predicted(prior, schedule) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -394,11 +408,7 @@ def test_a_corrector_that_the_sampler_has_no_room_for_is_refused():
 def test_local_search_predicts_no_more_error_than_the_program_and_even_spacing(corrected, corrector):
     prior, settings = corrected[1].prior, {"predictor": "reuse", "corrector": corrector}
     found = plan_predicted(prior, BUDGET, **settings)
-
-    def predicted(schedule):
-        return prior.final_error(schedule.served, schedule.integrated)
-
     assert (found.corrector, set(found.predictors)) == (corrector, {"reuse"})
     for solver in ("segment", "uniform"):
         start = plan_schedule(prior, BUDGET, solver=solver, **settings)
-        assert predicted(found) <= predicted(start) * (1 + 1e-9)
+        assert predicted(prior, found) <= predicted(prior, start) * (1 + 1e-9)
