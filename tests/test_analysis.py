@@ -12,7 +12,7 @@ from cemq import analysis
 from cemq.analysis import analyze, cem_cost, costs_of, errors_found, rank_correlation, unweighted
 from cemq.cli import app
 from cemq.closed_loop import Trial
-from cemq.errors import InputError, ModelError
+from cemq.errors import CemqError, InputError, ModelError
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.schedule import CacheSchedule, cem_costs, plan_schedule, solve_cem
 
@@ -120,7 +120,7 @@ def test_an_analysis_of_too_few_or_impossibly_many_schedules_is_refused(bundle):
 )
 def test_what_cannot_be_analyzed_is_refused_before_a_model_is_quantized(asked, message, monkeypatch):
     monkeypatch.setattr(analysis, "quantize_and_schedule", lambda *_, **__: pytest.fail("began long work"))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(CemqError, match=message):
         analyze("builtin:dit-digits", schedules=60, device="cpu", **asked)
 
 
