@@ -32,7 +32,7 @@ RIDGE = 0.2  # pulls the higher terms to zero: fewer runs than terms still give 
 _APART = 0.4  # pulls the two polynomials together, where runs do not tell them apart
 _COHERENCE = 8.0  # steps; where the fit begins
 _HELD = 0.015  # keeps it there if runs say nothing about it
-_ANSWERED = (0.05, 0.3)  # and likewise the response: what it is on average, and what it is more or less at the ends
+_ANSWERED = (0.05, 0.05)  # and likewise the response: what it is on average, and what it is more at the end
 _ITERATIONS = 60
 
 
