@@ -94,7 +94,7 @@ def test_a_fit_to_corrected_runs_recovers_what_steps_answer_to_a_strayed_sample(
         return np.array([by.final_error(s.served, s.integrated) for s in corrected(seed)])
 
     fit = fit_propagation(prior, corrected(0), predicted(truth, 0))
-    assert np.linalg.norm(fit.prior.response.mean(1)) == pytest.approx(np.linalg.norm(response), rel=0.4)
+    assert np.linalg.norm(fit.prior.response.mean(1)) == pytest.approx(np.linalg.norm(response), rel=0.5)
     assert np.sign(np.round(fit.prior.response[0].mean())) == np.sign(response[0])
     deaf = dataclasses.replace(fit.prior, response=np.zeros(2))
     misses = [np.std(np.log(predicted(each, 1) / predicted(truth, 1))) for each in (fit.prior, deaf)]
