@@ -58,7 +58,7 @@ def cem_cost(prior: ErrorPrior, schedule: CacheSchedule, view: str) -> float:
 
 
 def unweighted(prior: ErrorPrior) -> ErrorPrior:
-    """The same prior before it learned how errors reach the final sample."""
+    """The same prior with the step sizes as its only weights; what steps answer to a strayed sample stays as fitted."""
     return replace(prior, sensitivity=np.ones(prior.num_steps), coherence=np.inf)
 
 

@@ -135,7 +135,7 @@ def _interpolated_costs(prior: ErrorPrior, view: str, max_gap: int, *, bent: boo
 
 def _answers(prior: ErrorPrior, view: str, max_gap: int, share: float, *, bent: bool) -> np.ndarray:
     """What the full-compute step that ends a segment answers to where the sample has strayed by then
-    (`ErrorPrior.strayed_grams`), in the final sample, squared; shaped like `segment_costs`.
+    (`ErrorPrior.response`), in the final sample, squared; shaped like `segment_costs`.
 
     It reaches the final sample by the steps that its output counts in: those interpolated before it and, since it is
     not known which those after it are, as many after it, less and less. All pull the same way.
