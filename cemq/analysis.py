@@ -25,7 +25,7 @@ from cemq.processes import ALONE, Processes
 from cemq.propagation import sample_schedules
 from cemq.runtime import detach, from_pretrained
 from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
-from cemq.schedule import CacheSchedule, cem_costs, parse_budget, usual_budget
+from cemq.schedule import CacheSchedule, cem_costs, parse_budget, suited_corrector, usual_budget
 from cemq.workflow import quantize_and_schedule, resolve_recipe
 
 _FIRST_SEED = 12345  # of the schedules that predictions are tested with
@@ -95,7 +95,7 @@ def analyze(
         scheme: To quantize a model with; see `quantize_and_schedule`, as for ``recipe``.
         schedules: How many for each predictor, none of which the bundle was fitted to; half of them near uniform.
         budget: Full-compute steps of all of them, at least 2; None takes 3 in 10 of the steps.
-        corrector: Of all of them; None takes that of the schedules that the bundle was fitted to.
+        corrector: Of all of them; None takes what a plan of that budget would have (`suited_corrector`).
         processes: Those that `cemq.processes.launched` gives, to run a share of the samples each; all return the same.
 
     Returns:
@@ -116,8 +116,9 @@ def analyze(
         _checked_budget(budget, schedules, steps)  # before the model is quantized and planned for
     with _bundle_of(bundle, scheme, recipe, place, progress, processes) as folder:
         manifest, prior = read_bundle(folder), ErrorPrior.load(folder / PRIOR)
-        corrector, num_steps = corrector or prior.corrector, prior.num_steps
+        num_steps = prior.num_steps
         budget = _checked_budget(budget, schedules, num_steps)
+        corrector = corrector or suited_corrector(prior, budget)
         pipe = from_pretrained(folder, device=place)
     detach(pipe)
     pipe.set_progress_bar_config(disable=True)

@@ -193,7 +193,7 @@ class ClosedLoop:
     def fit(self, view: str, *, repeated: float = 1.0) -> Fit:
         """What all plain trials so far say about how errors reach the final image.
 
-        Those that were not drawn to teach count ``repeated`` each. With a corrector errors spread otherwise: where the
+        Those that were not drawn to teach count ``repeated`` each. With a corrector errors spread otherwise: where all
         lessons had one, trials without say nothing, and the other way round. What was run on the same samples is
         compared with each other, and with full compute.
         """
@@ -202,13 +202,14 @@ class ClosedLoop:
         return self._fits[view, repeated]
 
     def _fitted(self, view: str, repeated: float) -> Fit:
-        corrector = next((t.schedule.corrector for t in self.trials if t.schedule.solver == SAMPLE), NO_CORRECTOR)
+        lessons = [trial.schedule.corrector for trial in self.trials if trial.schedule.solver == SAMPLE]
+        taught = {name != NO_CORRECTOR for name in lessons or [NO_CORRECTOR]}
         alike = [
             trial
             for trial in self.trials
             if trial.is_plain
             and trial.psnr_db < PSNR_CEILING_DB
-            and (trial.schedule.solver == FULL or trial.schedule.corrects == (corrector != NO_CORRECTOR))
+            and (trial.schedule.solver == FULL or trial.schedule.corrects in taught)
         ]
         schedules, errors, counts, groups = [], [], [], []
         for number, start in enumerate(dict.fromkeys(trial.lesson_from for trial in alike)):
@@ -221,6 +222,7 @@ class ClosedLoop:
                 errors.append(error_of(trial.sample_psnr_db[first : first + shared].mean()))
                 counts.append(1.0 if trial.schedule.solver in (FULL, SAMPLE) else repeated)
                 groups.append(number)
+        corrector = next((name for name in lessons if name != NO_CORRECTOR), NO_CORRECTOR)
         metadata = self.prior.metadata and replace(self.prior.metadata, corrector=corrector)
         prior = replace(self.prior, metadata=metadata)
         return fit_propagation(prior, schedules, errors, counts=counts, groups=groups, view=view)

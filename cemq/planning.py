@@ -8,6 +8,7 @@ tries (`cemq.closed_search`), then corrections of the best. What is kept is neve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from cemq.closed_search import SEARCHED, Search, Wanted, is_certain
 from cemq.correction import METHODS, Correction, make_correction
 from cemq.errors import InputError, choose
 from cemq.evaluation.metrics import middle_mean
-from cemq.predict import CORRECTORS, NO_CORRECTOR, PREDICTORS
+from cemq.predict import CORRECTORS, NO_CORRECTOR, PREDICTORS, WORTH_CORRECTING
 from cemq.prior import ErrorPrior
 from cemq.propagation import sample_schedules
 from cemq.sampler import is_linear
@@ -33,7 +34,6 @@ from cemq.schedule import (
 
 AUTO_BUDGET = "auto"
 AUTO_CORRECTOR = "quadratic"  # on average no better than linear, but what it leaves is predicted better
-_WORTH_CORRECTING = 2.0  # dB that even spacing loses to full compute: below, little is left but quantization
 _REPEATED = 0.25  # what a run of the search counts in the prior that is kept: its neighbours say much the same
 _CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
 _FIT_SHARE = 0.6  # of the effort at most goes into runs that only teach
@@ -137,8 +137,9 @@ def plan(
     steps = None
     if budget != AUTO_BUDGET:
         steps = check_budget(budget, loop.num_steps, "segment" if solver == SEARCH else solver)
-    corrector = _settled_corrector(loop, corrector, solver, predictor, steps, full)
-    taught = _teach(loop, steps, predictor, corrector, effort_limits)
+    settled = partial(_settled_corrector, loop, corrector, solver, predictor, full)
+    corrector = settled(steps)
+    taught = _teach(loop, steps, predictor, corrector, settled, effort_limits)
     search = Search(loop=loop, predictor=predictor, corrector=corrector, view=view, limit=effort_limits.full_runs)
     if steps is None:
         best = search.fewest(Wanted(full=full, tolerance=tolerance, psnr_db=target_psnr))
@@ -177,13 +178,9 @@ def plan(
 
 
 def _settled_corrector(
-    loop: ClosedLoop, corrector: str, solver: str, predictor: str, budget: int | None, full: Trial
+    loop: ClosedLoop, corrector: str, solver: str, predictor: str, full: Trial, budget: int | None
 ) -> str:
-    """The one to plan with.
-
-    Where quantization is most of the error there is little to put right, and the difference between schedules that a
-    corrector leaves is too small to be predicted.
-    """
+    """The one to plan a budget with."""
     if corrector != AUTO:
         check_correctable(corrector, loop.cache, loop.pipe.scheduler, loop.steps)
         return corrector
@@ -195,26 +192,39 @@ def _settled_corrector(
     name = "taylor1" if predictor == AUTO else predictor
     even = loop.run(plan_schedule(loop.prior, budget, solver="uniform", predictor=name), samples=SEARCHED)
     lost = middle_mean(full.sample_psnr_db[: even.samples] - even.sample_psnr_db)
-    return AUTO_CORRECTOR if lost > _WORTH_CORRECTING else NO_CORRECTOR
+    return AUTO_CORRECTOR if lost > WORTH_CORRECTING else NO_CORRECTOR
 
 
-def _teach(loop: ClosedLoop, budget: int | None, predictor: str, corrector: str, effort: Effort) -> int:
+def _teach(
+    loop: ClosedLoop,
+    budget: int | None,
+    predictor: str,
+    corrector: str,
+    settled: Callable[[int], str],
+    effort: Effort,
+) -> int:
     """Run what says how errors reach the final sample, and count all of it as spent, also what an earlier plan has run.
 
     Schedules of the budget that is planned for, since how errors spread depends on how many steps are skipped; and some
     of half as many, for the other budgets that are planned on this prior without running anything.
+
+    Args:
+        corrector: That the budget is planned with.
+        settled: The one to plan another budget with.
 
     Returns:
         How many runs there are to fit to.
     """
     most = (_FIT_SHARE if budget else _FIT_SHARE_AUTO) * effort.full_runs
     predictors = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
-    draw = partial(sample_schedules, loop.num_steps, predictors=predictors, corrector=corrector)
+    draw = partial(sample_schedules, loop.num_steps, predictors=predictors)
     if budget in (None, loop.num_steps):
-        lessons = draw(effort.fitted_to, seed=0)
+        lessons = draw(effort.fitted_to, seed=0, corrector=corrector)
     else:
-        lessons = draw(effort.fitted_to // 3, seed=1, budget=max(2, budget // 2))
-        lessons += draw(effort.fitted_to, seed=0, budget=budget)
+        half = max(2, budget // 2)  # what pays with more steps pays with fewer
+        sparser = corrector if corrector != NO_CORRECTOR else settled(half)
+        lessons = draw(effort.fitted_to // 3, seed=1, budget=half, corrector=sparser)
+        lessons += draw(effort.fitted_to, seed=0, budget=budget, corrector=corrector)
     learned: dict[Any, float] = {}
     before = loop.spent
     for index, schedule in enumerate(lessons):

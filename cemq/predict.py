@@ -71,6 +71,9 @@ PREDICTORS: dict[str, Rule] = {
 # the predictors continue, through the new output too, so that it is interpolated.
 CORRECTORS: dict[str, Rule] = {"linear": _taylor(1), "quadratic": _taylor(2)}
 NO_CORRECTOR = "none"
+# dB that even spacing loses to full compute before correcting pays. Below, most of the error is that of quantization,
+# and the difference between schedules that a corrector leaves is too small to be predicted.
+WORTH_CORRECTING = 2.5
 _ROUNDING = 1e-9  # weights below it are what is left of others that cancel
 _UNFELT = 1e-6  # of the largest response: a step that moves the sample less pays nothing
 

@@ -100,7 +100,8 @@ def _unshared(noise: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorMetadata:
-    """Under which conditions the prior was measured; ``corrector`` is that of the schedules it was fitted to."""
+    """Under which conditions the prior was measured; ``corrector`` is that of the corrected schedules that it was
+    fitted to, if any were."""
 
     sampler: SamplerFingerprint
     scheme: str
@@ -189,7 +190,7 @@ class ErrorPrior:
 
     @property
     def corrector(self) -> str:
-        """Of the schedules whose errors it predicts best."""
+        """Of the schedules that its response was fitted to."""
         return self.metadata.corrector if self.metadata else NO_CORRECTOR
 
     @cached_property  # local search weighs thousands of schedules by it
@@ -230,12 +231,15 @@ class ErrorPrior:
         squared = np.diag(self.error_gram(served, view)).clip(0)
         return np.sqrt(squared / np.diag(self.view(view).yy))
 
-    def final_error(self, served: np.ndarray, integrated: np.ndarray | None = None, view: str = "combined") -> float:
+    def final_error(
+        self, served: np.ndarray, integrated: np.ndarray | None = None, view: str = "combined", *, since: int = 0
+    ) -> float:
         """Predicted distance of the final sample from the full-precision one, root mean square per element.
 
         Args:
             served: `cemq.predict.serving_matrix`.
             integrated: `cemq.predict.integrated_matrix`; None where nothing is corrected later.
+            since: The step from which on errors count.
         """
         counted = served if integrated is None else integrated
         if counted is served:
@@ -247,6 +251,7 @@ class ErrorPrior:
             beside = across[:, used] @ self.view(view).xx[np.ix_(used, used)] @ across[:, used].T
             errors = self.error_gram(counted + along, view) + beside
         weights = np.where(reused_steps(counted), *self.step_weights[::-1])
+        weights[:since] = 0.0
         return float(np.sqrt(max(weights @ (self.coherences * errors) @ weights, 0.0)))
 
     def reuse_errors(self, view: str = "combined") -> np.ndarray:

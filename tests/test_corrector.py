@@ -25,10 +25,12 @@ from test_schedule import all_schedules, prior_of, trajectories
 
 from cemq.closed_loop import ClosedLoop
 from cemq.errors import InputError
+from cemq.evaluation.metrics import psnr_of
 from cemq.planning import check_planning, plan
 from cemq.predict import (
     CORRECTORS,
     PREDICTORS,
+    WORTH_CORRECTING,
     correcting_matrix,
     integrated_matrix,
     serving_matrix,
@@ -38,7 +40,14 @@ from cemq.prior import ErrorPrior
 from cemq.runtime import Plan, attach, attached, detach, set_budget
 from cemq.sampler import fingerprint, intercepted, is_linear, next_sample, responses
 from cemq.sampling import Batch, run
-from cemq.schedule import CacheSchedule, plan_predicted, plan_schedule, segment_costs, solve_segments
+from cemq.schedule import (
+    CacheSchedule,
+    plan_predicted,
+    plan_schedule,
+    segment_costs,
+    solve_segments,
+    suited_corrector,
+)
 from cemq.schedule.search import settle
 from cemq.schedule.segment import SLOPES
 
@@ -299,7 +308,12 @@ def test_a_segment_is_served_so_that_the_sample_strays_least(corrector):
     assert settled.predictors[1:-1] == best[1:]
     tails = [dataclasses.replace(settled, predictor=(*settled.predictors[:-1], name)) for name in SLOPES]
     assert settled in tails
-    assert predicted(prior, settled) == min(predicted(prior, tail) for tail in tails)
+    last = found.full_steps[-1]
+
+    def tail_error(schedule):
+        return np.linalg.norm(step_sizes[last:] @ (schedule.served @ q - v)[last:])
+
+    assert tail_error(settled) == pytest.approx(min(map(tail_error, tails)))
     without = dataclasses.replace(found, corrector="none")
     assert settle(prior, without) is without
 
@@ -347,8 +361,9 @@ def test_plans_at_load_are_corrected_as_the_bundles_own(corrected):
     sampler = loop.prior.metadata.sampler
     bundled = Plan(schedule=dataclasses.replace(found.schedule, corrector="linear"), sampler=sampler, prior=found.prior)
     assert bundled.with_budget(4).schedule.corrector == "linear"
-    published = dataclasses.replace(found.schedule, corrector="none")
-    assert Plan(schedule=published, sampler=sampler, prior=found.prior).with_budget(4).schedule.corrector == "quadratic"
+    published = Plan(schedule=dataclasses.replace(found.schedule, corrector="none"), sampler=sampler, prior=found.prior)
+    assert published.with_budget(2).schedule.corrector == "quadratic"
+    assert dataclasses.replace(published, cache="residual").with_budget(2).schedule.corrector == "none"
     pipe = loop.pipe
     attach(pipe, bundled)
     try:
@@ -359,19 +374,47 @@ def test_plans_at_load_are_corrected_as_the_bundles_own(corrected):
         detach(pipe)
 
 
+@pytest.mark.parametrize("budget", range(2, STEPS + 1))
+def test_what_is_planned_at_load_is_corrected_where_even_spacing_is_predicted_to_lose_enough(corrected, budget):
+    prior = corrected[1].prior
+    even = plan_schedule(prior, budget, solver="uniform")
+    full = CacheSchedule(num_steps=STEPS, full_steps=range(STEPS))
+    lost = psnr_of(predicted(prior, full)) - psnr_of(predicted(prior, even))
+    expected = "quadratic" if lost > WORTH_CORRECTING else "none"
+    assert suited_corrector(prior, budget) == expected
+    assert (budget, expected) in {(2, "quadratic"), (STEPS, "none")} or 2 < budget < STEPS
+    taught_without = dataclasses.replace(prior.metadata, corrector="none")
+    assert suited_corrector(dataclasses.replace(prior, metadata=taught_without), budget) == "none"
+
+
 @pytest.mark.parametrize("budget", [BUDGET, "auto"])
 def test_where_even_spacing_loses_little_there_is_nothing_to_correct(corrected, budget, monkeypatch):
     loop = ClosedLoop(
         **{name: getattr(corrected[0], name) for name in ("pipe", "prior", "batches", "references", "steps", "call")}
     )
-    full = CacheSchedule(num_steps=loop.num_steps, full_steps=range(loop.num_steps))
-    even = plan_schedule(loop.prior, 2 if budget == "auto" else budget, solver="uniform", predictor="taylor1")
-    lost = float(np.mean(corrected[0].run(full).sample_psnr_db - corrected[0].run(even).sample_psnr_db))
-    for worth, corrector in ((lost - 0.01, "quadratic"), (lost + 0.01, "none")):
-        monkeypatch.setattr("cemq.planning._WORTH_CORRECTING", worth)
+    measured = corrected[0].run
+
+    def lost(steps):
+        even = plan_schedule(loop.prior, steps, solver="uniform", predictor="taylor1")
+        full = CacheSchedule(num_steps=loop.num_steps, full_steps=range(loop.num_steps))
+        return float(np.mean(measured(full).sample_psnr_db - measured(even).sample_psnr_db))
+
+    at_half = lost(2)
+    at_budget = at_half if budget == "auto" else lost(budget)
+    cases = {at_budget - 0.01: {"quadratic"}, at_half + 0.01: {"none"}}
+    if budget == BUDGET:  # fewer steps may lose enough where these do not
+        assert at_budget < at_half
+        cases[(at_budget + at_half) / 2] = {"none", "quadratic"}
+    for worth, correctors in cases.items():
+        loop = dataclasses.replace(loop, _trials={}, _batches_run={}, _fits={}, spent=0.0)
+        monkeypatch.setattr("cemq.planning.WORTH_CORRECTING", worth)
         found = plan(loop, budget, effort="quick", correction="none")
-        assert found.prior.corrector == corrector
-        loop = dataclasses.replace(loop, _trials={}, _batches_run={}, spent=0.0)
+        lessons = [trial.schedule for trial in loop.trials if trial.schedule.solver == "sample"]
+        assert {schedule.corrector for schedule in lessons} == correctors
+        assert found.prior.corrector == max(correctors)
+        if len(correctors) == 2:
+            assert {schedule.budget for schedule in lessons if schedule.corrector == "quadratic"} == {2}
+            assert found.schedule.corrector == "none"
 
 
 @pytest.mark.parametrize("solver", ["segment", "search"])

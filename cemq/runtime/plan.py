@@ -8,7 +8,16 @@ from cemq.correction import Correction
 from cemq.errors import InfeasibleBudgetError, InputError, ModelError, choose
 from cemq.predict import NO_CORRECTOR
 from cemq.prior import ErrorPrior, SamplerFingerprint
-from cemq.schedule import AUTO, SEARCH, CacheSchedule, parse_budget, plan_branches, plan_predicted, stretched
+from cemq.schedule import (
+    AUTO,
+    SEARCH,
+    CacheSchedule,
+    parse_budget,
+    plan_branches,
+    plan_predicted,
+    stretched,
+    suited_corrector,
+)
 
 CACHES = ("output", "residual", "modules")
 
@@ -66,8 +75,8 @@ class Plan:
         self, prior: ErrorPrior, sampler: SamplerFingerprint, budget: int | str, solver: str | None = None
     ) -> Plan:
         corrector = self.schedule.corrector
-        if corrector == NO_CORRECTOR and self.cache == "output":
-            corrector = prior.corrector  # that of what it was fitted to, also where a schedule without one has won
+        if corrector == NO_CORRECTOR and self.cache == "output":  # it may pay at this budget
+            corrector = suited_corrector(prior, budget, predictor=self.predictor, view=self.view)
         settings = {"predictor": self.predictor, "corrector": corrector, "view": self.view}
         solver = solver or self.solver
         share = 1 - len(self.schedule.branch_steps) / len(self.schedule.full_steps)

@@ -11,6 +11,7 @@ from cemq.schedule.plan import (
     parse_budget,
     plan_all,
     plan_schedule,
+    suited_corrector,
     uniform_steps,
     usual_budget,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "solve_relaxed_cem",
     "solve_segments",
     "stretched",
+    "suited_corrector",
     "uniform_steps",
     "usual_budget",
 ]

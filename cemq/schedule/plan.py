@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from cemq.errors import InfeasibleBudgetError, InputError, choose
-from cemq.predict import NO_CORRECTOR, check_corrector, check_predictor
+from cemq.predict import NO_CORRECTOR, WORTH_CORRECTING, check_corrector, check_predictor
 from cemq.prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
 from cemq.schedule.cem import CEM_RULES, CemRule
@@ -125,6 +125,19 @@ def plan_schedule(
     return CacheSchedule(
         num_steps=prior.num_steps, full_steps=full_steps, predictor=single, solver=solver, corrector=corrector
     )
+
+
+def suited_corrector(prior: ErrorPrior, budget: int | str, *, predictor: str = AUTO, view: str = "combined") -> str:
+    """That of the schedules which the prior was fitted to, if evenly spaced ones of this budget are predicted to lose
+    enough to full compute (`WORTH_CORRECTING`); else ``none``.
+
+    Raises:
+        InfeasibleBudgetError: The budget is out of range.
+    """
+    even = plan_schedule(prior, budget, solver="uniform", predictor=predictor, view=view)
+    full = prior.final_error(np.eye(prior.num_steps), view=view)
+    worth = prior.final_error(even.served, view=view) > full * 10 ** (WORTH_CORRECTING / 20)
+    return prior.corrector if worth else NO_CORRECTOR
 
 
 def plan_all(

@@ -132,7 +132,8 @@ def plan_predicted(
 
 def settle(prior: ErrorPrior, schedule: CacheSchedule, *, view: str = "combined") -> CacheSchedule:
     """Serve each segment that is corrected later by the predictor of `SLOPES` that lets the sample stray least until
-    then, and the last one by that which leaves the least error. Without a corrector the schedule as it is.
+    then, and the last one, which nothing puts right, by the one with the least error of its own: whether that would
+    cancel what the others leave is not predicted well enough. Without a corrector the schedule as it is.
     """
     if not schedule.corrects:
         return schedule
@@ -141,7 +142,7 @@ def settle(prior: ErrorPrior, schedule: CacheSchedule, *, view: str = "combined"
     energies = np.einsum("wsk,kl,wsl->ws", strayed, prior.view(view).xx, strayed)
     closed = [ways[index].predictor for index in energies[:, 1:].argmin(0)]
     ways = [replace(schedule, predictor=(*closed, name)) for name in SLOPES]
-    return min(ways, key=lambda way: prior.final_error(way.served, way.integrated, view))
+    return min(ways, key=lambda way: prior.final_error(way.served, view=view, since=schedule.full_steps[-1]))
 
 
 def stretched(schedule: CacheSchedule, places: Sequence[float], num_steps: int, budget: int) -> CacheSchedule:
