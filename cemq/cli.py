@@ -324,7 +324,7 @@ def analyze(
         int | None, typer.Option(min=2, help="Full-compute steps of the schedules; default: three in ten.")
     ] = None,
     corrector: Annotated[
-        str | None, typer.Option(help="Of the schedules: none, linear or quadratic; default: what was planned with.")
+        str | None, typer.Option(help="Of the schedules: none, linear or quadratic; default: what a plan of that budget has.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG: predicted against measured error.")] = None,
     device: Device = None,
