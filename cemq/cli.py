@@ -324,7 +324,8 @@ def analyze(
         int | None, typer.Option(min=2, help="Full-compute steps of the schedules; default: three in ten.")
     ] = None,
     corrector: Annotated[
-        str | None, typer.Option(help="Of the schedules: none, linear or quadratic; default: what a plan of that budget has.")
+        str | None,
+        typer.Option(help="Of the schedules: none, linear or quadratic; default: that of a plan of this budget."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG: predicted against measured error.")] = None,
     device: Device = None,
