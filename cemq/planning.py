@@ -139,7 +139,7 @@ def plan(
         steps = check_budget(budget, loop.num_steps, "segment" if solver == SEARCH else solver)
     settled = partial(_settled_corrector, loop, corrector, solver, predictor, full)
     corrector = settled(steps)
-    taught = _teach(loop, steps, predictor, corrector, settled, effort_limits)
+    taught = _teach(loop, steps, predictor, settled, effort_limits)
     search = Search(loop=loop, predictor=predictor, corrector=corrector, view=view, limit=effort_limits.full_runs)
     if steps is None:
         best = search.fewest(Wanted(full=full, tolerance=tolerance, psnr_db=target_psnr))
@@ -196,12 +196,7 @@ def _settled_corrector(
 
 
 def _teach(
-    loop: ClosedLoop,
-    budget: int | None,
-    predictor: str,
-    corrector: str,
-    settled: Callable[[int], str],
-    effort: Effort,
+    loop: ClosedLoop, budget: int | None, predictor: str, settled: Callable[[int | None], str], effort: Effort
 ) -> int:
     """Run what says how errors reach the final sample, and count all of it as spent, also what an earlier plan has run.
 
@@ -209,21 +204,20 @@ def _teach(
     of half as many, for the other budgets that are planned on this prior without running anything.
 
     Args:
-        corrector: That the budget is planned with.
-        settled: The one to plan another budget with.
+        settled: The corrector to plan a budget with.
 
     Returns:
         How many runs there are to fit to.
     """
     most = (_FIT_SHARE if budget else _FIT_SHARE_AUTO) * effort.full_runs
     predictors = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
-    draw = partial(sample_schedules, loop.num_steps, predictors=predictors)
+    draw, corrector = partial(sample_schedules, loop.num_steps, predictors=predictors), settled(budget)
     if budget in (None, loop.num_steps):
         lessons = draw(effort.fitted_to, seed=0, corrector=corrector)
     else:
-        half = max(2, budget // 2)  # what pays with more steps pays with fewer
-        sparser = corrector if corrector != NO_CORRECTOR else settled(half)
-        lessons = draw(effort.fitted_to // 3, seed=1, budget=half, corrector=sparser)
+        half = max(2, budget // 2)
+        of_half = settled(half) if corrector == NO_CORRECTOR else corrector  # what pays with more steps pays with fewer
+        lessons = draw(effort.fitted_to // 3, seed=1, budget=half, corrector=of_half)
         lessons += draw(effort.fitted_to, seed=0, budget=budget, corrector=corrector)
     learned: dict[Any, float] = {}
     before = loop.spent
