@@ -181,8 +181,9 @@ def _bundle_of(
     with tempfile.TemporaryDirectory(prefix="cemq-") if processes.is_main else nullcontext() as mine:
         folder = Path(processes.gather([mine])[0]) / "bundle"
         quantize_and_schedule(
-            str(name), folder, scheme=scheme, recipe=recipe, device=device, progress=progress, processes=processes
-        )
+            str(name), folder, scheme=scheme, recipe=recipe, device=device, progress=progress, processes=processes,
+            also_steps=[],
+        )  # fmt: skip
         yield folder
         processes.wait()  # until all have read it
 

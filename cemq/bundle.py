@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,23 @@ CACHED = {  # what skipped steps are predicted from, in words
     "modules": "the outputs of attention and feed-forward modules",
 }
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherRun:
+    """Of cemq.json, what was planned for another step count; keys as in `Manifest`."""
+
+    num_inference_steps: int
+    schedule: CacheSchedule
+    correction: str | None
+    sampler: SamplerFingerprint
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> OtherRun:
+        return cls(**_checked(cls, fields) | _parsed(fields))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"schedule": self.schedule.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,24 +76,35 @@ class Manifest:
     libraries: dict[str, str]
     recipe: dict[str, Any] | None = None
     cache: str = "output"
+    other_runs: tuple[OtherRun, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
-        expected = {field.name for field in dataclasses.fields(cls)}
-        if unknown := set(fields) - expected:
-            raise BundleError(f"unknown keys: {', '.join(sorted(unknown))}")
-        if missing := expected - {"cache"} - set(fields):  # bundles of before cached the output
-            raise BundleError(f"missing keys: {', '.join(sorted(missing))}")
+        _checked(cls, fields, optional={"cache", "other_runs"})  # bundles of before have neither
         tuples = {name: tuple(fields[name]) for name in ("denoisers", "profiled_seeds", "held_out_conditions")}
-        return cls(
-            **fields
-            | tuples
-            | {
-                "schedule": CacheSchedule.from_dict(fields["schedule"]),
-                "sampler": SamplerFingerprint.from_dict(fields["sampler"]),
-            }
-        )
+        others = tuple(OtherRun.from_dict(each) for each in fields.get("other_runs", ()))
+        return cls(**fields | tuples | _parsed(fields) | {"other_runs": others})
+
+    def to_dict(self) -> dict[str, Any]:
+        others = [run.to_dict() for run in self.other_runs]
+        return dataclasses.asdict(self) | {"schedule": self.schedule.to_dict(), "other_runs": others}
+
+
+def _checked(kind: type, fields: dict[str, Any], optional: Set[str] = frozenset()) -> dict[str, Any]:
+    expected = {field.name for field in dataclasses.fields(kind)}
+    if unknown := set(fields) - expected:
+        raise BundleError(f"unknown keys: {', '.join(sorted(unknown))}")
+    if missing := expected - optional - set(fields):
+        raise BundleError(f"missing keys: {', '.join(sorted(missing))}")
+    return fields
+
+
+def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "schedule": CacheSchedule.from_dict(fields["schedule"]),
+        "sampler": SamplerFingerprint.from_dict(fields["sampler"]),
+    }
 
 
 @contextmanager
@@ -143,7 +171,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
     for path in files:
         if path.suffix in _PICKLED:
             raise BundleError(f"'{path.relative_to(folder)}' may hold a pickle: bundles hold safetensors and text only")
-    content = dataclasses.asdict(manifest) | {"schedule": manifest.schedule.to_dict()}
+    content = manifest.to_dict()
     content["files"] = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in files
@@ -207,6 +235,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def _model_card(manifest: Manifest) -> str:
     schedule, fidelity = manifest.schedule, manifest.fidelity
+    others = [f"{run.schedule.num_steps} steps, {run.schedule.budget} in full" for run in manifest.other_runs]
     return f"""---
 library_name: diffusers
 base_model: {json.dumps(manifest.model)}
@@ -235,4 +264,5 @@ pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
 | corrector | {schedule.corrector} |
 | correction | {manifest.correction or "none"} |
 | sampler | {manifest.sampler.scheduler}, {schedule.num_steps} steps |
+| planned for as well | {"; ".join(others) or "no other step count"} |
 """

@@ -119,6 +119,16 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _counts(option: str, text: str | None) -> list[int] | None:
+    """Of whole numbers separated by commas; ``none`` is none of them."""
+    names = _names(text) if text else None
+    if not names:
+        return None
+    if not all(name.isdigit() for name in names) and names != ["none"]:
+        raise InputError(f"{option} {text!r}: write whole numbers separated by commas, e.g. 20,28, or none")
+    return [int(name) for name in names if name != "none"]
+
+
 def _print_json(result: Any) -> None:
     print(json.dumps(result, indent=2))
 
@@ -144,6 +154,10 @@ def quantize_and_schedule(
         str | None, typer.Option(help="What to quantize, e.g. transformer,text_encoder_2 [the denoiser].")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; default: the pipeline's.")] = None,
+    also_steps: Annotated[
+        str | None,
+        typer.Option(help="Other step counts to plan for, e.g. 20,28, or none; default: two fifths of --steps."),
+    ] = None,
     budget: Budget = None,
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="Of --budget auto: share by which the error may grow [0.15].")
@@ -188,7 +202,8 @@ def quantize_and_schedule(
         settings = {
             "scheme": scheme, "backend": backend, "rounding": rounding, "low_rank": low_rank,
             "bits_budget": bits_budget, "components": _names(components) if components else None,
-            "steps": steps, "budget": int(budget) if budget and budget.isdigit() else budget, "solver": solver,
+            "steps": steps, "also_steps": _counts("--also-steps", also_steps), "solver": solver,
+            "budget": int(budget) if budget and budget.isdigit() else budget,
             "dtype": dtype, "tolerance": tolerance, "target_psnr": target_psnr, "correction": correction,
             "effort": effort, "predictor": predictor, "corrector": corrector, "prior": prior, "cache": cache,
             "calib": calib, "samples": samples, "planning_samples": planning_samples, "seed": seed,
@@ -258,6 +273,7 @@ def evaluate(
     reference: Annotated[str | None, typer.Option(help="Full-precision original; default: the bundle's model.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples to compare.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Shifts the evaluation seeds.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; default: the bundle's.")] = None,
     budget: Budget = None,
     picture: Annotated[
         Path | None, typer.Option(help="Write a PNG: full precision on the left, bundle on the right.")
@@ -276,7 +292,7 @@ def evaluate(
         _quiet()
         with _progress() as progress:
             found = run_evaluation(
-                bundle, reference=reference, samples=samples, seed=seed, budget=budget, picture=picture,
+                bundle, reference=reference, samples=samples, seed=seed, steps=steps, budget=budget, picture=picture,
                 device=device, progress=progress, processes=processes,
             )  # fmt: skip
         if as_json:

@@ -84,6 +84,7 @@ class Search:
         corrector: Of all that is tried but what was published.
         view: Of the prior.
         limit: In runs at full compute of all samples.
+        known: A schedule to try as well.
     """
 
     loop: ClosedLoop
@@ -91,6 +92,7 @@ class Search:
     corrector: str
     view: str
     limit: float
+    known: CacheSchedule | None = None
 
     def published(self, prior: ErrorPrior, budget: int, corrector: str = NO_CORRECTOR) -> Iterator[CacheSchedule]:
         for solver, name in itertools.product(PUBLISHED, self._names):
@@ -100,6 +102,8 @@ class Search:
                 continue
 
     def own(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
+        if self.known is not None and self.known.budget <= budget:
+            yield self.known
         settings = {"corrector": self.corrector, "view": self.view}
         for name in dict.fromkeys((self.predictor, *self._names)):
             planned = plan_schedule(prior, budget, predictor=name, **settings)

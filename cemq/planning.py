@@ -111,6 +111,7 @@ def plan(
     view: str = "combined",
     tolerance: float = 0.15,
     target_psnr: float | None = None,
+    known: CacheSchedule | None = None,
 ) -> Planned:
     """Find the schedule and the correction for a budget.
 
@@ -124,6 +125,7 @@ def plan(
             evenly spaced steps lose enough to full compute.
         correction: ``auto`` keeps the one that helps most on the planning samples, if any does.
         view: Of the prior; see `plan_schedule`.
+        known: A schedule that the search tries as well.
 
     Raises:
         InfeasibleBudgetError: The budget is out of range, or no budget reaches the target.
@@ -140,7 +142,9 @@ def plan(
     settled = partial(_settled_corrector, loop, corrector, solver, predictor, full)
     corrector = settled(steps)
     taught = _teach(loop, steps, predictor, settled, effort_limits)
-    search = Search(loop=loop, predictor=predictor, corrector=corrector, view=view, limit=effort_limits.full_runs)
+    search = Search(
+        loop=loop, predictor=predictor, corrector=corrector, view=view, limit=effort_limits.full_runs, known=known
+    )
     if steps is None:
         best = search.fewest(Wanted(full=full, tolerance=tolerance, psnr_db=target_psnr))
     elif steps == loop.num_steps:

@@ -47,6 +47,10 @@ class SamplerFingerprint:
             and self.config == other.config
         )
 
+    def ends_like(self, other: SamplerFingerprint) -> bool:
+        """Whether its last timesteps are those of ``other``: an image-to-image run begins late."""
+        return dataclasses.replace(self, timesteps=self.timesteps[-len(other.timesteps) :]).matches(other)
+
     def carries_over(self, other: SamplerFingerprint) -> bool:
         """Whether what was measured at these timesteps says something about those of ``other``: the same noise
         scheduler on the same curve, strictly falling, within the range measured (a tenth of it beyond is let pass)."""

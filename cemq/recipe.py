@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,6 +23,7 @@ class Recipe(BaseModel):
     scheme: str = "w8a8"
     backend: str = "native"
     steps: int | None = None  # None: the pipeline's own default
+    also_steps: list[Annotated[int, Field(ge=2)]] | None = None  # None: two fifths of the steps; []: no other
     budget: int | str = "3x"  # full-compute steps, a compute ratio, or auto
     tolerance: float = Field(default=0.15, ge=0)  # of budget: auto; share by which the error may grow
     target_psnr: float | None = None  # of budget: auto; decibels to reach instead

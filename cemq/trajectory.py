@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cemq.errors import PriorMismatchError
+from cemq.prior import SamplerFingerprint
 from cemq.sampler import fingerprint, intercepted, next_sample, with_next_sample
 
 
@@ -30,11 +31,19 @@ class Trajectory:
     predictions: list[torch.Tensor] = field(default_factory=list)
     samples: list[torch.Tensor] = field(default_factory=list)
     step_sizes: list[float] = field(default_factory=list)
-    sampler: Any = None  # SamplerFingerprint
+    sampler: SamplerFingerprint | None = None
 
     @property
     def num_steps(self) -> int:
         return len(self.predictions)
+
+
+@dataclass
+class End:
+    """What is left of a run once it has ended."""
+
+    sample: torch.Tensor | None = None
+    sampler: SamplerFingerprint | None = None
 
 
 @contextmanager
@@ -45,38 +54,38 @@ def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
         measure_steps: Also measure the step sizes, by handing copies of the scheduler a scaled model output. Works for
             any sampler, multistep and stochastic ones too, and leaves the run as it was.
     """
-    trajectory, scheduler, timesteps = Trajectory(), pipe.scheduler, []
+    trajectory, scheduler = Trajectory(), pipe.scheduler
 
     def step(original: Any, **arguments: Any) -> Any:
         if measure_steps:
             trajectory.step_sizes.append(_step_size(scheduler, arguments))
-        trajectory.sampler = trajectory.sampler or fingerprint(scheduler)
-        if "timestep" in arguments:
-            timesteps.append(float(torch.as_tensor(arguments["timestep"]).flatten()[0]))
         result = original(**arguments)
         trajectory.predictions.append(arguments["model_output"].detach().cpu())
         trajectory.samples.append(next_sample(result).detach().cpu())
         return result
 
-    with intercepted(scheduler, "step", step):
+    with intercepted(scheduler, "step", step), run_end(pipe) as end:
         yield trajectory
-    late = trajectory.sampler and len(timesteps) == trajectory.num_steps < len(trajectory.sampler.timesteps)
-    if late:  # image to image begins so
-        trajectory.sampler = dataclasses.replace(trajectory.sampler, timesteps=tuple(timesteps))
+    trajectory.sampler = end.sampler
 
 
 @contextmanager
-def final_sample(pipe: Any) -> Iterator[list[torch.Tensor]]:
-    """A list that holds the final sample once the next run has ended; costs nothing per step."""
-    held: list[torch.Tensor] = []
+def run_end(pipe: Any) -> Iterator[End]:
+    """Once the block has ended: the final sample of the run in it, and the timesteps that it took."""
+    end, scheduler, timesteps = End(), pipe.scheduler, []
 
     def step(original: Any, **arguments: Any) -> Any:
+        end.sampler = end.sampler or fingerprint(scheduler)
+        timesteps.append(arguments.get("timestep"))  # read later: that may have to wait for the device
         result = original(**arguments)
-        held[:] = [next_sample(result)]
+        end.sample = next_sample(result)
         return result
 
-    with intercepted(pipe.scheduler, "step", step):
-        yield held
+    with intercepted(scheduler, "step", step):
+        yield end
+    if end.sampler and len(timesteps) < len(end.sampler.timesteps) and all(t is not None for t in timesteps):
+        taken = tuple(float(torch.as_tensor(timestep).flatten()[0]) for timestep in timesteps)
+        end.sampler = dataclasses.replace(end.sampler, timesteps=taken)  # image to image begins late
 
 
 @contextmanager

@@ -7,8 +7,9 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,15 @@ from typing import Any
 import torch
 
 from cemq import __version__
-from cemq.bundle import EVIDENCE, MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
+from cemq.bundle import EVIDENCE, MANIFEST, PRIOR, Manifest, OtherRun, read_bundle, seal, staging, write_pipeline
 from cemq.closed_loop import ClosedLoop
 from cemq.errors import InputError, ModelError, choose
-from cemq.evaluation import measure_fidelity, run_batch
+from cemq.evaluation import Outcome, measure_fidelity, run_batch
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
 from cemq.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
 from cemq.placement import format_bytes
-from cemq.planning import EFFORTS, check_correctable, check_planning, plan
-from cemq.prior import VIEWS
+from cemq.planning import EFFORTS, Planned, check_correctable, check_planning, plan
+from cemq.prior import VIEWS, ErrorPrior
 from cemq.processes import ALONE, Processes
 from cemq.profiling import profile, record_references
 from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
@@ -43,9 +44,12 @@ from cemq.sampling import (
     run,
     split_conditions,
 )
+from cemq.schedule import SEARCH, CacheSchedule
 
 CHECK_SAMPLES = 4  # held-out samples for the fidelity that is written into the bundle
 CALIBRATION_CALLS = 48  # calls of the denoiser that quantization is fitted to, spread over all trajectories
+ALSO_STEPS = 0.4  # of the steps, which plans are made for as well: the fewer steps, the less predictions alone find
+LEAST_ALSO_STEPS = 12  # of so many or more
 MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
 
 
@@ -109,6 +113,10 @@ def quantize_and_schedule(
     quantization.check()
     choose("prior", settled.prior, VIEWS)
     check_planning(**_planning(settled, settled.steps))
+    if settled.also_steps and settled.solver != SEARCH:
+        raise InputError(
+            f"also_steps: other step counts are searched for, found --solver {settled.solver}: leave one out"
+        )
     if settled.calib:
         read_conditions(find_calibration(settled.calib))
     place = device or default_device()
@@ -158,6 +166,10 @@ def quantize_and_schedule(
             pipe, shares[0], steps=steps, call=settled.call, progress=progress, watch=watch
         )  # fmt: skip
         aims = _outcomes(pipe, shares[1], "full-precision planning samples", steps, settled, progress)
+        other_aims = {
+            count: _outcomes(pipe, shares[1], f"full precision, {count} steps", count, settled, progress)
+            for count in _other_steps(settled, steps)
+        }
         wanted = _outcomes(pipe, shares[2], "full-precision check", steps, settled, progress)
         reference_bytes = weight_bytes(pipe)
 
@@ -178,25 +190,17 @@ def quantize_and_schedule(
             progress=progress,
             processes=processes,
         )
-        loop = ClosedLoop(
-            pipe=pipe, prior=prior, batches=planning, references=aims, steps=steps, call=settled.call,
-            cache=settled.cache, processes=processes,
-            progress=_planning_progress(progress, EFFORTS[settled.effort].full_runs),
+        planner = _Planner(
+            pipe=pipe, batches=planning, settings=settled, progress=progress, processes=processes
         )  # fmt: skip
-        planned = plan(
-            loop,
-            settled.budget,
-            solver=settled.solver,
-            predictor=settled.predictor,
-            corrector=settled.corrector,
-            correction=settled.correction,
-            effort=settled.effort,
-            view=settled.prior,
-            tolerance=settled.tolerance,
-            target_psnr=settled.target_psnr,
-        )
+        planned = planner.plan(prior, aims, steps, settled.budget)
         schedule, correction, sampler = planned.schedule, planned.correction, prior.metadata.sampler
-        with attached(pipe, Plan(schedule=schedule, sampler=sampler, correction=correction, cache=settled.cache)):
+        followed = Plan(
+            schedule=schedule, sampler=sampler, prior=planned.prior, correction=correction, view=settled.prior,
+            cache=settled.cache, solver=settled.solver, predictor=settled.predictor,
+        )  # fmt: skip
+        others = [found for count in other_aims if (found := planner.plan_too(followed, other_aims[count], count))]
+        with attached(pipe, followed):
             found = _outcomes(pipe, shares[2], "scheduled check", steps, settled, progress)
 
         manifest = Manifest(
@@ -222,11 +226,13 @@ def quantize_and_schedule(
             reference_bytes=reference_bytes,
             libraries=_library_versions(),
             recipe=settled.model_dump(exclude_unset=True),
+            other_runs=tuple(run for run, _ in others),
         )
         if folder is not None:
             write_pipeline(pipe, folder, source.folder)
             planned.prior.save(folder / PRIOR)
-            (folder / EVIDENCE).write_text(json.dumps(planned.evidence, indent=1) + "\n", encoding="utf-8")
+            evidence = planned.evidence | {"other_runs": [tried for _, tried in others]}
+            (folder / EVIDENCE).write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
             seal(folder, manifest)
     processes.wait()  # until the bundle is there
     return manifest
@@ -314,12 +320,82 @@ def _planning(plan: Recipe, steps: int | None) -> dict[str, Any]:
     }
 
 
-def _planning_progress(progress: Progress | None, full_runs: float) -> Any:
-    """Planning counts runs at full compute of its samples; people see how many of them it may take."""
-    if progress is None:
-        return None
-    stage = f"planning, {full_runs:g} runs' worth"
-    return lambda spent: progress(stage, min(spent / full_runs, 1.0))
+def _other_steps(plan: Recipe, steps: int) -> tuple[int, ...]:
+    """Step counts to plan for besides."""
+    if plan.also_steps is not None:
+        return tuple(dict.fromkeys(count for count in plan.also_steps if count != steps))
+    fewer = round(ALSO_STEPS * steps)
+    searched = plan.solver == SEARCH and plan.effort != "quick"
+    return (fewer,) if searched and fewer >= LEAST_ALSO_STEPS else ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Planner:
+    """Plans a pipeline, once quantized, on the planning samples."""
+
+    pipe: Any
+    batches: Sequence[Batch]
+    settings: Recipe
+    progress: Progress | None
+    processes: Processes
+
+    def plan(
+        self,
+        prior: ErrorPrior,
+        aims: Sequence[Outcome],
+        steps: int,
+        budget: int | str,
+        *,
+        stage: str = "planning",
+        known: CacheSchedule | None = None,
+    ) -> Planned:
+        """`cemq.planning.plan` with the settings of the build; ``aims`` are full-precision outcomes."""
+        settings, full_runs = self.settings, EFFORTS[self.settings.effort].full_runs
+
+        def show(spent: float) -> None:  # people see how many runs at full compute of all samples it may take
+            self.progress(f"{stage}, {full_runs:g} runs' worth", min(spent / full_runs, 1.0))
+
+        loop = ClosedLoop(
+            pipe=self.pipe, prior=prior, batches=self.batches, references=aims, steps=steps, call=settings.call,
+            cache=settings.cache, processes=self.processes, progress=self.progress and show,
+        )  # fmt: skip
+        return plan(
+            loop,
+            budget,
+            solver=settings.solver,
+            predictor=settings.predictor,
+            corrector=settings.corrector,
+            correction=settings.correction,
+            effort=settings.effort,
+            view=settings.prior,
+            tolerance=settings.tolerance,
+            target_psnr=settings.target_psnr,
+            known=known,
+        )
+
+    def plan_too(self, followed: Plan, aims: Sequence[Outcome], steps: int) -> tuple[OtherRun, dict[str, Any]] | None:
+        """What a plan is for another step count once schedules were run there, and the evidence; None where the plan
+        does not carry over. Its prior does, so that nothing is profiled there."""
+        sampler = self.processes.gather([aims[0].sampler] if aims else [])[0]
+        carried = followed.carried_over(sampler)
+        if carried is None:
+            if self.processes.is_main:
+                logging.getLogger("cemq.workflow").info(
+                    f"not planned for {steps} steps: what was measured at {followed.schedule.num_steps} does not carry "
+                    f"over with {sampler.scheduler}"
+                )
+            return None
+        planned = self.plan(
+            carried.prior,
+            aims,
+            steps,
+            carried.schedule.budget,
+            stage=f"planning {steps} steps",
+            known=carried.schedule,
+        )
+        method = planned.correction and planned.correction.method
+        run = OtherRun(num_inference_steps=steps, schedule=planned.schedule, correction=method, sampler=sampler)
+        return run, planned.evidence | {"num_inference_steps": steps}
 
 
 class _EnoughError(Exception):

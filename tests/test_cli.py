@@ -102,7 +102,7 @@ def test_a_quick_search_from_the_command_line(dit_folder, tmp_path):
     done = invoke(
         "quantize-and-schedule", dit_folder, "--steps", "6", "--budget", "auto", "--tolerance", "0.5", "--effort",
         "quick", "--samples", "2", "--planning-samples", "16", "--calib", tmp_path / "calib.txt",
-        "--call", "guidance_scale=2.0", "-o", tmp_path / "out",
+        "--call", "guidance_scale=2.0", "--also-steps", "4", "-o", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "of 6 steps in full" in done.stdout
@@ -116,7 +116,10 @@ def test_a_quick_search_from_the_command_line(dit_folder, tmp_path):
     assert set(evidence["seeds"]) < set(manifest["profiled_seeds"])
     drawn = invoke("inspect", tmp_path / "out")
     assert drawn.exit_code == 0, drawn.output
-    assert drawn.stdout.count("█") == 2 * len(manifest["schedule"]["full_steps"])
+    (other,) = manifest["other_runs"]
+    assert other["schedule"]["num_steps"] == other["num_inference_steps"] == 4
+    full_steps = 2 * len(manifest["schedule"]["full_steps"]) + len(other["schedule"]["full_steps"])
+    assert drawn.stdout.count("█") == full_steps
     refused = invoke(
         "quantize-and-schedule", dit_folder, "--steps", "6", "--budget", "auto", "--target-psnr", "200", "--effort",
         "quick", "--samples", "2", "--planning-samples", "4", "--calib", tmp_path / "calib.txt",
@@ -152,6 +155,9 @@ BUILD = ("quantize-and-schedule", "builtin:dit-digits")
         ("component 'vae' stays in full precision", [*BUILD, "--components", "vae"]),
         ("unknown component of DiTPipeline 'text_encoder'", [*BUILD, "--components", "transformer, text_encoder"]),
         ("components to quantize are named", [*BUILD, "--scheme", "none", "--components", "transformer"]),
+        ("--also-steps '20;28': write whole numbers", [*BUILD, "--also-steps", "20;28"]),
+        ("also_steps=1 is wrong", [*BUILD, "--also-steps", "20,1"]),
+        ("also_steps: other step counts are searched for", [*BUILD, "--also-steps", "20", "--solver", "cem"]),
         ("budget=51 is out of range for 50 steps: choose 2..50", [*BUILD, "--budget", "51"]),
         ("budget=1 is out of range", [*BUILD, "--budget", "1"]),
         ("budget 'lots' is neither", [*BUILD, "--budget", "lots"]),

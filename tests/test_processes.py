@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = """
 scheme: w4a8
 steps: 6
+also_steps: [4]
 budget: 3
 samples: 5
 planning_samples: 3
@@ -161,7 +162,9 @@ def test_two_launched_processes_write_the_bundle_of_one_bit_for_bit(recipe, bund
     assert not list(output.parent.glob(".*"))
 
 
-SETTINGS = {"samples": 3, "batch_size": 3, "scheme": "w8a8", "solver": "uniform", "correction": "none"}  # one batch
+SETTINGS = {
+    "samples": 3, "batch_size": 3, "scheme": "w8a8", "solver": "uniform", "also_steps": [], "correction": "none",
+}  # fmt: skip
 PAIR = """
 import json
 import os

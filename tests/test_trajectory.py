@@ -9,7 +9,7 @@ from cemq.profiling import profile, record_references
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.sampler import fingerprint, intercepted
 from cemq.sampling import Batch, make_batches, run
-from cemq.trajectory import final_sample, force, record
+from cemq.trajectory import force, record, run_end
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 CALL = {"guidance_scale": 2.0}
@@ -80,10 +80,11 @@ def test_forcing_a_longer_run_is_refused(dit):
         run(dit, BATCH, steps=4, call=CALL)
 
 
-def test_the_final_sample_is_the_last_recorded_one(dit):
-    with record(dit) as trajectory, final_sample(dit) as held:
+def test_the_end_of_a_run_is_what_was_recorded_last(dit):
+    with record(dit) as trajectory, run_end(dit) as end:
         run(dit, BATCH, steps=STEPS, call=CALL)
-    assert torch.equal(held[0], trajectory.samples[-1])
+    assert torch.equal(end.sample, trajectory.samples[-1])
+    assert end.sampler == trajectory.sampler
 
 
 def test_an_interception_is_undone_after_an_exception(dit):

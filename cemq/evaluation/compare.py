@@ -18,10 +18,11 @@ from cemq.errors import InputError
 from cemq.evaluation.metrics import psnr_db, relative_l2, ssim
 from cemq.models import default_device, locate, open_pipeline, weight_bytes
 from cemq.outputs import as_array, as_levels, as_pictures
+from cemq.prior import SamplerFingerprint
 from cemq.processes import ALONE, Processes
 from cemq.runtime import from_pretrained, schedule_hook
 from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches, run
-from cemq.trajectory import final_sample
+from cemq.trajectory import run_end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +61,28 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """Images, videos or audio (`cemq.outputs` knows the shapes) and latents of one batch, and the seconds it took."""
+    """Images, videos or audio (`cemq.outputs` knows the shapes) and latents of one batch, the seconds it took, and the
+    timesteps."""
 
     images: np.ndarray
     latents: torch.Tensor
     seconds: float
+    sampler: SamplerFingerprint | None = None
 
 
 def run_batch(
     pipe: Any, batch: Batch, *, steps: int, call: Mapping[str, Any], on_step: Callable[[], None] | None = None
 ) -> Outcome:
     """Run one batch to images, frames or audio, and keep its final latents."""
-    with final_sample(pipe) as held:
+    with run_end(pipe) as end:
         started = time.perf_counter()
         images = run(pipe, batch, steps=steps, call=call, on_step=on_step)
-        if held[0].is_cuda:
+        if end.sample.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     values = as_array(images)
     # DiT denoises its samples twice over, for guidance, and decodes the first half
-    return Outcome(images=values, latents=held[0][: len(values)], seconds=seconds)
+    return Outcome(images=values, latents=end.sample[: len(values)], seconds=seconds, sampler=end.sampler)
 
 
 def measure_fidelity(
@@ -120,6 +123,7 @@ def evaluate(
     reference: str | None = None,
     samples: int = 16,
     seed: int = 0,
+    steps: int | None = None,
     budget: int | str | None = None,
     batch_size: int | None = None,
     picture: str | Path | None = None,
@@ -132,7 +136,9 @@ def evaluate(
     Args:
         reference: The original; None takes the model the bundle was made from.
         seed: Samples use the seeds 1000000 + seed, 1000000 + seed + 1, ...; profiling used others.
-        budget: Full-compute steps or a ratio such as ``"3x"``; None takes the bundle's own schedule.
+        steps: Denoising steps of both; None takes the bundle's.
+        budget: Full-compute steps of as many steps as the bundle was made for, or a ratio such as ``"3x"``; None takes
+            the bundle's own schedule.
         batch_size: Samples run together; None takes that of the bundle's recipe, or 4.
         picture: Write a PNG, full precision on the left and the bundle on the right; four frames of each video, the
             spectrograms of audio.
@@ -160,21 +166,23 @@ def evaluate(
     for pipe in (scheduled, original):
         pipe.set_progress_bar_config(disable=True)
 
-    schedule = schedule_hook(scheduled).schedule
-    settings = {"steps": manifest.num_inference_steps, "call": manifest.call}
+    settings = {"steps": steps or manifest.num_inference_steps, "call": manifest.call}
     references, outcomes = [], []
-    for batch, on_step in iterate(processes.share(batches), "reference and bundle", progress, 2 * schedule.num_steps):
+    for batch, on_step in iterate(processes.share(batches), "reference and bundle", progress, 2 * settings["steps"]):
         for pipe, made in ((original, references), (scheduled, outcomes)):
             made.append(run_batch(pipe, batch, on_step=on_step, **settings))
     fidelity = measure_fidelity(references, outcomes, processes)
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
     if picture is not None and processes.is_main:
         write_side_by_side(Path(picture), references[0].images, outcomes[0].images)
+    hook = schedule_hook(scheduled)
+    (schedule,) = set(processes.gather([hook.schedule if hook.skipped_evaluations else None] if outcomes else []))
+    full = settings["steps"]  # of a run that skips nothing: no schedule carries over to it, or that is the schedule
     return Evaluation(
         **dataclasses.asdict(fidelity),
-        num_steps=schedule.num_steps,
-        full_steps=schedule.budget,
-        compute_ratio=schedule.compute_ratio,
+        num_steps=schedule.num_steps if schedule else full,
+        full_steps=schedule.budget if schedule else full,
+        compute_ratio=schedule.compute_ratio if schedule else 1.0,
         wall_ratio=statistics.median(wall_ratios),
         model_bytes=weight_bytes(scheduled),
         reference_bytes=weight_bytes(original),

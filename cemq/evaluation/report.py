@@ -43,6 +43,14 @@ def describe(bundle: Path) -> dict[str, Any]:
             "response": prior.response.tolist(),
         },
         "correction": manifest.correction,
+        "other_runs": [
+            {
+                "num_inference_steps": run.num_inference_steps,
+                "schedule": run.schedule.to_dict() | {"strip": run.schedule.strip()},
+                "correction": run.correction,
+            }
+            for run in manifest.other_runs
+        ],
         "cache": manifest.cache,
         "planning": json.loads((bundle / EVIDENCE).read_text(encoding="utf-8")),
         "fidelity": manifest.fidelity,
@@ -85,6 +93,8 @@ def print_description(description: dict[str, Any]) -> None:
         facts.add_row(name, value)
     console.print(facts)
     console.print(f"\n{schedule['strip']}", soft_wrap=True)
+    for run in description["other_runs"]:
+        console.print(f"{run['schedule']['strip']}   with {run['num_inference_steps']} steps", soft_wrap=True)
     _print_curve(console, description["planning"]["curve"])
     table = Table("step", "timestep", "full", "quantization floor", "predicted error", box=None, padding=(0, 2))
     prior = description["prior"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cemq.bundle import PRIOR, read_bundle
+from cemq.bundle import PRIOR, OtherRun, read_bundle
 from cemq.correction import make_correction
 from cemq.errors import BundleError, CemqError, PlacementError, choose
 from cemq.footprint import plan_memory
@@ -43,7 +44,8 @@ def from_pretrained(
         torch_dtype: Of everything that is not quantized, as a torch dtype or its name; None takes the bundle's.
         budget: Full-compute steps, or a ratio such as ``"3x"``: solve the schedule anew from the bundle's prior.
             None takes the schedule the bundle was built with. A run with another ``num_inference_steps`` gets a
-            schedule of its own, of the same compute ratio.
+            schedule of its own, of the same compute ratio: the one the bundle was built with for that step count, if
+            there is one, else one planned from the prior.
         vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: the cheapest placement that fits is
             applied, ``pipe.cemq_memory_plan`` says which. On a CPU it is the memory of weights and activations.
         call: Arguments that the pipeline will be called with, such as height and width, over the bundle's; ``vram``
@@ -75,6 +77,7 @@ def from_pretrained(
         solver=asked.get("solver", SEARCH),
         predictor=asked.get("predictor", AUTO),
     )
+    plan = replace(plan, others=tuple(_other(plan, run) for run in manifest.other_runs))
     if budget is not None:
         plan = plan.with_budget(budget)
     dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype
@@ -106,3 +109,10 @@ def from_pretrained(
     attach(pipe, plan)
     save_as_bundle(pipe, folder, manifest, dtype=dtype)
     return pipe
+
+
+def _other(plan: Plan, run: OtherRun) -> Plan:
+    """The same at another step count."""
+    prior = plan.prior.resampled(run.sampler)
+    correction = run.correction and make_correction(run.correction, prior, run.schedule)
+    return replace(plan, schedule=run.schedule, sampler=run.sampler, prior=prior, correction=correction)

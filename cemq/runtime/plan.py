@@ -26,6 +26,8 @@ CACHES = ("output", "residual", "modules")
 class Plan:
     """``prior`` was measured under ``sampler``; without one nothing can be planned anew. No sampler means any.
 
+    ``others`` are what the bundle was planned with for other step counts.
+
     ``cache`` says what skipped steps are predicted from: the denoiser's ``output``, the ``residual`` of its blocks, or
     the outputs of their attention and feed-forward ``modules``; the rest of the denoiser is computed. Raises InputError
     for anything else, and for anything but the output where the schedule skips branches of guidance.
@@ -39,6 +41,7 @@ class Plan:
     cache: str = "output"
     solver: str = SEARCH
     predictor: str = AUTO
+    others: tuple[Plan, ...] = ()
 
     def __post_init__(self) -> None:
         choose("cache", self.cache, CACHES)
@@ -61,7 +64,13 @@ class Plan:
         return self._planned(self.prior, self.sampler, budget)
 
     def carried_over(self, sampler: SamplerFingerprint) -> Plan | None:
-        """The plan for other timesteps of the same sampler, at the same compute ratio; None where it says nothing."""
+        """The plan for other timesteps of the same sampler, at the same compute ratio; None where it says nothing.
+
+        One of ``others`` if it was made for these timesteps, else planned from the prior.
+        """
+        for other in self.others:
+            if sampler.ends_like(other.sampler):
+                return other
         if self.prior is None or self.sampler is None or not self.sampler.carries_over(sampler):
             return None
         prior = self.prior.resampled(sampler)
@@ -90,4 +99,4 @@ class Plan:
             solver = "segment" if solver == SEARCH else solver
             schedule = plan_branches(prior, budget, share, solver=solver, **settings)
         correction = self.correction and self.correction.carried_over(prior, schedule)
-        return replace(self, schedule=schedule, sampler=sampler, prior=prior, correction=correction)
+        return replace(self, schedule=schedule, sampler=sampler, prior=prior, correction=correction, others=())

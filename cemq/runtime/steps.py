@@ -88,7 +88,7 @@ class StepTracker:
         self._thread = threading.get_ident()
         self.step_index = 0
         found, expected = fingerprint(self.scheduler), self.plan.sampler
-        if _ends_like(found, expected):
+        if found.ends_like(expected):
             self._current = self.plan
         elif self._current is self.plan or not found.matches(self._current.sampler):  # else carried over already
             carried = self.plan.carried_over(found)
@@ -138,11 +138,6 @@ class StepTracker:
         planned = self._timesteps[self.step_index]
         found = timestep.flatten()[0] if hasattr(timestep, "flatten") else timestep  # some hand one per sample
         return abs(float(found) - planned) <= 1e-3 * max(1.0, abs(planned))
-
-
-def _ends_like(found: SamplerFingerprint, expected: SamplerFingerprint) -> bool:
-    """An image-to-image run begins late, so that it was planned for the last timesteps only."""
-    return dataclasses.replace(found, timesteps=found.timesteps[-len(expected.timesteps) :]).matches(expected)
 
 
 def _difference(found: SamplerFingerprint, expected: SamplerFingerprint) -> str:

@@ -84,7 +84,7 @@ def measure(samples: int) -> tuple[list[dict], dict[str, float]]:
             for scheme in SCHEMES:
                 name = f"{model.split(':')[1]}-{scheme}"
                 bundle = Path(scratch) / name
-                cemq.quantize_and_schedule(model, bundle, scheme=scheme, budget=25)
+                cemq.quantize_and_schedule(model, bundle, scheme=scheme, budget=25, also_steps=[])
                 cells = [
                     {"solver": "bundle"} | cemq.evaluate(bundle, samples=samples, budget=budget).to_dict()
                     for budget in BUDGETS

@@ -35,7 +35,7 @@ import numpy as np
 import cemq
 from cemq.analysis import analyze, rank_correlation
 from cemq.bench.machine import describe_machine, one_line
-from cemq.bundle import EVIDENCE, PRIOR, read_bundle
+from cemq.bundle import EVIDENCE, PRIOR, Manifest, read_bundle
 from cemq.closed_loop import FULL, ClosedLoop
 from cemq.closed_search import PUBLISHED
 from cemq.errors import InfeasibleBudgetError
@@ -253,25 +253,36 @@ def measure_auto(lab: Lab) -> dict[str, Any]:
 
 
 def measure_steps(lab: Lab) -> list[dict[str, Any]]:
-    """The plan of the bundle carried over, and what is searched for from a prior profiled there."""
+    """The plan of the bundle carried over, what the bundle was planned with for that step count, and what is searched
+    for from a prior profiled there; no corrections."""
+    planned = {run.num_inference_steps: run for run in lab.manifest.other_runs}
     rows = []
     for steps in STEPS:
         carried = Plan(
             schedule=lab.manifest.schedule, sampler=lab.manifest.sampler, prior=lab.prior, view=lab.manifest.view
         )
-        over = lab.psnr(carried, steps)
+        found = {"carried_over": lab.psnr(carried, steps)}
+        if steps in planned:
+            found["planned"] = lab.psnr(lab.of(planned[steps].schedule, sampler=planned[steps].sampler), steps)
         profiled = lab.batches(0)
         references = record_references(lab.original, profiled, steps=steps, call=lab.manifest.call)
         prior = profile(
             lab.pipe, profiled, references, steps=steps, call=lab.manifest.call, scheme=lab.scheme, dtype="float32"
         )
         budget = round(steps / lab.manifest.schedule.compute_ratio)
-        found = {"carried_over": over}
         for effort in NATIVE_EFFORTS:
             native = plan(lab.loop(steps, prior), budget, correction="none", effort=effort)
             found[effort] = lab.psnr(lab.of(native.schedule, sampler=prior.metadata.sampler), steps)
         rows.append({"steps": steps, "budget": budget} | {name: values.tolist() for name, values in found.items()})
     return rows
+
+
+def planning_cost(manifest: Manifest, evidence: dict[str, Any]) -> dict[str, float]:
+    """Of the bundle and of its other step counts, in runs of the planning samples at full compute."""
+    steps = manifest.schedule.num_steps
+    found = zip(manifest.other_runs, evidence["other_runs"], strict=True)
+    others = [tried["full_run_equivalents"] * run.schedule.num_steps / steps for run, tried in found]
+    return {"own": evidence["full_run_equivalents"], "others": sum(others)}
 
 
 def measure_solver() -> dict[str, float]:
@@ -340,7 +351,7 @@ def main() -> None:
                 evidence = json.loads((folder / name / EVIDENCE).read_text())
                 lab = Lab(model, scheme, folder / name)
                 cell = record.setdefault(name, {})
-                cell["fit"] = evidence["fit"]
+                cell["fit"], cell["cost"] = evidence["fit"], planning_cost(lab.manifest, evidence)
                 for part in wanted.parts:
                     if part in measures:
                         started = time.perf_counter()
@@ -442,11 +453,16 @@ def page(record: dict[str, Any]) -> str:
             row["steps"],
             row["budget"],
             mean(row["carried_over"]),
-            *(mean(row[effort]) if effort in row else "-" for effort in NATIVE_EFFORTS),
-            *(difference(row["carried_over"], row[effort]) if effort in row else "-" for effort in NATIVE_EFFORTS),
+            mean(row["planned"]) if "planned" in row else "-",
+            *(mean(row[effort]) for effort in NATIVE_EFFORTS),
+            *(difference(row.get("planned", row["carried_over"]), row[effort]) for effort in NATIVE_EFFORTS),
         ]
         for model, scheme, found in rows_of(record, "steps")
         for row in found
+    ]
+    costs_of_planning = [
+        [model, scheme, *(f"{cost:.2f}" for cost in (found["own"], found["others"], sum(found.values())))]
+        for model, scheme, found in rows_of(record, "cost")
     ]
     caches = [
         [model, scheme, budget]
@@ -568,15 +584,28 @@ Tolerance 0.15: error (relative L2 of the final latent) over that of the same qu
 
 ## Other step counts
 
-A bundle made at 50 steps with 15 of them full, run at another step count: its prior and schedule are carried over and
-planned on without running anything. `quick` and `normal` are what searches of that effort find at that step count, in
-closed loop, from a prior profiled there.
+A bundle made at 50 steps with 15 of them full, run at another step count. `carried over`: its prior and schedule are,
+and are planned on without running anything. `planned`: where the bundle was planned for that step count besides
+(`--also-steps`, by default 20 for 50), which is what it follows there; its prior is carried over all the same. `quick`
+and `normal` are what searches of that effort find at that step count, in closed loop, from a prior profiled there; the
+last two columns compare what the bundle follows with them.
 
 {
         table(
-            ["model", "scheme", "steps", "budget", "carried over", *NATIVE_EFFORTS]
+            ["model", "scheme", "steps", "budget", "carried over", "planned", *NATIVE_EFFORTS]
             + [f"to {effort}" for effort in NATIVE_EFFORTS],
             steps,
+        )
+    }
+
+## What planning costs
+
+Runs of all planning samples at full compute that planning of the bundles took (15 of 50 steps, effort `normal`).
+
+{
+        table(
+            ["model", "scheme", "the bundle's step count", "other step counts", "both"],
+            costs_of_planning,
         )
     }
 
