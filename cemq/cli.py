@@ -158,7 +158,10 @@ def quantize_and_schedule(
         str | None,
         typer.Option(help="Other step counts to plan for, e.g. 20,28, or none; default: two fifths of --steps."),
     ] = None,
-    budget: Budget = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="N|Rx|auto", help="Full-compute steps (15), a compute ratio (3x), or the fewest [3x]."),
+    ] = None,
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="Of --budget auto: share by which the error may grow [0.15].")
     ] = None,

@@ -190,17 +190,15 @@ def quantize_and_schedule(
             progress=progress,
             processes=processes,
         )
-        planner = _Planner(
-            pipe=pipe, batches=planning, settings=settled, progress=progress, processes=processes
-        )  # fmt: skip
+        planner = _Planner(pipe=pipe, batches=planning, settings=settled, progress=progress, processes=processes)
         planned = planner.plan(prior, aims, steps, settled.budget)
-        schedule, correction, sampler = planned.schedule, planned.correction, prior.metadata.sampler
-        followed = Plan(
-            schedule=schedule, sampler=sampler, prior=planned.prior, correction=correction, view=settled.prior,
-            cache=settled.cache, solver=settled.solver, predictor=settled.predictor,
+        own = Plan(
+            schedule=planned.schedule, sampler=prior.metadata.sampler, prior=planned.prior,
+            correction=planned.correction, view=settled.prior, cache=settled.cache, solver=settled.solver,
+            predictor=settled.predictor,
         )  # fmt: skip
-        others = [found for count in other_aims if (found := planner.plan_too(followed, other_aims[count], count))]
-        with attached(pipe, followed):
+        others = [other for count in other_aims if (other := planner.plan_too(own, other_aims[count], count))]
+        with attached(pipe, own):
             found = _outcomes(pipe, shares[2], "scheduled check", steps, settled, progress)
 
         manifest = Manifest(
@@ -214,10 +212,10 @@ def quantize_and_schedule(
             dtype=dtype,
             view=settled.prior,
             num_inference_steps=steps,
-            schedule=schedule,
-            correction=correction and correction.method,
+            schedule=own.schedule,
+            correction=own.correction and own.correction.method,
             cache=settled.cache,
-            sampler=sampler,
+            sampler=own.sampler,
             call=settled.call,
             profiled_seeds=tuple(seed for batch in (*batches, *planning, *check) for seed in batch.seeds),
             held_out_conditions=held_out[:MAX_HELD_OUT],
@@ -373,15 +371,17 @@ class _Planner:
             known=known,
         )
 
-    def plan_too(self, followed: Plan, aims: Sequence[Outcome], steps: int) -> tuple[OtherRun, dict[str, Any]] | None:
-        """What a plan is for another step count once schedules were run there, and the evidence; None where the plan
-        does not carry over. Its prior does, so that nothing is profiled there."""
+    def plan_too(self, own: Plan, aims: Sequence[Outcome], steps: int) -> tuple[OtherRun, dict[str, Any]] | None:
+        """The same for another step count, and the evidence; None where the bundle's own plan does not carry over.
+
+        Its prior does, so that nothing is profiled there.
+        """
         sampler = self.processes.gather([aims[0].sampler] if aims else [])[0]
-        carried = followed.carried_over(sampler)
+        carried = own.carried_over(sampler)
         if carried is None:
             if self.processes.is_main:
                 logging.getLogger("cemq.workflow").info(
-                    f"not planned for {steps} steps: what was measured at {followed.schedule.num_steps} does not carry "
+                    f"not planned for {steps} steps: what was measured at {own.schedule.num_steps} does not carry "
                     f"over with {sampler.scheduler}"
                 )
             return None
