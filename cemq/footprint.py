@@ -111,6 +111,7 @@ def plan_memory(
     full_steps = manifest.schedule.budget
     if budget is not None:
         full_steps = parse_budget(budget, manifest.schedule.num_steps)
+    followed = [run.schedule for run in manifest.other_runs] if full_steps == manifest.schedule.budget else []
     components = read_footprint(
         folder,
         dtype=dtype or manifest.dtype,
@@ -119,7 +120,7 @@ def plan_memory(
         full_steps=full_steps,
         samples=samples,
         cache=manifest.cache,
-        kept_steps=_most_kept(manifest.schedule, full_steps),
+        kept_steps=max([_most_kept(manifest.schedule, full_steps), *(each.most_kept for each in followed)]),
     )
     kind = choose("device", device.partition(":")[0], ("cuda", "cpu", "mps", "xpu", "npu"))
     return plan_placement(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import FLUX_CALL, make_dit, make_flux
 from diffusers import HeunDiscreteScheduler
 
 import cemq
-from cemq.bundle import CARD, EVIDENCE, PRIOR, BundleError, Manifest, OtherRun, read_bundle
+from cemq.bundle import CARD, EVIDENCE, MANIFEST, PRIOR, BundleError, Manifest, OtherRun, read_bundle, seal
 from cemq.correction import make_correction
 from cemq.errors import InputError
 from cemq.prior import ErrorPrior, SamplerFingerprint
@@ -175,3 +176,19 @@ def test_what_cannot_be_planned_is_said_before_any_work():
         make_recipe({"also_steps": [1]})
     with pytest.raises(InputError, match="also_steps: other step counts are searched for, found --solver cem"):
         cemq.quantize_and_schedule("builtin:dit-digits", "nowhere", also_steps=[6], solver="cem")
+
+
+def test_memory_is_planned_for_the_run_that_keeps_most(bundle, tmp_path):
+    copy, manifest = tmp_path / "copy", read_bundle(bundle)
+    shutil.copytree(bundle, copy)
+
+    def needed(predictor, **options):
+        (run,) = manifest.other_runs
+        other = replace(run, schedule=CacheSchedule(num_steps=OTHER, full_steps=(0, 1, 2), predictor=predictor))
+        own = replace(manifest.schedule, predictor="reuse", corrector="none")
+        (copy / MANIFEST).unlink()
+        seal(copy, replace(manifest, schedule=own, other_runs=(other,), cache="modules"))
+        return cemq.plan_memory(copy, "8GiB", device="cpu", **options).chosen.device_bytes
+
+    assert needed("taylor2") > needed("taylor1") > needed("reuse")
+    assert needed("taylor2", budget=3) == needed("reuse", budget=3)  # which the other run does not follow
