@@ -127,6 +127,9 @@ def test_a_sampler_that_carries_nothing_over_has_none_and_says_so(tmp_path, capl
     assert read_bundle(folder).other_runs == ()
     assert json.loads((folder / EVIDENCE).read_text())["other_runs"] == []
     assert f"not planned for {OTHER} steps" in caplog.text
+    with pytest.warns(UserWarning, match="computing in full"):
+        found = cemq.evaluate(folder, samples=2, steps=OTHER, device="cpu")
+    assert (found.num_steps, found.full_steps, found.compute_ratio) == (OTHER, OTHER, 1.0)
 
 
 def test_a_text_to_image_pipeline_whose_timesteps_depend_on_the_picture(tmp_path):

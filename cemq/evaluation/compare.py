@@ -20,7 +20,7 @@ from cemq.models import default_device, locate, open_pipeline, weight_bytes
 from cemq.outputs import as_array, as_levels, as_pictures
 from cemq.prior import SamplerFingerprint
 from cemq.processes import ALONE, Processes
-from cemq.runtime import from_pretrained, schedule_hook
+from cemq.runtime import ScheduleHook, from_pretrained, schedule_hook
 from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches, run
 from cemq.trajectory import run_end
 
@@ -176,13 +176,14 @@ def evaluate(
     if picture is not None and processes.is_main:
         write_side_by_side(Path(picture), references[0].images, outcomes[0].images)
     hook = schedule_hook(scheduled)
-    (schedule,) = set(processes.gather([hook.schedule if hook.skipped_evaluations else None] if outcomes else []))
-    full = settings["steps"]  # of a run that skips nothing: no schedule carries over to it, or that is the schedule
+    ((num_steps, full_steps, compute_ratio),) = set(
+        processes.gather([_computed(hook, settings["steps"])] if outcomes else [])
+    )
     return Evaluation(
         **dataclasses.asdict(fidelity),
-        num_steps=schedule.num_steps if schedule else full,
-        full_steps=schedule.budget if schedule else full,
-        compute_ratio=schedule.compute_ratio if schedule else 1.0,
+        num_steps=num_steps,
+        full_steps=full_steps,
+        compute_ratio=compute_ratio,
         wall_ratio=statistics.median(wall_ratios),
         model_bytes=weight_bytes(scheduled),
         reference_bytes=weight_bytes(original),
@@ -190,6 +191,14 @@ def evaluate(
         device=place,
         dtype=manifest.dtype,
     )
+
+
+def _computed(hook: ScheduleHook, steps: int) -> tuple[int, int, float]:
+    """Steps, full-compute steps and compute ratio of the latest run: all are full where no schedule carries over."""
+    schedule = hook.schedule
+    if schedule.budget < schedule.num_steps and not hook.skipped_evaluations:
+        return steps, steps, 1.0
+    return schedule.num_steps, schedule.budget, schedule.compute_ratio
 
 
 def check_picture_path(path: Path) -> None:
