@@ -35,7 +35,7 @@ wheel: .venv/installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --quiet --wheel --no-isolation
 
-bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; seven hours or so on one core
+bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; takes hours
 	$(BIN)/python docs/benchmarks/quantization.py
 	$(BIN)/python docs/benchmarks/planning.py
 	$(BIN)/python docs/benchmarks/fidelity.py

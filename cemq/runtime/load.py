@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cemq.bundle import PRIOR, OtherRun, read_bundle
-from cemq.correction import make_correction
+from cemq.bundle import PRIOR, Manifest, OtherRun, read_bundle
+from cemq.correction import Correction, make_correction
 from cemq.errors import BundleError, CemqError, PlacementError, choose
 from cemq.footprint import plan_memory
 from cemq.hub import find_bundle
@@ -64,14 +64,13 @@ def from_pretrained(
     """
     folder = find_bundle(path, revision)
     manifest = read_bundle(folder, verify=verify)
-    prior, schedule = ErrorPrior.load(folder / PRIOR), manifest.schedule
-    correction = manifest.correction and make_correction(manifest.correction, prior, schedule)
+    prior = ErrorPrior.load(folder / PRIOR)
     asked = manifest.recipe or {}
     plan = Plan(
-        schedule=schedule,
+        schedule=manifest.schedule,
         sampler=manifest.sampler,
         prior=prior,
-        correction=correction,
+        correction=_correction(manifest, prior),
         view=manifest.view,
         cache=manifest.cache,
         solver=asked.get("solver", SEARCH),
@@ -114,5 +113,9 @@ def from_pretrained(
 def _other(plan: Plan, run: OtherRun) -> Plan:
     """The same at another step count."""
     prior = plan.prior.resampled(run.sampler)
-    correction = run.correction and make_correction(run.correction, prior, run.schedule)
+    correction = _correction(run, prior)
     return replace(plan, schedule=run.schedule, sampler=run.sampler, prior=prior, correction=correction)
+
+
+def _correction(run: Manifest | OtherRun, prior: ErrorPrior) -> Correction | None:
+    return make_correction(run.correction, prior, run.schedule) if run.correction else None
