@@ -9,6 +9,7 @@ Every part is measured on evaluation seeds that no plan has seen, against full p
 * ablation: the schedule planned on each view of the prior, run on the quantized model
 * auto: the budget that `--budget auto` finds, and its error on evaluation seeds
 * steps: a prior of 50 steps carried over to 20, 28 and 100, against one measured there
+* quanto: the default plans against quanto's layers of the same scheme with every step computed
 * solver: milliseconds of the dynamic program
 
 Writes planning.md and planning.json beside itself; ``--parts``, ``--models`` and ``--schemes`` measure some of it anew
@@ -41,11 +42,12 @@ from cemq.closed_search import PUBLISHED
 from cemq.errors import InfeasibleBudgetError
 from cemq.evaluation import run_batch
 from cemq.evaluation.metrics import psnr_db
-from cemq.models import locate, open_pipeline
+from cemq.models import denoisers, locate, open_pipeline
 from cemq.planning import plan
 from cemq.prior import VIEWS, ErrorPrior
 from cemq.profiling import profile, record_references
 from cemq.propagation import sample_schedules
+from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
 from cemq.runtime import Plan, attached, detach
 from cemq.sampling import EVALUATION_SEED_OFFSET, make_batches
 from cemq.schedule import (
@@ -64,7 +66,7 @@ CACHES = ("output", "residual", "modules")
 BUDGETS = (25, 15, 10, 7)
 STEPS = (20, 28, 100)
 NATIVE_EFFORTS = ("quick", "normal")  # of the searches that plans carried over are compared with
-PARTS = ("ranking", "cells", "ablation", "auto", "steps", "solver")
+PARTS = ("ranking", "cells", "ablation", "auto", "steps", "quanto", "solver")
 SAMPLES = 64  # on 16, chance alone moves the mean by 1 dB
 RANKED = 48  # on fewer, two halves of them do not agree on the ranking themselves
 HERE = Path(__file__).with_suffix("")
@@ -95,12 +97,15 @@ class Lab:
             self._references[key] = self.outcomes(self.original, steps, self.batches(first, samples))
         return self._references[key]
 
-    def psnr(self, planned: Plan, steps: int = 50) -> np.ndarray:
-        """PSNR of every evaluation sample, (SAMPLES,)."""
-        with attached(self.pipe, planned):
-            found = self.outcomes(self.pipe, steps, self.batches(EVALUATION_SEED_OFFSET))
+    def psnr_as_is(self, pipe: Any, steps: int = 50) -> np.ndarray:
+        """PSNR of every evaluation sample, (SAMPLES,), with whatever is attached to the pipeline."""
+        found = self.outcomes(pipe, steps, self.batches(EVALUATION_SEED_OFFSET))
         pairs = zip(self.references(steps), found, strict=True)
         return np.concatenate([psnr_db(a.images, b.images) for a, b in pairs])
+
+    def psnr(self, planned: Plan, steps: int = 50) -> np.ndarray:
+        with attached(self.pipe, planned):
+            return self.psnr_as_is(self.pipe, steps)
 
     def loop(self, steps: int = 50, prior: ErrorPrior | None = None, samples: int = 64) -> ClosedLoop:
         """The planning samples, with seeds after those that the bundle used; nothing has been run on them."""
@@ -277,6 +282,17 @@ def measure_steps(lab: Lab) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_quanto(lab: Lab) -> list[float]:
+    """PSNR of quanto's layers of the same scheme at 50 of 50, sample for sample those of the cells."""
+    pipe = open_pipeline(locate(lab.manifest.model).folder, dtype="float32", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    ((name, denoiser),) = denoisers(pipe)
+    with record_calls(denoiser, every=5) as calls:
+        lab.outcomes(pipe, 50, lab.batches(0, samples=16))
+    quantize_pipeline(pipe, QuantizationPlan(scheme=lab.scheme, backend="quanto"), {name: calls})
+    return lab.psnr_as_is(pipe).tolist()
+
+
 def planning_cost(manifest: Manifest, evidence: dict[str, Any]) -> dict[str, float]:
     """Of the bundle and of its other step counts, in runs of the planning samples at full compute."""
     steps = manifest.schedule.num_steps
@@ -322,6 +338,7 @@ MEASURES = {
     "ablation": measure_ablation,
     "auto": measure_auto,
     "steps": measure_steps,
+    "quanto": measure_quanto,
 }
 
 
@@ -460,6 +477,11 @@ def page(record: dict[str, Any]) -> str:
         for model, scheme, found in rows_of(record, "steps")
         for row in found
     ]
+    quanto = []
+    for model, scheme, found in rows_of(record, "quanto"):
+        own = {row["budget"]: row for row in record[f"{model}-{scheme}"]["cells"] if row["plan"] == "search, auto"}
+        margins = [difference(own[budget]["psnr_db"], found) for budget in BUDGETS]
+        quanto.append([model, scheme, interval(found), mean(own[10]["psnr_db"]), *margins])
     costs_of_planning = [
         [model, scheme, *(f"{cost:.2f}" for cost in (found["own"], found["others"], sum(found.values())))]
         for model, scheme, found in rows_of(record, "cost")
@@ -595,6 +617,18 @@ last two columns compare what the bundle follows with them.
             ["model", "scheme", "steps", "budget", "carried over", "planned", *NATIVE_EFFORTS]
             + [f"to {effort}" for effort in NATIVE_EFFORTS],
             steps,
+        )
+    }
+
+## Against quanto at full compute
+
+quanto's layers of the same scheme (`--backend quanto`) with 50 of 50 steps computed, beside the default plans above:
+PSNR to full precision on the same samples, and what the default plan of each budget has over quanto.
+
+{
+        table(
+            ["model", "scheme", "quanto, 50 of 50", "default, 10 of 50", *(f"{budget} of 50" for budget in BUDGETS)],
+            quanto,
         )
     }
 
