@@ -80,9 +80,11 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from cemq.planner import BUILD_LOG
+
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    notes, logger = logging.Handler(), logging.getLogger("cemq.workflow")  # what a build says beside its progress
+    notes, logger = logging.Handler(), logging.getLogger(BUILD_LOG)
     notes.emit = lambda record: console.print(record.getMessage(), soft_wrap=True, highlight=False)
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, Any] = {}

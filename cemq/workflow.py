@@ -7,9 +7,8 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,15 @@ from typing import Any
 import torch
 
 from cemq import __version__
-from cemq.bundle import EVIDENCE, MANIFEST, PRIOR, Manifest, OtherRun, read_bundle, seal, staging, write_pipeline
-from cemq.closed_loop import ClosedLoop
+from cemq.bundle import EVIDENCE, MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
 from cemq.errors import InputError, ModelError, choose
-from cemq.evaluation import Outcome, measure_fidelity, run_batch
+from cemq.evaluation import measure_fidelity, run_batch
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
 from cemq.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
 from cemq.placement import format_bytes
-from cemq.planning import EFFORTS, Planned, check_correctable, check_planning, plan
-from cemq.prior import VIEWS, ErrorPrior
+from cemq.planner import BUILD_LOG, Planner, other_step_counts, planning_settings
+from cemq.planning import check_correctable, check_planning
+from cemq.prior import VIEWS
 from cemq.processes import ALONE, Processes
 from cemq.profiling import profile, record_references
 from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
@@ -44,12 +43,10 @@ from cemq.sampling import (
     run,
     split_conditions,
 )
-from cemq.schedule import SEARCH, CacheSchedule
+from cemq.schedule import SEARCH
 
 CHECK_SAMPLES = 4  # held-out samples for the fidelity that is written into the bundle
 CALIBRATION_CALLS = 48  # calls of the denoiser that quantization is fitted to, spread over all trajectories
-ALSO_STEPS = 0.4  # of the steps, which plans are made for as well: the fewer steps, the less predictions alone find
-LEAST_ALSO_STEPS = 12  # of so many or more
 MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
 
 
@@ -112,7 +109,7 @@ def quantize_and_schedule(
     )
     quantization.check()
     choose("prior", settled.prior, VIEWS)
-    check_planning(**_planning(settled, settled.steps))
+    check_planning(**planning_settings(settled), budget=settled.budget, steps=settled.steps)
     if settled.also_steps and settled.solver != SEARCH:
         raise InputError(
             f"also_steps: other step counts are searched for, found --solver {settled.solver}: leave one out"
@@ -131,7 +128,7 @@ def quantize_and_schedule(
         pipe = open_pipeline(source.folder, dtype=dtype, device=place)
         pipe.set_progress_bar_config(disable=True)
         steps = settled.steps or _default_steps(pipe)
-        check_planning(**_planning(settled, steps))
+        check_planning(**planning_settings(settled), budget=settled.budget, steps=steps)
         check_call(pipe, settled.call)
         check_drivable(pipe)
         check_correctable(settled.corrector, settled.cache, pipe.scheduler, steps)
@@ -152,7 +149,7 @@ def quantize_and_schedule(
         if settled.cache != "output":
             said = _check_cache(pipe, batches[0], steps, settled)
             if processes.is_main:
-                logging.getLogger("cemq.workflow").info(said)
+                logging.getLogger(BUILD_LOG).info(said)
 
         # Every process quantizes, from all calls: as long a wait as for one that does, and nothing to send afterwards.
         recorded: list[dict[str, Any]] = []
@@ -168,7 +165,7 @@ def quantize_and_schedule(
         aims = _outcomes(pipe, shares[1], "full-precision planning samples", steps, settled, progress)
         other_aims = {
             count: _outcomes(pipe, shares[1], f"full precision, {count} steps", count, settled, progress)
-            for count in _other_steps(settled, steps)
+            for count in other_step_counts(settled, steps)
         }
         wanted = _outcomes(pipe, shares[2], "full-precision check", steps, settled, progress)
         reference_bytes = weight_bytes(pipe)
@@ -190,7 +187,7 @@ def quantize_and_schedule(
             progress=progress,
             processes=processes,
         )
-        planner = _Planner(pipe=pipe, batches=planning, settings=settled, progress=progress, processes=processes)
+        planner = Planner(pipe=pipe, batches=planning, settings=settled, progress=progress, processes=processes)
         planned = planner.plan(prior, aims, steps, settled.budget)
         own = Plan(
             schedule=planned.schedule, sampler=prior.metadata.sampler, prior=planned.prior,
@@ -304,98 +301,6 @@ def _conditions(pipe: Any, plan: Recipe) -> tuple[tuple[str | int, ...], tuple[s
     default = "imagenet_labels.txt" if labelled else "prompts.txt"
     lines = read_conditions(find_calibration(plan.calib or default))
     return split_conditions(check_conditions(pipe, lines), profiled=plan.samples, seed=plan.seed)
-
-
-def _planning(plan: Recipe, steps: int | None) -> dict[str, Any]:
-    return {
-        "solver": plan.solver,
-        "predictor": plan.predictor,
-        "corrector": plan.corrector,
-        "correction": plan.correction,
-        "effort": plan.effort,
-        "budget": plan.budget,
-        "steps": steps,
-    }
-
-
-def _other_steps(plan: Recipe, steps: int) -> tuple[int, ...]:
-    """Step counts to plan for besides."""
-    if plan.also_steps is not None:
-        return tuple(dict.fromkeys(count for count in plan.also_steps if count != steps))
-    fewer = round(ALSO_STEPS * steps)
-    searched = plan.solver == SEARCH and plan.effort != "quick"
-    return (fewer,) if searched and fewer >= LEAST_ALSO_STEPS else ()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Planner:
-    """Plans a pipeline, once quantized, on the planning samples."""
-
-    pipe: Any
-    batches: Sequence[Batch]
-    settings: Recipe
-    progress: Progress | None
-    processes: Processes
-
-    def plan(
-        self,
-        prior: ErrorPrior,
-        aims: Sequence[Outcome],
-        steps: int,
-        budget: int | str,
-        *,
-        stage: str = "planning",
-        known: CacheSchedule | None = None,
-    ) -> Planned:
-        """`cemq.planning.plan` with the settings of the build; ``aims`` are full-precision outcomes."""
-        settings, full_runs = self.settings, EFFORTS[self.settings.effort].full_runs
-
-        def show(spent: float) -> None:  # people see how many runs at full compute of all samples it may take
-            self.progress(f"{stage}, {full_runs:g} runs' worth", min(spent / full_runs, 1.0))
-
-        loop = ClosedLoop(
-            pipe=self.pipe, prior=prior, batches=self.batches, references=aims, steps=steps, call=settings.call,
-            cache=settings.cache, processes=self.processes, progress=self.progress and show,
-        )  # fmt: skip
-        return plan(
-            loop,
-            budget,
-            solver=settings.solver,
-            predictor=settings.predictor,
-            corrector=settings.corrector,
-            correction=settings.correction,
-            effort=settings.effort,
-            view=settings.prior,
-            tolerance=settings.tolerance,
-            target_psnr=settings.target_psnr,
-            known=known,
-        )
-
-    def plan_too(self, own: Plan, aims: Sequence[Outcome], steps: int) -> tuple[OtherRun, dict[str, Any]] | None:
-        """The same for another step count, and the evidence; None where the bundle's own plan does not carry over.
-
-        Its prior does, so that nothing is profiled there.
-        """
-        sampler = self.processes.gather([aims[0].sampler] if aims else [])[0]
-        carried = own.carried_over(sampler)
-        if carried is None:
-            if self.processes.is_main:
-                logging.getLogger("cemq.workflow").info(
-                    f"not planned for {steps} steps: what was measured at {own.schedule.num_steps} does not carry "
-                    f"over with {sampler.scheduler}"
-                )
-            return None
-        planned = self.plan(
-            carried.prior,
-            aims,
-            steps,
-            carried.schedule.budget,
-            stage=f"planning {steps} steps",
-            known=carried.schedule,
-        )
-        method = planned.correction and planned.correction.method
-        run = OtherRun(num_inference_steps=steps, schedule=planned.schedule, correction=method, sampler=sampler)
-        return run, planned.evidence | {"num_inference_steps": steps}
 
 
 class _EnoughError(Exception):

@@ -14,12 +14,12 @@ import cemq
 from cemq.bundle import CARD, EVIDENCE, MANIFEST, PRIOR, BundleError, Manifest, OtherRun, read_bundle, seal
 from cemq.correction import make_correction
 from cemq.errors import InputError
+from cemq.planner import BUILD_LOG, other_step_counts
 from cemq.prior import ErrorPrior, SamplerFingerprint
 from cemq.recipe import make_recipe
 from cemq.runtime import Plan, schedule_hook
 from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule
-from cemq.workflow import _other_steps
 
 STEPS, OTHER = 10, 6
 CALL = {"guidance_scale": 2.0}
@@ -123,7 +123,7 @@ def test_manifests_are_read_back_and_those_of_before_have_no_other_runs(bundle):
 
 
 def test_a_sampler_that_carries_nothing_over_has_none_and_says_so(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="cemq.workflow"):
+    with caplog.at_level(logging.INFO, logger=BUILD_LOG):
         folder = build(tmp_path, make_dit(HeunDiscreteScheduler()), also_steps=[OTHER], solver="search")
     assert read_bundle(folder).other_runs == ()
     assert json.loads((folder / EVIDENCE).read_text())["other_runs"] == []
@@ -172,7 +172,7 @@ def test_image_to_image_runs_are_known_by_the_timesteps_they_end_with():
     ],
 )
 def test_which_step_counts_are_planned_for(settings, steps, expected):
-    assert _other_steps(make_recipe(settings), steps) == expected
+    assert other_step_counts(make_recipe(settings), steps) == expected
 
 
 def test_what_cannot_be_planned_is_said_before_any_work():
