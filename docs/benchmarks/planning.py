@@ -15,7 +15,8 @@ Every part is measured on evaluation seeds that no plan has seen, against full p
 
 Writes planning.md and planning.json beside itself; ``--parts``, ``--models`` and ``--schemes`` measure some of it anew
 and keep the rest.
-About three hours on a CPU core of one's own (``OMP_NUM_THREADS=1``); models and schemes can be measured side by side.
+About six hours on a CPU core of one's own (``OMP_NUM_THREADS=1``), two more with the ceiling; models and schemes can be
+measured side by side.
 """
 
 from __future__ import annotations
