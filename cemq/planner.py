@@ -15,12 +15,11 @@ from cemq.prior import ErrorPrior
 from cemq.processes import Processes
 from cemq.recipe import Recipe
 from cemq.runtime import Plan
-from cemq.sampling import Batch, Progress
+from cemq.sampling import BUILD_LOG, Batch, Progress
 from cemq.schedule import SEARCH, CacheSchedule
 
 ALSO_STEPS = 0.4  # of the steps, which plans are made for as well: the fewer steps, the less predictions alone find
 LEAST_ALSO_STEPS = 12  # of so many or more
-BUILD_LOG = "cemq.build"  # the logger of what a build says beside its progress
 
 
 def planning_settings(settings: Recipe) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cemq.evaluation import measure_fidelity, run_batch
 from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
 from cemq.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
 from cemq.placement import format_bytes
-from cemq.planner import BUILD_LOG, Planner, other_step_counts, planning_settings
+from cemq.planner import Planner, other_step_counts, planning_settings
 from cemq.planning import check_correctable, check_planning
 from cemq.prior import VIEWS
 from cemq.processes import ALONE, Processes
@@ -31,6 +31,7 @@ from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
 from cemq.runtime import Plan, attached, cache_checked, from_pretrained
 from cemq.sampling import (
+    BUILD_LOG,
     Batch,
     Progress,
     check_call,

@@ -14,11 +14,11 @@ import cemq
 from cemq.bundle import CARD, EVIDENCE, MANIFEST, PRIOR, BundleError, Manifest, OtherRun, read_bundle, seal
 from cemq.correction import make_correction
 from cemq.errors import InputError
-from cemq.planner import BUILD_LOG, other_step_counts
+from cemq.planner import other_step_counts
 from cemq.prior import ErrorPrior, SamplerFingerprint
 from cemq.recipe import make_recipe
 from cemq.runtime import Plan, schedule_hook
-from cemq.sampling import Batch, run
+from cemq.sampling import BUILD_LOG, Batch, run
 from cemq.schedule import CacheSchedule
 
 STEPS, OTHER = 10, 6
