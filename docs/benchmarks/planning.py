@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -34,10 +33,11 @@ from typing import Any
 
 import diffusers
 import numpy as np
+from planning_page import BUDGETS, CACHES, MODELS, NATIVE_EFFORTS, RANKED, SAMPLES, SCHEMES, page
 
 import cemq
 from cemq.analysis import analyze, rank_correlation
-from cemq.bench.machine import describe_machine, one_line
+from cemq.bench.machine import describe_machine
 from cemq.bundle import EVIDENCE, PRIOR, Manifest, read_bundle
 from cemq.closed_loop import FULL, ClosedLoop, Trial
 from cemq.closed_search import PUBLISHED
@@ -62,15 +62,8 @@ from cemq.schedule import (
     solve_segments,
 )
 
-MODELS = ("dit-digits", "sd3-digits")
-SCHEMES = ("w8a8", "w4a8")
-CACHES = ("output", "residual", "modules")
-BUDGETS = (25, 15, 10, 7)
 STEPS = (20, 28, 100)
-NATIVE_EFFORTS = ("quick", "normal")  # of the searches that plans carried over are compared with
 PARTS = ("ranking", "cells", "ablation", "auto", "steps", "quanto", "solver")
-SAMPLES = 64  # on 16, chance alone moves the mean by 1 dB
-RANKED = 48  # on fewer, two halves of them do not agree on the ranking themselves
 HERE = Path(__file__).with_suffix("")
 
 
@@ -398,291 +391,6 @@ def main() -> None:
         record["solver"] = measure_solver()
     HERE.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     HERE.with_suffix(".md").write_text(page(record))
-
-
-def mean(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f}"
-
-
-def interval(values: list[float]) -> str:
-    """Mean and the half width of its 95 % confidence interval over seeds (normal approximation)."""
-    return f"{statistics.mean(values):.1f} ± {1.96 * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
-
-
-def difference(ours: list[float], theirs: list[float]) -> str:
-    """Mean and the half width of its 95 % confidence interval over seeds, of the same samples."""
-    gains = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return f"{statistics.mean(gains):+.1f} ± {1.96 * statistics.stdev(gains) / math.sqrt(len(gains)):.1f}"
-
-
-def rows_of(record: dict[str, Any], part: str) -> list[tuple[str, str, Any]]:
-    return [
-        (model, scheme, record[f"{model}-{scheme}"][part])
-        for model in MODELS
-        for scheme in SCHEMES
-        if part in record.get(f"{model}-{scheme}", {})
-    ]
-
-
-def table(head: list[str], rows: list[list[Any]]) -> str:
-    if not rows:
-        return "Not measured with these plans yet."
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(str(value) for value in row) + " |" for row in rows])
-
-
-def page(record: dict[str, Any]) -> str:
-    costs = [f"{kind}, {view}" for kind in ("fitted", "unweighted", "cem") for view in VIEWS]
-    ranking = [
-        [model, scheme, predictor, found.get("corrector", "none")]
-        + [f"{values[costs[0]]:.3f}", f"{found['by_means'][predictor]:.3f}" if "by_means" in found else "-"]
-        + [f"{values[cost]:.2f}" for cost in costs[1:]]
-        for model, scheme, found in rows_of(record, "ranking")
-        for predictor, values in found["spearman"].items()
-    ]
-    cells = []
-    for model, scheme, found in rows_of(record, "cells"):
-        full = next(row["psnr_db"] for row in found if row["plan"] == "full compute")
-        for budget in BUDGETS:
-            row = {each["plan"]: each for each in found if each["budget"] == budget}
-            best, best_of_both = (
-                max((row[f"{s}, {name}"]["psnr_db"] for s in PUBLISHED for name in names), key=statistics.mean)
-                for names in (["taylor1"], ["taylor1", "taylor2"])
-            )
-            own = row["search, auto"]
-            later = [row.get(f"{solver}, taylor1, quadratic") for solver in PUBLISHED]  # not in records of before
-            cells.append(
-                [model, scheme, mean(full), budget]
-                + [mean(row[f"{solver}, {name}"]["psnr_db"]) for name in ("taylor1", "taylor2") for solver in PUBLISHED]
-                + [mean(each["psnr_db"]) if each else "-" for each in later]
-                + [mean(row["search, taylor1"]["psnr_db"])]
-                + [interval(own["psnr_db"]), own["correction"] or "none", own["full_steps"]]
-                + [difference(row["search, taylor1"]["psnr_db"], best)]
-                + [difference(own["psnr_db"], published) for published in (best, best_of_both)]
-            )
-    ablation = [
-        [model, scheme, budget]
-        + [
-            interval(next(r["psnr_db"] for r in found if r["view"] == view and r["budget"] == budget))
-            for view in ("cache", "self", "combined")
-        ]
-        for model, scheme, found in rows_of(record, "ablation")
-        for budget in BUDGETS[:3]
-    ]
-    auto = [
-        [
-            model,
-            scheme,
-            found["budget"],
-            f"{found['planning_ratio']:.3f}",
-            f"{found['evaluation_ratio']:.3f}",
-            f"{found['psnr_db']:.1f}",
-            f"{found['full_psnr_db']:.1f}",
-            found["full_run_equivalents"],
-        ]
-        for model, scheme, found in rows_of(record, "auto")
-    ]
-    steps = [
-        [
-            model,
-            scheme,
-            row["steps"],
-            row["budget"],
-            mean(row["carried_over"]),
-            mean(row["planned"]) if "planned" in row else "-",
-            *(mean(row[effort]) for effort in NATIVE_EFFORTS),
-            *(difference(row.get("planned", row["carried_over"]), row[effort]) for effort in NATIVE_EFFORTS),
-        ]
-        for model, scheme, found in rows_of(record, "steps")
-        for row in found
-    ]
-    quanto = []
-    for model, scheme, found in rows_of(record, "quanto"):
-        own = {row["budget"]: row for row in record[f"{model}-{scheme}"]["cells"] if row["plan"] == "search, auto"}
-        margins = [difference(own[budget]["psnr_db"], found) for budget in BUDGETS]
-        quanto.append([model, scheme, interval(found), mean(own[10]["psnr_db"]), *margins])
-    costs_of_planning = [
-        [model, scheme, *(f"{cost:.2f}" for cost in (found["own"], found["others"], sum(found.values())))]
-        for model, scheme, found in rows_of(record, "cost")
-    ]
-    caches = [
-        [model, scheme, budget]
-        + [
-            " / ".join(
-                mean(row["psnr_db"])
-                for cache in CACHES
-                for row in found
-                if (row["budget"], row["predictor"], row["cache"]) == (budget, predictor, cache)
-            )
-            for predictor in ("taylor1", "reuse")
-        ]
-        for model, scheme, found in rows_of(record, "caches")
-        for budget in BUDGETS
-    ]
-    ceiling = [
-        [
-            *(model, scheme, row["budget"], f"{row['minutes']:.1f}", row["climbs"], row["runs"]),
-            *(mean(row["psnr_db"]), mean(own["psnr_db"])),
-            difference(own["psnr_db"], row["psnr_db"]),
-        ]
-        for model, scheme, found in rows_of(record, "ceiling")
-        for row in found
-        for own in record[f"{model}-{scheme}"]["cells"]
-        if own["budget"] == row["budget"] and own["plan"] == "search, taylor1"
-    ]
-    inner = ""
-    if caches:
-        inner = f"""## Output, residual or modules
-
-Uniform schedules, PSNR in dB served from the [output / the blocks' residual / their modules](../caching.md).
-
-{table(["model", "scheme", "budget", "taylor1", "reuse"], caches)}
-
-"""
-    fitted_to = sum(found["fitted_to"] for _, _, found in rows_of(record, "ranking"))
-    solver = record.get("solver", {})
-    return f"""# What plans are worth
-
-{record["machine"]["date"][:10]}, {one_line(record["machine"])}.
-Command: `python docs/benchmarks/planning.py`. Both built-in models, 50 steps, {
-        SAMPLES
-    } samples with seeds from 1000000 on that no
-plan has seen; PSNR in dB to full precision at 50 of 50 with the same seeds. {record.get("remark", "")}
-
-## Which cost ranks schedules
-
-Spearman's correlation of predicted cost and error found in closed loop over 60 schedules with 15 full-compute steps,
-half of them random, half near uniform, {fitted_to or "none"} of them fitted to, on {
-        RANKED
-    } evaluation samples. `fitted` is what plans are
-made with; `unweighted` is the same with step sizes as the only weights; `cem` is CEM's published cost. Schedules have
-the corrector that the bundle was planned with. What sets a schedule apart is averaged over the middle two thirds of the
-samples, as where plans are compared; `by plain means` is the first column without that.
-
-{table(["model", "scheme", "predictor", "corrector", costs[0], "by plain means", *costs[1:]], ranking)}
-
-## Default plan against uniform and CEM
-
-`search, taylor1` is the search with that one predictor, no corrector and no correction, as `uniform` and `cem` have it;
-`corrected later` are those two with the corrector `quadratic`; `default` has it where skipping costs enough, and
-chooses the predictor of each segment and a correction besides. CEM's rule has no schedule of 7: its relaxed variant
-stands in. Margins are over the better of uniform and CEM: of `search, taylor1` with that predictor, of `default` with
-that predictor, and with the better of both. Every cell is planned on samples that nothing has been run on. "full steps"
-is what the default plan spends: it may leave part of the budget.
-
-{
-        table(
-            [
-                "model",
-                "scheme",
-                "50 of 50",
-                "budget",
-                *(f"{solver}, {name}" for name in ("taylor1", "taylor2") for solver in PUBLISHED),
-                *(f"{solver}, taylor1, corrected later" for solver in PUBLISHED),
-                "search, taylor1",
-                "default",
-                "correction",
-                "full steps",
-                "search over taylor1",
-                "default over taylor1",
-                "default over both",
-            ],
-            cells,
-        )
-    }
-
-## How far from the ceiling
-
-A blind local search in closed loop, one full-compute step moved at a time and kept where 10 samples say so, from even
-spacing, from CEM's schedule, then again and again from the best so far with three steps moved at random, until the
-minutes of one core are over; `search, taylor1` is what the default search finds in 8 runs' worth.
-
-{
-        table(
-            ["model", "scheme", "budget", "minutes", "climbs", "runs", "ceiling", "search, taylor1", "difference"],
-            ceiling,
-        )
-    }
-
-{inner}## Planned on which prior
-
-Schedules of the dynamic program (taylor1, no search, no correction), planned on the full-precision prior (`cache`), the
-quantized model's own (`self`) and the combined one; all run on the quantized model. Mean and 95 % confidence interval
-over {SAMPLES} seeds.
-
-{table(["model", "scheme", "budget", "cache", "self", "combined"], ablation)}
-
-## `--budget auto`
-
-Tolerance 0.15: error (relative L2 of the final latent) over that of the same quantized model at full compute.
-
-{
-        table(
-            ["model", "scheme", "budget found", "ratio, planning", "ratio, evaluation", "dB", "dB at 50 of 50", "runs"],
-            auto,
-        )
-    }
-
-## Other step counts
-
-A bundle made at 50 steps with 15 of them full, run at another step count. `carried over`: its prior and schedule are,
-and are planned on without running anything. `planned`: where the bundle was planned for that step count besides
-(`--also-steps`, by default 20 for 50), which is what it follows there; its prior is carried over all the same. `quick`
-and `normal` are what searches of that effort find at that step count, in closed loop, from a prior profiled there; the
-last two columns compare what the bundle follows with them.
-
-{
-        table(
-            ["model", "scheme", "steps", "budget", "carried over", "planned", *NATIVE_EFFORTS]
-            + [f"to {effort}" for effort in NATIVE_EFFORTS],
-            steps,
-        )
-    }
-
-## Against quanto at full compute
-
-quanto's layers of the same scheme (`--backend quanto`) with 50 of 50 steps computed, beside the default plans above:
-PSNR to full precision on the same samples, and what the default plan of each budget has over quanto.
-
-{
-        table(
-            ["model", "scheme", "quanto, 50 of 50", "default, 10 of 50", *(f"{budget} of 50" for budget in BUDGETS)],
-            quanto,
-        )
-    }
-
-## What planning costs
-
-Runs of all planning samples at full compute that planning of the bundles took (15 of 50 steps, effort `normal`).
-
-{
-        table(
-            ["model", "scheme", "the bundle's step count", "other step counts", "both"],
-            costs_of_planning,
-        )
-    }
-
-## Solver
-
-{
-        table(
-            ["", "dynamic program, ms", "with its cost table, ms"],
-            [
-                [
-                    "every budget of 50 steps",
-                    *(f"{solver.get(k, math.nan):.1f}" for k in ("solve_50_ms", "costs_and_solve_50_ms")),
-                ],
-                [
-                    "every budget to 200 of 1000 steps",
-                    *(f"{solver.get(k, math.nan):.0f}" for k in ("solve_1000_ms", "costs_and_solve_1000_ms")),
-                ],
-            ],
-        )
-    }
-
-Another budget or step count at load, local search from every start and all (synthetic prior, 3 of 10 steps in full):
-{solver.get("at_load_50_ms", math.nan):.0f} ms for 50 steps, {solver.get("at_load_100_ms", math.nan):.0f} ms for 100.
-"""
 
 
 if __name__ == "__main__":

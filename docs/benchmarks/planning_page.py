@@ -1,0 +1,293 @@
+"""planning.md, drawn from planning.json: a function for each table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from cemq.bench.machine import one_line
+from cemq.closed_search import PUBLISHED
+from cemq.prior import VIEWS
+
+MODELS = ("dit-digits", "sd3-digits")
+SCHEMES = ("w8a8", "w4a8")
+CACHES = ("output", "residual", "modules")
+BUDGETS = (25, 15, 10, 7)
+NATIVE_EFFORTS = ("quick", "normal")  # of the searches that plans carried over are compared with
+SAMPLES = 64  # on 16, chance alone moves the mean by 1 dB
+RANKED = 48  # on fewer, two halves of them do not agree on the ranking themselves
+
+Record = dict[str, Any]
+
+
+def mean(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f}"
+
+
+def interval(values: list[float], sign: str = "") -> str:
+    """Mean and the half width of its 95 % confidence interval over seeds (normal approximation)."""
+    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):{sign}.1f} ± {half:.1f}"
+
+
+def difference(ours: list[float], theirs: list[float]) -> str:
+    """The same of what ours has over theirs, sample by sample."""
+    return interval([a - b for a, b in zip(ours, theirs, strict=True)], sign="+")
+
+
+def rows_of(record: Record, part: str) -> list[tuple[str, str, Any]]:
+    return [
+        (model, scheme, record[f"{model}-{scheme}"][part])
+        for model in MODELS
+        for scheme in SCHEMES
+        if part in record.get(f"{model}-{scheme}", {})
+    ]
+
+
+def cells_of(record: Record, model: str, scheme: str, plan: str) -> dict[int, list[float]]:
+    """PSNR of every sample for each budget of a plan."""
+    cells = record[f"{model}-{scheme}"]["cells"]
+    return {row["budget"]: row["psnr_db"] for row in cells if row["plan"] == plan}
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    if not rows:
+        return "Not measured with these plans yet."
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(str(value) for value in row) + " |" for row in rows])
+
+
+def ranking_table(record: Record) -> str:
+    first, *others = [f"{kind}, {view}" for kind in ("fitted", "unweighted", "cem") for view in VIEWS]
+    rows = [
+        [model, scheme, predictor, found["corrector"]]
+        + [f"{values[first]:.3f}", f"{found['by_means'][predictor]:.3f}"]
+        + [f"{values[cost]:.2f}" for cost in others]
+        for model, scheme, found in rows_of(record, "ranking")
+        for predictor, values in found["spearman"].items()
+    ]
+    return table(["model", "scheme", "predictor", "corrector", first, "by plain means", *others], rows)
+
+
+def cells_table(record: Record) -> str:
+    published = [f"{solver}, {name}" for name in ("taylor1", "taylor2") for solver in PUBLISHED]
+    corrected = [f"{solver}, taylor1, quadratic" for solver in PUBLISHED]
+    rows = []
+    for model, scheme, found in rows_of(record, "cells"):
+        full = next(row["psnr_db"] for row in found if row["plan"] == "full compute")
+        for budget in BUDGETS:
+            row = {each["plan"]: each for each in found if each["budget"] == budget}
+            psnr = {plan: each["psnr_db"] for plan, each in row.items()}
+            best, best_of_both = (
+                max((psnr[plan] for plan in plans), key=statistics.mean)
+                for plans in (published[: len(PUBLISHED)], published)
+            )
+            own, default = row["search, auto"], psnr["search, auto"]
+            rows.append(
+                [model, scheme, mean(full), budget]
+                + [mean(psnr[plan]) for plan in (*published, *corrected, "search, taylor1")]
+                + [interval(default), own["correction"] or "none", own["full_steps"]]
+                + [difference(psnr["search, taylor1"], best)]
+                + [difference(default, best), difference(default, best_of_both)]
+            )
+    head = ["model", "scheme", "50 of 50", "budget", *published]
+    head += [f"{solver}, taylor1, corrected later" for solver in PUBLISHED]
+    head += ["search, taylor1", "default", "correction", "full steps"]
+    return table([*head, "search over taylor1", "default over taylor1", "default over both"], rows)
+
+
+def ceiling_table(record: Record) -> str:
+    rows = []
+    for model, scheme, found in rows_of(record, "ceiling"):
+        own = cells_of(record, model, scheme, "search, taylor1")
+        for row in found:
+            ours, highest = own[row["budget"]], row["psnr_db"]
+            ran = [f"{row['minutes']:.1f}", row["climbs"], row["runs"]]
+            rows.append([model, scheme, row["budget"], *ran, mean(highest), mean(ours), difference(ours, highest)])
+    head = ["model", "scheme", "budget", "minutes", "climbs", "runs", "ceiling", "search, taylor1", "difference"]
+    return table(head, rows)
+
+
+def caches_section(record: Record) -> str:
+    """Empty where they were not measured."""
+    rows = [
+        [model, scheme, budget]
+        + [
+            " / ".join(
+                mean(row["psnr_db"])
+                for cache in CACHES
+                for row in found
+                if (row["budget"], row["predictor"], row["cache"]) == (budget, predictor, cache)
+            )
+            for predictor in ("taylor1", "reuse")
+        ]
+        for model, scheme, found in rows_of(record, "caches")
+        for budget in BUDGETS
+    ]
+    if not rows:
+        return ""
+    return f"""## Output, residual or modules
+
+Uniform schedules, PSNR in dB served from the [output / the blocks' residual / their modules](../caching.md).
+
+{table(["model", "scheme", "budget", "taylor1", "reuse"], rows)}
+
+"""
+
+
+def ablation_table(record: Record) -> str:
+    views = ("cache", "self", "combined")
+    rows = [
+        [model, scheme, budget]
+        + [
+            interval(next(row["psnr_db"] for row in found if (row["view"], row["budget"]) == (view, budget)))
+            for view in views
+        ]
+        for model, scheme, found in rows_of(record, "ablation")
+        for budget in BUDGETS[:3]
+    ]
+    return table(["model", "scheme", "budget", *views], rows)
+
+
+def auto_table(record: Record) -> str:
+    rows = [
+        [model, scheme, found["budget"]]
+        + [f"{found[name]:.3f}" for name in ("planning_ratio", "evaluation_ratio")]
+        + [f"{found[name]:.1f}" for name in ("psnr_db", "full_psnr_db")]
+        + [found["full_run_equivalents"]]
+        for model, scheme, found in rows_of(record, "auto")
+    ]
+    head = ["model", "scheme", "budget found", "ratio, planning", "ratio, evaluation", "dB", "dB at 50 of 50", "runs"]
+    return table(head, rows)
+
+
+def steps_table(record: Record) -> str:
+    rows = []
+    for model, scheme, found in rows_of(record, "steps"):
+        for row in found:
+            followed = row.get("planned", row["carried_over"])  # it is planned for one of these step counts only
+            rows.append(
+                [model, scheme, row["steps"], row["budget"], mean(row["carried_over"])]
+                + [mean(row["planned"]) if "planned" in row else "-"]
+                + [mean(row[effort]) for effort in NATIVE_EFFORTS]
+                + [difference(followed, row[effort]) for effort in NATIVE_EFFORTS]
+            )
+    head = ["model", "scheme", "steps", "budget", "carried over", "planned", *NATIVE_EFFORTS]
+    return table(head + [f"to {effort}" for effort in NATIVE_EFFORTS], rows)
+
+
+def quanto_table(record: Record) -> str:
+    rows = []
+    for model, scheme, found in rows_of(record, "quanto"):
+        own = cells_of(record, model, scheme, "search, auto")
+        rows.append(
+            [model, scheme, interval(found), mean(own[10])] + [difference(own[budget], found) for budget in BUDGETS]
+        )
+    head = ["model", "scheme", "quanto, 50 of 50", "default, 10 of 50", *(f"{budget} of 50" for budget in BUDGETS)]
+    return table(head, rows)
+
+
+def cost_table(record: Record) -> str:
+    rows = [
+        [model, scheme, *(f"{cost:.2f}" for cost in (found["own"], found["others"], sum(found.values())))]
+        for model, scheme, found in rows_of(record, "cost")
+    ]
+    return table(["model", "scheme", "the bundle's step count", "other step counts", "both"], rows)
+
+
+def solver_table(solver: dict[str, float]) -> str:
+    rows = [
+        [said, *(f"{solver.get(name, math.nan):.{digits}f}" for name in (f"solve_{n}_ms", f"costs_and_solve_{n}_ms"))]
+        for said, n, digits in (
+            ("every budget of 50 steps", 50, 1),
+            ("every budget to 200 of 1000 steps", 1000, 0),
+        )
+    ]
+    return table(["", "dynamic program, ms", "with its cost table, ms"], rows)
+
+
+def page(record: Record) -> str:
+    fitted_to = sum(found["fitted_to"] for _, _, found in rows_of(record, "ranking"))
+    solver = record.get("solver", {})
+    return f"""# What plans are worth
+
+{record["machine"]["date"][:10]}, {one_line(record["machine"])}.
+Command: `python docs/benchmarks/planning.py`. Both built-in models, 50 steps, {SAMPLES} samples with seeds from
+1000000 on that no plan has seen; PSNR in dB to full precision at 50 of 50 with the same seeds.
+{record.get("remark", "")}
+
+## Which cost ranks schedules
+
+Spearman's correlation of predicted cost and error found in closed loop over 60 schedules with 15 full-compute steps,
+half of them random, half near uniform, {fitted_to or "none"} of them fitted to, on {RANKED} evaluation samples.
+`fitted` is what plans are made with; `unweighted` is the same with step sizes as the only weights; `cem` is CEM's
+published cost. Schedules have the corrector that the bundle was planned with. What sets a schedule apart is averaged
+over the middle two thirds of the samples, as where plans are compared; `by plain means` is the first column without
+that.
+
+{ranking_table(record)}
+
+## Default plan against uniform and CEM
+
+`search, taylor1` is the search with that one predictor, no corrector and no correction, as `uniform` and `cem` have it;
+`corrected later` are those two with the corrector `quadratic`; `default` has it where skipping costs enough, and
+chooses the predictor of each segment and a correction besides. CEM's rule has no schedule of 7: its relaxed variant
+stands in. Margins are over the better of uniform and CEM: of `search, taylor1` with that predictor, of `default` with
+that predictor, and with the better of both. Every cell is planned on samples that nothing has been run on. "full steps"
+is what the default plan spends: it may leave part of the budget.
+
+{cells_table(record)}
+
+## How far from the ceiling
+
+A blind local search in closed loop, one full-compute step moved at a time and kept where 10 samples say so, from even
+spacing, from CEM's schedule, then again and again from the best so far with three steps moved at random, until the
+minutes of one core are over; `search, taylor1` is what the default search finds in 8 runs' worth.
+
+{ceiling_table(record)}
+
+{caches_section(record)}## Planned on which prior
+
+Schedules of the dynamic program (taylor1, no search, no correction), planned on the full-precision prior (`cache`), the
+quantized model's own (`self`) and the combined one; all run on the quantized model. Mean and 95 % confidence interval
+over {SAMPLES} seeds.
+
+{ablation_table(record)}
+
+## `--budget auto`
+
+Tolerance 0.15: error (relative L2 of the final latent) over that of the same quantized model at full compute.
+
+{auto_table(record)}
+
+## Other step counts
+
+A bundle made at 50 steps with 15 of them full, run at another step count. `carried over`: its prior and schedule are,
+and are planned on without running anything. `planned`: where the bundle was planned for that step count besides
+(`--also-steps`, by default 20 for 50), which is what it follows there; its prior is carried over all the same. `quick`
+and `normal` are what searches of that effort find at that step count, in closed loop, from a prior profiled there; the
+last two columns compare what the bundle follows with them.
+
+{steps_table(record)}
+
+## Against quanto at full compute
+
+quanto's layers of the same scheme (`--backend quanto`) with 50 of 50 steps computed, beside the default plans above:
+PSNR to full precision on the same samples, and what the default plan of each budget has over quanto.
+
+{quanto_table(record)}
+
+## What planning costs
+
+Runs of all planning samples at full compute that planning of the bundles took (15 of 50 steps, effort `normal`).
+
+{cost_table(record)}
+
+## Solver
+
+{solver_table(solver)}
+
+Another budget or step count at load, local search from every start and all (synthetic prior, 3 of 10 steps in full):
+{solver.get("at_load_50_ms", math.nan):.0f} ms for 50 steps, {solver.get("at_load_100_ms", math.nan):.0f} ms for 100.
+"""
