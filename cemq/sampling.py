@@ -19,7 +19,7 @@ from cemq.outputs import output_kind
 from cemq.sampler import intercepted
 
 Progress = Callable[[str, float], None]  # told a stage's name and the share of it done
-BUILD_LOG = "cemq.build"  # the logger of what a build says beside that
+BUILD_LOG = "cemq.build"  # the logger of what a build says beside its progress
 EVALUATION_SEED_OFFSET = 1_000_000  # evaluation seeds start here, so that none was ever used for profiling
 
 
