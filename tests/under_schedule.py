@@ -1,9 +1,9 @@
 """A pytest plugin: every call of a diffusers pipeline runs under a schedule that computes each of its steps.
 
-For diffusers' own tests of its pipelines, run from a clone of diffusers: whatever passes there must pass under cemq, too.
+For diffusers' own tests of its pipelines, run from a clone of it: whatever passes there must pass under cemq, too.
 `docs/contributing.md` has the commands. With ``CEMQ_UNDER_SCHEDULE=0`` the calls are left as they are, for the list to
-compare with. The small models and tokenizers that those tests fetch from the Hub are made here, so that most of them run
-offline. How many calls ran under a schedule, and why others did not, is said at the end.
+compare with. The small models and tokenizers that those tests fetch from the Hub are made here, so that most of them
+run offline. How many calls ran under a schedule, and why others did not, is said at the end.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-_HUB = tempfile.TemporaryDirectory(prefix="cemq-hub-")
-os.environ["HF_HUB_CACHE"] = _HUB.name  # before anything imports huggingface_hub
+os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="cemq-hub-")  # before anything imports huggingface_hub
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import diffusers
@@ -40,7 +40,7 @@ STAND_INS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     for name, make in STAND_INS.items():
-        folder = Path(_HUB.name, "models--" + name.replace("/", "--"))
+        folder = Path(os.environ["HF_HUB_CACHE"], "models--" + name.replace("/", "--"))
         snapshot = folder / "snapshots" / "0"
         for part in make():
             part.save_pretrained(snapshot)
@@ -51,6 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
             pipeline_class = getattr(diffusers, name)
             if "__call__" in vars(pipeline_class):
                 pipeline_class.__call__ = _scheduled(pipeline_class.__call__)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HUB_CACHE"], ignore_errors=True)
 
 
 def _scheduled(call: Any) -> Any:

@@ -190,9 +190,7 @@ def _two_streams(setting: Setting, scheme: str) -> Rows:
                     outputs.append(layer(each))
         setting.synchronize()
     different = sum(
-        not torch.equal(output, expected)
-        for outputs, expected in zip(found, alone, strict=True)
-        for output in outputs
+        not torch.equal(output, expected) for outputs, expected in zip(found, alone, strict=True) for output in outputs
     )
     yield {"runs": 40, "different": different, "right": different == 0}
 
