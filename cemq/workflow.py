@@ -30,6 +30,7 @@ from cemq.profiling import profile, record_references
 from cemq.quantize import RECORDED_BYTES, QuantizationPlan, quantize_pipeline, record_calls
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
 from cemq.runtime import Plan, attached, cache_checked, from_pretrained
+from cemq.runtime.dtypes import as_loaded, tensor_dtypes
 from cemq.sampling import (
     BUILD_LOG,
     Batch,
@@ -127,6 +128,7 @@ def quantize_and_schedule(
     with staging(Path(output), overwrite=overwrite) if processes.is_main else nullcontext() as folder:
         processes.agree("settings", (settled.model_dump(), _library_versions(), torch.get_num_threads()))
         pipe = open_pipeline(source.folder, dtype=dtype, device=place)
+        opened = tensor_dtypes(pipe)
         pipe.set_progress_bar_config(disable=True)
         steps = settled.steps or _default_steps(pipe)
         check_planning(**planning_settings(settled), budget=settled.budget, steps=steps)
@@ -231,6 +233,7 @@ def quantize_and_schedule(
             libraries=_library_versions(),
             recipe=settled.model_dump(exclude_unset=True),
             other_runs=tuple(run for run, _ in others),
+            dtypes=as_loaded(opened, tensor_dtypes(pipe)),
         )
         if folder is not None:
             write_pipeline(pipe, folder, source.folder)
