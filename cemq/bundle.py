@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ CACHED = {  # what skipped steps are predicted from, in words
     "modules": "the outputs of attention and feed-forward modules",
 }
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja", *_PICKLED)  # what diffusers and transformers look for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,20 @@ class OtherRun:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"schedule": self.schedule.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentDtypes:
+    """Of one component's parameters and buffers, but for those that a quantized layer's scheme fixes."""
+
+    default: str
+    exceptions: dict[str, tuple[str, ...]]  # names of the tensors that have another dtype, by dtype
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ComponentDtypes:
+        _checked(cls, fields)
+        exceptions = {kind: tuple(names) for kind, names in fields["exceptions"].items()}
+        return cls(default=fields["default"], exceptions=exceptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +92,16 @@ class Manifest:
     recipe: dict[str, Any] | None = None
     cache: str = "output"
     other_runs: tuple[OtherRun, ...] = ()
+    dtypes: dict[str, ComponentDtypes] | None = None  # by component
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
-        _checked(cls, fields, optional={"cache", "other_runs"})  # bundles of before have neither
+        _checked(cls, fields, optional={"cache", "other_runs", "dtypes"})  # bundles of before have none of them
         tuples = {name: tuple(fields[name]) for name in ("denoisers", "profiled_seeds", "held_out_conditions")}
         others = tuple(OtherRun.from_dict(each) for each in fields.get("other_runs", ()))
-        return cls(**fields | tuples | _parsed(fields) | {"other_runs": others})
+        dtypes = {name: ComponentDtypes.from_dict(each) for name, each in (fields.get("dtypes") or {}).items()} or None
+        return cls(**fields | tuples | _parsed(fields) | {"other_runs": others, "dtypes": dtypes})
 
     def to_dict(self) -> dict[str, Any]:
         others = [run.to_dict() for run in self.other_runs]
@@ -185,7 +202,7 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
     """Read cemq.json and check that every file is there and of its size and, with ``verify``, of its content.
 
     Raises:
-        BundleError: Names the file that is missing, truncated or edited.
+        BundleError: Names the file that is missing, truncated or edited, or that would be loaded and does not belong.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -214,11 +231,24 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
             )
         if verify and _sha256(file) != expected["sha256"]:
             raise BundleError(f"bundle '{folder}': file '{name}' was edited or damaged; copy or write the bundle again")
+    for name in _strangers(folder, files):
+        raise BundleError(
+            f"bundle '{folder}': file '{name}' is none of the bundle's, and could be loaded in their place: remove it"
+        )
     del content["files"]
     try:
         return Manifest.from_dict(content)
     except CemqError as error:
         raise BundleError(f"bundle '{folder}': {MANIFEST}: {error}") from error
+
+
+def _strangers(folder: Path, files: Iterable[str]) -> Iterator[str]:
+    """Files that a library could take for a component's, as the index of weights that are there no more."""
+    for component in sorted({name.split("/")[0] for name in files if "/" in name}):
+        for path in sorted((folder / component).rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if name not in files and path.suffix in _LOADED and not path.name.startswith("."):
+                yield name
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from cemq.errors import InputError, ModelError, choose
 from cemq.families import PICTURE_ARGUMENTS
@@ -189,7 +190,7 @@ def _cuda_devices(pipe: Any) -> list[torch.device]:
 
 def _for_batch(call: Mapping[str, Any], samples: int) -> dict[str, Any]:
     """Call arguments from what JSON can hold: pictures are read, and one negative prompt becomes one per sample."""
-    arguments = dict(call)
+    arguments = tree_map(lambda value: value, dict(call))  # new lists and dicts, which a pipeline may empty
     for name, value in call.items():
         if not isinstance(value, str):
             continue

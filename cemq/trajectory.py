@@ -59,9 +59,10 @@ def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
     def step(original: Any, **arguments: Any) -> Any:
         if measure_steps:
             trajectory.step_sizes.append(_step_size(scheduler, arguments))
+        prediction = _kept(arguments["model_output"])  # before the sampler has had it
         result = original(**arguments)
-        trajectory.predictions.append(arguments["model_output"].detach().cpu())
-        trajectory.samples.append(next_sample(result).detach().cpu())
+        trajectory.predictions.append(prediction)
+        trajectory.samples.append(_kept(next_sample(result)))
         return result
 
     with intercepted(scheduler, "step", step), run_end(pipe) as end:
@@ -78,7 +79,7 @@ def run_end(pipe: Any) -> Iterator[End]:
         end.sampler = end.sampler or fingerprint(scheduler)
         timesteps.append(arguments.get("timestep"))  # read later: that may have to wait for the device
         result = original(**arguments)
-        end.sample = next_sample(result)
+        end.sample = next_sample(result).detach().clone()
         return result
 
     with intercepted(scheduler, "step", step):
@@ -103,23 +104,29 @@ def force(pipe: Any, reference: Trajectory) -> Iterator[Trajectory]:
             raise PriorMismatchError(
                 f"forced run made more steps than the {reference.num_steps} of its reference: use the same step count"
             )
-        result = original(**arguments)  # first, so that the scheduler's own state moves on
-        trajectory.predictions.append(arguments["model_output"].detach().cpu())
+        trajectory.predictions.append(_kept(arguments["model_output"]))
+        result = original(**arguments)  # so that the scheduler's own state moves on
         computed, recorded = next_sample(result), reference.samples[index]
         trajectory.samples.append(recorded)
-        return with_next_sample(result, recorded.to(computed.device, computed.dtype))
+        return with_next_sample(result, recorded.to(computed.device, computed.dtype, copy=True))
 
     with intercepted(pipe.scheduler, "step", step):
         yield trajectory
 
 
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU: pipelines change samples in place (the first frame of a video, what a mask leaves alone)."""
+    return tensor.detach().to("cpu", copy=True)
+
+
 def _step_size(scheduler: Any, arguments: dict[str, Any]) -> float:
     """``|change of the next sample| / |change of the model output|`` at this step, in float32, on two twins."""
-    output, sample = arguments["model_output"].float(), arguments["sample"].float()
+    output = arguments["model_output"].float()
     change = 0.1 * output
     results = []
-    for model_output in (output, output + change):
+    for model_output in (output.clone(), output + change):  # the twins may change what they are given in place
         twin = copy.deepcopy(scheduler)
+        sample = arguments["sample"].to(torch.float32, copy=True)
         twin_arguments = arguments | {"model_output": model_output, "sample": sample}
         if arguments.get("generator") is not None:
             twin_arguments["generator"] = _twin_generators(arguments["generator"])

@@ -93,7 +93,7 @@ class QuantizedLinear(nn.Module):
         layer.set_weight(linear.weight, statistics)
         if has_bias:
             layer.bias = _frozen(linear.bias)
-        return layer
+        return layer.train(linear.training)
 
     @torch.no_grad()
     def set_weight(self, weight: torch.Tensor, statistics: InputStatistics | None = None) -> None:
@@ -216,7 +216,7 @@ def fuse_gelu(model: nn.Module) -> None:
     form: over bfloat16, torch takes a tenth of a forward for it. Names of tensors stay as they were."""
     for name, module in list(model.named_modules()):
         if type(module) is GELU and module.approximate == "tanh" and type(module.proj) is NativeLinear:
-            model.set_submodule(name, FusedGELU(module.proj))
+            model.set_submodule(name, FusedGELU(module.proj).train(module.training))
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

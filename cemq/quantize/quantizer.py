@@ -173,7 +173,7 @@ def mark_quantized(model: nn.Module, config: CemqConfig) -> None:
 class CemqQuantizer(DiffusersQuantizer):
     """The glue diffusers calls while it loads a model."""
 
-    use_keep_in_fp32_modules = False
+    use_keep_in_fp32_modules = True  # what a model keeps in float32 is so when it is measured, and when it is loaded
     is_serializable = True
     is_trainable = False
     is_compileable = True
