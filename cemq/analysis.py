@@ -107,6 +107,8 @@ def analyze(
     Raises:
         CemqError: The bundle or the model it was made from cannot be used.
     """
+    if not predictors:
+        raise InputError("predictors: none is named; taylor1,reuse are the default")
     for name in predictors:
         check_predictor(name)
     if corrector is not None:

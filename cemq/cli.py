@@ -60,6 +60,9 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
+            for name, value in kwargs.items():
+                if value == "":  # an unset variable of a script, more likely than a wish for the default
+                    raise InputError(f"{name.replace('_', ' ')}: found an empty text; give a value, or leave it out")
             command(*args, **kwargs)
         except BrokenPipeError:  # whoever reads the output has seen enough
             raise

@@ -114,8 +114,8 @@ def make_batches(
     conditions: Sequence[str | int], *, samples: int, first_seed: int, batch_size: int
 ) -> tuple[Batch, ...]:
     """``samples`` samples, conditions in turn, seeds counting up from ``first_seed``."""
-    if samples < 1:
-        raise InputError(f"samples={samples}: at least one sample is needed")
+    if not 1 <= samples <= EVALUATION_SEED_OFFSET:  # beyond, seeds of a build would meet those of its evaluation
+        raise InputError(f"samples={samples}: choose 1..{EVALUATION_SEED_OFFSET}")
     chosen = [conditions[i % len(conditions)] for i in range(samples)]
     return tuple(
         Batch(

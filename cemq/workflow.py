@@ -32,7 +32,7 @@ from cemq.models import (
 from cemq.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
 from cemq.placement import format_bytes
 from cemq.planner import Planner, other_step_counts, planning_settings
-from cemq.planning import check_correctable, check_planning
+from cemq.planning import AUTO_BUDGET, check_correctable, check_planning
 from cemq.prior import VIEWS
 from cemq.processes import ALONE, Processes
 from cemq.profiling import profile, record_references
@@ -75,6 +75,9 @@ def resolve_recipe(model: str | None, recipe: str | None, settings: dict[str, An
     if model:
         given["model"] = model
     resolved = make_recipe(base | given)
+    for name in ("tolerance", "target_psnr"):
+        if name in given and resolved.budget != AUTO_BUDGET:
+            raise InputError(f"{name}: only budget=auto looks at it, found budget={resolved.budget}: leave one out")
     if not resolved.model:
         raise InputError("no model: name builtin:NAME, a pipeline folder or a Hub id, or a recipe that names one")
     return resolved

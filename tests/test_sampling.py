@@ -131,9 +131,7 @@ def test_annotations_that_cannot_be_evaluated_leave_values_to_yaml():
     ids=["nan", "date", "number as a name", "set", "tensor", "nested"],
 )  # fmt: skip
 def test_what_a_bundle_cannot_write_down_is_refused_before_it_is_built(value):
-    with pytest.raises(
-        InputError, match=r"settings: call=.* is wrong: latents must be text, a finite number"
-    ):
+    with pytest.raises(InputError, match=r"settings: call=.* is wrong: latents must be text, a finite number"):
         make_recipe({"call": {"latents": value}})
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cemq.bundle import read_bundle
-from cemq.errors import InputError
+from cemq.bundle import MANIFEST, read_bundle
+from cemq.errors import InputError, ModelError
 from cemq.evaluation.metrics import psnr_db, relative_l2, ssim
 from cemq.files import absolute, check_writable, written_whole
 from cemq.models import default_device, locate, open_pipeline, weight_bytes
@@ -163,8 +163,15 @@ def evaluate(
         picture = absolute(picture)
     place = device or default_device()
     source = locate(reference or manifest.model)
+    if (source.folder / MANIFEST).is_file():
+        raise ModelError(f"reference '{source.name}' is a cemq bundle: give the full-precision model")
     scheduled = from_pretrained(bundle, device=place, budget=budget)
     original = open_pipeline(source.folder, dtype=manifest.dtype, device=place)
+    if type(original) is not type(scheduled):
+        raise ModelError(
+            f"reference '{source.name}' is a {type(original).__name__}, the bundle was made from a "
+            f"{manifest.pipeline_class}: give the model that it was made from"
+        )
     for pipe in (scheduled, original):
         pipe.set_progress_bar_config(disable=True)
 
