@@ -9,14 +9,16 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cemq.errors import BundleError, CemqError
+from cemq.errors import BundleError, CemqError, first_line
+from cemq.files import absolute
 from cemq.prior import SamplerFingerprint
 from cemq.schedule import CacheSchedule
 
@@ -30,6 +32,7 @@ CACHED = {  # what skipped steps are predicted from, in words
     "residual": "the residual of all blocks",
     "modules": "the outputs of attention and feed-forward modules",
 }
+_MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # what reading damaged JSON raises
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja", *_PICKLED)  # what diffusers and transformers look for
 
@@ -128,39 +131,57 @@ def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
 def staging(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A fresh folder beside ``output`` that becomes ``output`` if the block ends well, and vanishes if it does not.
 
-    Enter it before long work: it finds out at once whether the output can be written.
+    Enter it before long work: it finds out at once whether the output can be written. A symbolic link is followed, and
+    an empty folder taken.
 
     Raises:
-        BundleError: The output exists (and is not a bundle to overwrite) or cannot be written.
+        BundleError: The output exists (and is neither empty nor a bundle to overwrite) or cannot be written.
     """
-    output = output.expanduser().absolute()
-    if output.exists():
-        if not overwrite:
-            raise BundleError(f"output '{output}' exists already: choose another name, or pass --overwrite")
-        if not (output / MANIFEST).is_file():
-            raise BundleError(f"output '{output}' exists and is not a cemq bundle: it will not be overwritten")
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    from safetensors import SafetensorError  # of a full disk; it is no OSError
+
+    key = secrets.token_hex(4)
+    made: list[Path] = []
+    partial = None
     try:
+        target = Path(os.path.realpath(absolute(output)))
+        _check_free(target, output, overwrite)
+        partial = target.with_name(f".{target.name}.partial-{key}")
+        made = [folder for folder in partial.parents if not folder.exists()]
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise BundleError(f"output '{output}' cannot be written: {error.strerror}") from error
-    try:
         yield partial
-        if output.exists():
-            replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-            output.rename(replaced)
+        if target.exists():
+            replaced = target.with_name(f".{target.name}.replaced-{key}")
+            target.rename(replaced)
             try:
-                partial.rename(output)
+                partial.rename(target)
             except BaseException:
-                replaced.rename(output)
+                replaced.rename(target)
                 raise
             shutil.rmtree(replaced)
         else:
-            partial.rename(output)
-    except OSError as error:
-        raise BundleError(f"output '{output}' cannot be written: {error.strerror or error}") from error
+            partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BundleError(f"output '{output}' cannot be written: {reason}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:  # for nothing but the bundle; what holds it by now stays
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _check_free(target: Path, named: Path, overwrite: bool) -> None:
+    """Raises BundleError unless a bundle may take this place."""
+    if not os.path.lexists(target):
+        return
+    bundle = os.path.isfile(target / MANIFEST)
+    if not bundle and (not target.is_dir() or any(target.iterdir())):
+        raise BundleError(f"output '{named}' exists already and is not a cemq bundle: choose another name")
+    if bundle and not overwrite:
+        raise BundleError(f"output '{named}' exists already: choose another name, or pass --overwrite")
+    if target.is_mount() or target in (Path.cwd(), *Path.cwd().parents):
+        raise BundleError(f"output '{named}' cannot be replaced as a whole: name a new folder in it or beside it")
 
 
 def write_pipeline(pipe: Any, folder: Path, source: Path) -> None:
@@ -205,14 +226,16 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
         BundleError: Names the file that is missing, truncated or edited, or that would be loaded and does not belong.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        found = "no such folder" if not folder.is_dir() else f"it holds no {MANIFEST}"
+    if not os.path.isfile(path):
+        found = "no such folder" if not os.path.isdir(folder) else f"it holds no {MANIFEST}"
         raise BundleError(f"'{folder}' is not a cemq bundle: {found}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         checksum, files = content.pop("checksum"), content["files"]
-        version = content["format_version"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        version, files = content["format_version"], dict(files)
+    except OSError as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST} cannot be read: {error.strerror}") from error
+    except _MALFORMED as error:
         raise BundleError(f"bundle '{folder}': {MANIFEST} is damaged ({error}); write the bundle again") from error
     if version != FORMAT_VERSION:
         raise BundleError(f"bundle '{folder}' has format {version}, this cemq reads {FORMAT_VERSION}: write it again")
@@ -240,6 +263,8 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
         return Manifest.from_dict(content)
     except CemqError as error:
         raise BundleError(f"bundle '{folder}': {MANIFEST}: {error}") from error
+    except _MALFORMED as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST} is damaged ({first_line(error)}); write it again") from error
 
 
 def _strangers(folder: Path, files: Iterable[str]) -> Iterator[str]:
@@ -252,10 +277,13 @@ def _strangers(folder: Path, files: Iterable[str]) -> Iterator[str]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise BundleError(f"file '{path}' cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 

@@ -30,6 +30,10 @@ class PriorMismatchError(CemqError):
     """An error prior was measured under another sampler, step count or scheme."""
 
 
+class PipelineError(CemqError):
+    """The pipeline itself refused how it was called, or failed while it ran; the cause is its own exception."""
+
+
 class BundleError(CemqError):
     """A bundle is incomplete, edited, of another format, or cannot be written."""
 

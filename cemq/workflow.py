@@ -19,11 +19,20 @@ from cemq import __version__
 from cemq.bundle import EVIDENCE, MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
 from cemq.errors import InputError, ModelError, ReplayError, choose
 from cemq.evaluation import measure_fidelity, run_batch
-from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
+from cemq.models import (
+    check_device,
+    default_device,
+    default_dtype,
+    denoisers,
+    locate,
+    open_pipeline,
+    pipeline_class,
+    weight_bytes,
+)
 from cemq.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
 from cemq.placement import format_bytes
 from cemq.planner import Planner, other_step_counts, planning_settings
-from cemq.planning import check_correctable, check_planning
+from cemq.planning import AUTO_BUDGET, check_correctable, check_planning
 from cemq.prior import VIEWS
 from cemq.processes import ALONE, Processes
 from cemq.profiling import profile, record_references
@@ -38,9 +47,11 @@ from cemq.sampling import (
     check_call,
     check_conditions,
     check_drivable,
+    check_steps,
     condition_argument,
     iterate,
     make_batches,
+    read_call,
     read_conditions,
     run,
     split_conditions,
@@ -65,6 +76,9 @@ def resolve_recipe(model: str | None, recipe: str | None, settings: dict[str, An
     if model:
         given["model"] = model
     resolved = make_recipe(base | given)
+    for name in ("tolerance", "target_psnr"):
+        if name in given and resolved.budget != AUTO_BUDGET:
+            raise InputError(f"{name}: only budget=auto looks at it, found budget={resolved.budget}: leave one out")
     if not resolved.model:
         raise InputError("no model: name builtin:NAME, a pipeline folder or a Hub id, or a recipe that names one")
     return resolved
@@ -132,8 +146,11 @@ def quantize_and_schedule(
         pipe.set_progress_bar_config(disable=True)
         steps = settled.steps or _default_steps(pipe)
         check_planning(**planning_settings(settled), budget=settled.budget, steps=steps)
-        check_call(pipe, settled.call)
+        check_call(type(pipe), settled.call)
+        read = read_call(type(pipe), settled.call)
+        settled = make_recipe(settled.model_dump(exclude_unset=True) | {"call": read})
         check_drivable(pipe)
+        check_steps(pipe, steps, *other_step_counts(settled, steps))
         check_correctable(settled.corrector, settled.cache, pipe.scheduler, steps)
         quantization.check_pipeline(pipe)
         profiled, held_out = _conditions(pipe, settled)
@@ -294,13 +311,14 @@ def generate_sample(
 ) -> Sample:
     """`generate` as a `cemq.outputs.Sample`, which knows how to save itself; ``output`` is checked beforehand."""
     manifest = read_bundle(Path(bundle))
-    arguments = manifest.call | (call or {})
+    kind = pipeline_class(manifest.pipeline_class)
+    check_call(kind, call or {})
+    arguments = manifest.call | read_call(kind, call or {})
     pipe = from_pretrained(
         bundle, device=device, budget=budget, vram=vram, call=arguments, offload_folder=offload_folder
     )
     if output is not None:
         check_path(output, output_kind(pipe))
-    check_call(pipe, arguments)
     batch = Batch(conditions=check_conditions(pipe, [condition]), seeds=(seed,))
     steps = steps or manifest.num_inference_steps
     values = as_array(run(pipe, batch, steps=steps, call=arguments))

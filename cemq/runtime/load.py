@@ -11,6 +11,7 @@ from typing import Any
 from cemq.bundle import PRIOR, Manifest, OtherRun, read_bundle
 from cemq.correction import Correction, make_correction
 from cemq.errors import BundleError, CemqError, PlacementError, choose
+from cemq.files import absolute
 from cemq.footprint import plan_memory
 from cemq.hub import find_bundle
 from cemq.models import DTYPES, check_device, default_device, open_pipeline
@@ -64,7 +65,7 @@ def from_pretrained(
         HubError: There is no such folder, and nothing of that name can be fetched.
         InputError: Unknown dtype or device, or ``vram`` is no size.
     """
-    folder = find_bundle(path, revision)
+    folder = absolute(find_bundle(path, revision))  # the pipeline outlives a change of the working folder
     manifest = read_bundle(folder, verify=verify)
     prior = ErrorPrior.load(folder / PRIOR)
     asked = manifest.recipe or {}

@@ -23,8 +23,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cemq.bundle import MANIFEST
-from cemq.errors import PlacementError
+from cemq.errors import PlacementError, first_line
 from cemq.families import DENOISERS
+from cemq.files import absolute
 from cemq.memory import give_back, map_large_allocations
 from cemq.placement import MemoryPlan
 from cemq.runtime.dtypes import Dtypes
@@ -181,13 +182,14 @@ def disk_folder(bundle: Path, plan: MemoryPlan, dtypes: Dtypes, root: Path | Non
     parts = (checksum, kinds, plan.chosen.placement.name, version("diffusers"), version("accelerate"))
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (root or cache / "cemq" / "offload").expanduser().absolute() / key
+    return absolute(root or cache / "cemq" / "offload") / key
 
 
 @contextmanager
 def _written(folder: Path) -> Iterator[Path]:
     """A folder that is either whole or begun anew; one process at a time writes it."""
     from filelock import FileLock
+    from safetensors import SafetensorError  # of a full disk; it is no OSError
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -198,10 +200,9 @@ def _written(folder: Path) -> Iterator[Path]:
             yield folder
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
             (folder / _COMPLETE).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise PlacementError(
-            f"offload folder '{folder.parent}' cannot be written: {error.strerror or error}"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise PlacementError(f"offload folder '{folder.parent}' cannot be written: {reason}") from error
 
 
 def _files(folder: Path) -> Iterator[Path]:

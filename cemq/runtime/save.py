@@ -67,9 +67,6 @@ def write_again(pipe: Any, output: Path, origin: Path, manifest: Manifest, *, dt
             raise BundleError(f"the weights of {name} are offloaded: load the bundle without vram= to save it")
     if not (origin / MANIFEST).is_file():
         raise BundleError(f"the bundle '{origin}' that this pipeline came from is gone, and its prior with it")
-    output = output.expanduser().absolute()
-    if output.is_dir() and not any(output.iterdir()):
-        output.rmdir()
     with staging(output, overwrite=True) as folder:
         write_pipeline(pipe, folder, origin)
         for path in origin.iterdir():
