@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
-from torch.utils._pytree import tree_flatten
 
 from cemq.errors import ModelError
 from cemq.models import denoisers
@@ -21,7 +20,7 @@ from cemq.prior import SamplerFingerprint
 from cemq.runtime.branches import Branches
 from cemq.runtime.caches import Cache, make_caches
 from cemq.runtime.callers import ThreadContexts, calling_pipeline
-from cemq.runtime.history import History
+from cemq.runtime.history import History, shapes_of
 from cemq.runtime.plan import Plan
 from cemq.runtime.registration import HOOK, Uncopied, install, keep_outermost, refuse_other_caches, uninstall
 from cemq.runtime.steps import AnySamplerTracker, StepTracker, Stream
@@ -134,12 +133,13 @@ class ScheduleHook(Uncopied, ModelHook):
         stream = self.tracker.enter_call(context.name if context else None)
         step_index = self._step_index(context)
         if step_index is None:
+            self.tracker.as_planned = False
             self.run.full_evaluations += 1
             return _Call()
         if self.plan.cache != "output":  # which takes no more than the latents do
             self.run.say_memory(step_index, self.cache.contents)
         history = self.run.histories.setdefault(stream, History())
-        shapes, is_first, branches = _shapes((args, kwargs)), self.tracker.is_first_call, self.run.branches
+        shapes, is_first, branches = shapes_of((args, kwargs)), self.tracker.is_first_call, self.run.branches
         branch, prediction = branches.of(is_first=is_first), None
         needed = branch.needed_after(step_index)
         if step_index not in branch.full:
@@ -147,6 +147,7 @@ class ScheduleHook(Uncopied, ModelHook):
             if history.shapes == shapes and history.kept.keys() >= set(sources):
                 prediction = branches.with_the_first(history.serve(sources, weights), is_first=is_first)
             if prediction is None:
+                self.tracker.as_planned = False
                 self.tracker.warn_once("a call to the denoiser on a skipped step has no earlier output of its shape")
         history.retain(needed, shapes)  # before anything is computed: what is not needed any more leaves room
         if prediction is not None:
@@ -196,10 +197,6 @@ class ScheduleHook(Uncopied, ModelHook):
             self.run.forget()
             self.contexts.reset()
         return module
-
-
-def _shapes(arguments: Any) -> tuple[Any, ...]:
-    return tuple(leaf.shape for leaf in tree_flatten(arguments)[0] if torch.is_tensor(leaf))
 
 
 def attach(
