@@ -36,6 +36,7 @@ class StepTracker:
         self._measured: tuple[SamplerFingerprint, Any] | None = None
         self.scheduler: Any = None
         self.step_index: int | None = None
+        self.steps_taken = 0  # since `set_timesteps`, planned or not
         self.as_planned = True  # no call of this step was computed that should have been served
         self._calls: Counter[str | None] = Counter()
         self._warned: set[str] = set()
@@ -87,7 +88,7 @@ class StepTracker:
         result = original(**arguments)
         self._calls.clear()
         self._thread = threading.get_ident()
-        self.step_index, self.as_planned = 0, True
+        self.step_index, self.steps_taken, self.as_planned = 0, 0, True
         found, expected = fingerprint(self.scheduler), self.plan.sampler
         if found.ends_like(expected):
             self._current = self.plan
@@ -134,7 +135,7 @@ class StepTracker:
                 arguments["model_output"] = output
                 self.step_index += 1
         self._calls.clear()
-        self.as_planned = True
+        self.steps_taken, self.as_planned = self.steps_taken + 1, True
         result = original(**arguments)
         if corrector is not None:
             corrector.returned(next_sample(result), step_index)
