@@ -56,7 +56,7 @@ def test_skipped_steps_that_are_computed_after_all_are_counted(change):
         drawn(pipe, at=[2], change=change)
         assert hook.steps_run == (STEPS, STEPS - 1)
     assert said_of_steps(schedule, *hook.steps_run) == (
-        "5 of 6 steps ran in full, 2 of 6 were planned: what is reported is what ran"
+        "5 of 6 steps ran in full, 2 were planned: what is reported is what ran"
     )
     assert said_of_steps(schedule, STEPS, 2) is None
 
@@ -86,7 +86,7 @@ def test_a_build_says_what_ran_in_manifest_card_and_evidence(built):
     manifest = read_bundle(bundle)
     assert manifest.schedule.full_steps == (0, 3)
     assert (manifest.fidelity["num_steps"], manifest.fidelity["full_steps"], manifest.full_steps) == (STEPS, RAN, RAN)
-    assert said == [("WARNING", "3 of 6 steps ran in full, 2 of 6 were planned: what is reported is what ran")]
+    assert said == [("WARNING", "3 of 6 steps ran in full, 2 were planned: what is reported is what ran")]
     card = (bundle / CARD).read_text()
     assert "3 of 6 steps in full" in card
     assert "| compute ratio | 2.00 |" in card
@@ -101,7 +101,7 @@ def test_evaluate_inspect_and_bench_say_what_ran(built, capsys):
         found = cemq.evaluate(bundle, samples=2, device="cpu")
         timed = bench_bundle(bundle, rounds=1, device="cpu")
     assert (found.num_steps, found.full_steps, found.compute_ratio) == (STEPS, RAN, 2.0)
-    assert any("cemq: 3 of 6 steps ran in full, 2 of 6 were planned" in str(each.message) for each in caught)
+    assert any("cemq: 3 of 6 steps ran in full, 2 were planned" in str(each.message) for each in caught)
     assert timed["settings"]["full_steps"] == RAN
     assert timed["tables"][1]["rows"][-1]["variant"] == "none, 3 of 6 steps in full"
     assert any("3 of 6 steps ran in full" in note for note in timed["notes"])

@@ -139,11 +139,12 @@ def _whole(count: float) -> float:
 
 
 def said_of_steps(planned: CacheSchedule, num_steps: float, full_steps: float) -> str | None:
-    """What to say where other steps were computed than a schedule has; None where there is nothing to say."""
-    if (num_steps, full_steps) == (planned.num_steps, planned.full_count):
+    """What to say where other steps were computed than a schedule has; None where there is nothing to say, nor about
+    runs that it is not for: of these the runtime has warned."""
+    if full_steps == planned.full_count or num_steps != planned.num_steps:
         return None
-    plan = f"{planned.full_count:g} of {planned.num_steps}"
-    return f"{full_steps:g} of {num_steps:g} steps ran in full, {plan} were planned: what is reported is what ran"
+    ran = f"{full_steps:g} of {num_steps:g} steps ran in full"
+    return f"{ran}, {planned.full_count:g} were planned: what is reported is what ran"
 
 
 def _likeness(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
