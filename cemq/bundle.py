@@ -98,6 +98,11 @@ class Manifest:
     dtypes: dict[str, ComponentDtypes] | None = None  # by component
     format_version: int = FORMAT_VERSION
 
+    @property
+    def full_steps(self) -> float:
+        """Full-compute steps of a run, as counted where the fidelity was measured; as planned in bundles of before."""
+        return self.fidelity.get("full_steps", self.schedule.full_count)
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
         _checked(cls, fields, optional={"cache", "other_runs", "dtypes"})  # bundles of before have none of them
@@ -299,7 +304,7 @@ library_name: diffusers
 base_model: {json.dumps(manifest.model)}
 tags: [cemq, quantized, step-caching]
 ---
-# {manifest.model}, {manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full
+# {manifest.model}, {manifest.scheme}, {manifest.full_steps:g} of {schedule.num_steps} steps in full
 
 A cemq bundle: a diffusers {manifest.pipeline_class} whose denoiser is stored as {manifest.scheme} and which skips the
 denoising steps that its own quantization noise allows.
@@ -313,7 +318,7 @@ pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
 | | |
 |---|---|
 | schedule | `{schedule.strip()}` |
-| compute ratio | {schedule.compute_ratio:.2f} |
+| compute ratio | {schedule.num_steps / manifest.full_steps:.2f} |
 | denoiser | {manifest.model_bytes / 1e6:.1f} MB (full precision {manifest.reference_bytes / 1e6:.1f} MB) |
 | PSNR to full precision, same seeds | {fidelity["psnr_db"]:.1f} dB over {fidelity["samples"]} samples |
 | SSIM | {fidelity["ssim"]:.4f} |

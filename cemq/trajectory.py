@@ -44,6 +44,7 @@ class End:
 
     sample: torch.Tensor | None = None
     sampler: SamplerFingerprint | None = None
+    num_steps: int = 0
 
 
 @contextmanager
@@ -84,6 +85,7 @@ def run_end(pipe: Any) -> Iterator[End]:
 
     with intercepted(scheduler, "step", step):
         yield end
+    end.num_steps = len(timesteps)
     if end.sampler and len(timesteps) < len(end.sampler.timesteps) and all(t is not None for t in timesteps):
         taken = tuple(float(torch.as_tensor(t, dtype=torch.float64, device="cpu").flatten()[0]) for t in timesteps)
         end.sampler = dataclasses.replace(end.sampler, timesteps=taken)  # image to image begins late

@@ -18,7 +18,7 @@ import torch
 from cemq import __version__
 from cemq.bundle import EVIDENCE, MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
 from cemq.errors import InputError, ModelError, ReplayError, choose
-from cemq.evaluation import measure_fidelity, run_batch
+from cemq.evaluation import measure_fidelity, run_batch, said_of_steps
 from cemq.models import (
     check_device,
     default_device,
@@ -226,6 +226,11 @@ def quantize_and_schedule(
         with attached(pipe, own):
             found = _outcomes(pipe, shares[2], "scheduled check", steps, settled, progress)
 
+        fidelity = measure_fidelity(wanted, found, processes)
+        note = said_of_steps(own.schedule, fidelity.num_steps, fidelity.full_steps)
+        if note and processes.is_main:
+            logging.getLogger(BUILD_LOG).warning(note)
+
         manifest = Manifest(
             cemq_version=__version__,
             model=source.name,
@@ -244,7 +249,7 @@ def quantize_and_schedule(
             call=settled.call,
             profiled_seeds=tuple(seed for batch in (*batches, *planning, *check) for seed in batch.seeds),
             held_out_conditions=held_out[:MAX_HELD_OUT],
-            fidelity=dataclasses.asdict(measure_fidelity(wanted, found, processes)),
+            fidelity=dataclasses.asdict(fidelity),
             model_bytes=weight_bytes(pipe),
             reference_bytes=reference_bytes,
             libraries=_library_versions(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
-from torch.utils._pytree import tree_flatten
 
 from cemq.errors import ModelError
 from cemq.models import denoisers
@@ -21,7 +21,7 @@ from cemq.prior import SamplerFingerprint
 from cemq.runtime.branches import Branches
 from cemq.runtime.caches import Cache, make_caches
 from cemq.runtime.callers import ThreadContexts, calling_pipeline
-from cemq.runtime.history import History
+from cemq.runtime.history import History, shapes_of
 from cemq.runtime.plan import Plan
 from cemq.runtime.registration import HOOK, Uncopied, install, keep_outermost, refuse_other_caches, uninstall
 from cemq.runtime.steps import AnySamplerTracker, StepTracker, Stream
@@ -34,8 +34,8 @@ class Run:
 
     schedule: CacheSchedule
     histories: dict[Stream, History] = field(default_factory=dict)
-    full_evaluations: int = 0
-    skipped_evaluations: int = 0
+    computed: Counter[int] = field(default_factory=Counter)  # calls, by how many steps were taken before them
+    served: Counter[int] = field(default_factory=Counter)
     memory: str = ""  # what was said last of the bytes that are cached
 
     def __post_init__(self) -> None:
@@ -44,6 +44,11 @@ class Run:
     def begin(self, schedule: CacheSchedule) -> None:
         """Forget the run before; follow ``schedule``."""
         self.__init__(schedule, memory=self.memory)
+
+    @property
+    def full_steps(self) -> float:
+        """Steps that were computed; one of which a call in two was served is half a one."""
+        return sum(calls / (calls + self.served[step]) for step, calls in self.computed.items())
 
     @property
     def cached_bytes(self) -> int:
@@ -101,11 +106,19 @@ class ScheduleHook(Uncopied, ModelHook):
 
     @property
     def full_evaluations(self) -> int:
-        return self.run.full_evaluations
+        return self.run.computed.total()
 
     @property
     def skipped_evaluations(self) -> int:
-        return self.run.skipped_evaluations
+        return self.run.served.total()
+
+    @property
+    def steps_run(self) -> tuple[int, float]:
+        """Steps of the current or latest run, and how many of them were computed: what was, not what was planned.
+
+        A pipeline whose steps go unseen (another scheduler makes them) is counted as one step.
+        """
+        return len({*self.run.computed, *self.run.served}), self.run.full_steps
 
     @property
     def cached_bytes(self) -> int:
@@ -134,12 +147,13 @@ class ScheduleHook(Uncopied, ModelHook):
         stream = self.tracker.enter_call(context.name if context else None)
         step_index = self._step_index(context)
         if step_index is None:
-            self.run.full_evaluations += 1
+            self.tracker.as_planned = False
+            self.run.computed[self.tracker.steps_taken] += 1
             return _Call()
         if self.plan.cache != "output":  # which takes no more than the latents do
             self.run.say_memory(step_index, self.cache.contents)
         history = self.run.histories.setdefault(stream, History())
-        shapes, is_first, branches = _shapes((args, kwargs)), self.tracker.is_first_call, self.run.branches
+        shapes, is_first, branches = shapes_of((args, kwargs)), self.tracker.is_first_call, self.run.branches
         branch, prediction = branches.of(is_first=is_first), None
         needed = branch.needed_after(step_index)
         if step_index not in branch.full:
@@ -147,12 +161,13 @@ class ScheduleHook(Uncopied, ModelHook):
             if history.shapes == shapes and history.kept.keys() >= set(sources):
                 prediction = branches.with_the_first(history.serve(sources, weights), is_first=is_first)
             if prediction is None:
+                self.tracker.as_planned = False
                 self.tracker.warn_once("a call to the denoiser on a skipped step has no earlier output of its shape")
         history.retain(needed, shapes)  # before anything is computed: what is not needed any more leaves room
         if prediction is not None:
-            self.run.skipped_evaluations += 1
+            self.run.served[self.tracker.steps_taken] += 1
             return _Call(served=prediction)
-        self.run.full_evaluations += 1
+        self.run.computed[self.tracker.steps_taken] += 1
         is_needed = step_index in needed
 
         def keep(value: Any) -> None:
@@ -169,8 +184,8 @@ class ScheduleHook(Uncopied, ModelHook):
 
     @torch.compiler.disable
     def _not_served(self) -> None:
-        self.run.skipped_evaluations -= 1
-        self.run.full_evaluations += 1
+        self.run.served[self.tracker.steps_taken] -= 1
+        self.run.computed[self.tracker.steps_taken] += 1
         self.tracker.warn_once("a skipped step calls other blocks than the step it is served from")
 
     def _is_foreign(self) -> bool:
@@ -196,10 +211,6 @@ class ScheduleHook(Uncopied, ModelHook):
             self.run.forget()
             self.contexts.reset()
         return module
-
-
-def _shapes(arguments: Any) -> tuple[Any, ...]:
-    return tuple(leaf.shape for leaf in tree_flatten(arguments)[0] if torch.is_tensor(leaf))
 
 
 def attach(

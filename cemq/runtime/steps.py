@@ -14,7 +14,7 @@ from cemq.errors import ModelError
 from cemq.prior import SamplerFingerprint
 from cemq.runtime.corrector import Corrector
 from cemq.runtime.plan import Plan
-from cemq.sampler import fingerprint, intercepted, responses, retimed
+from cemq.sampler import fingerprint, intercepted, next_sample, responses, retimed
 from cemq.schedule import CacheSchedule
 
 Stream = tuple[str | None, int]
@@ -36,6 +36,8 @@ class StepTracker:
         self._measured: tuple[SamplerFingerprint, Any] | None = None
         self.scheduler: Any = None
         self.step_index: int | None = None
+        self.steps_taken = 0  # since `set_timesteps`, planned or not
+        self.as_planned = True  # no call of this step was computed that should have been served
         self._calls: Counter[str | None] = Counter()
         self._warned: set[str] = set()
         self._undo = ExitStack()
@@ -86,7 +88,7 @@ class StepTracker:
         result = original(**arguments)
         self._calls.clear()
         self._thread = threading.get_ident()
-        self.step_index = 0
+        self.step_index, self.steps_taken, self.as_planned = 0, 0, True
         found, expected = fingerprint(self.scheduler), self.plan.sampler
         if found.ends_like(expected):
             self._current = self.plan
@@ -119,18 +121,25 @@ class StepTracker:
 
     def _step(self, original: Any, **arguments: Any) -> Any:
         self._check_thread()
-        if self.step_index is not None:
+        corrector, step_index = None, self.step_index
+        if step_index is not None:
             if not self._is_expected(arguments.get("timestep")):
                 self.step_index = None
                 self.warn_once("the run takes its timesteps from another place than the schedule was planned for")
             else:
-                for change in (self._corrector, self._current.correction):
-                    if change is not None:
-                        output = arguments["model_output"]
-                        arguments["model_output"] = change.apply(output, self.step_index)
+                corrector, correction, output = self._corrector, self._current.correction, arguments["model_output"]
+                if corrector is not None:
+                    output = corrector.apply(output, step_index, arguments.get("sample"), as_planned=self.as_planned)
+                if correction is not None:
+                    output = correction.apply(output, step_index)
+                arguments["model_output"] = output
                 self.step_index += 1
         self._calls.clear()
-        return original(**arguments)
+        self.steps_taken, self.as_planned = self.steps_taken + 1, True
+        result = original(**arguments)
+        if corrector is not None:
+            corrector.returned(next_sample(result), step_index)
+        return result
 
     def _is_expected(self, timestep: Any) -> bool:
         if timestep is None or self.step_index >= len(self._timesteps):
