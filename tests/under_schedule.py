@@ -61,7 +61,7 @@ def _scheduled(call: Any) -> Any:
     step_count = inspect.signature(call).parameters.get("num_inference_steps")
 
     @functools.wraps(call)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - stands for the one of this name
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         steps = kwargs.get("num_inference_steps", getattr(step_count, "default", None))
         if not isinstance(steps, int) or steps < 1:
             CALLS["without: no step count"] += 1
