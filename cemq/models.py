@@ -117,7 +117,7 @@ def check_device(device: str) -> Any:
 
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(0, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used here: {first_line(error)}") from None
     return place

@@ -84,7 +84,7 @@ def run_end(pipe: Any) -> Iterator[End]:
     with intercepted(scheduler, "step", step):
         yield end
     if end.sampler and len(timesteps) < len(end.sampler.timesteps) and all(t is not None for t in timesteps):
-        taken = tuple(float(torch.as_tensor(timestep).flatten()[0]) for timestep in timesteps)
+        taken = tuple(float(torch.as_tensor(t, dtype=torch.float64, device="cpu").flatten()[0]) for t in timesteps)
         end.sampler = dataclasses.replace(end.sampler, timesteps=taken)  # image to image begins late
 
 

@@ -127,7 +127,7 @@ def _draw(name: str, shape: torch.Size, embedding: bool, device: torch.device) -
     """Normal, scaled so that products keep the size of their inputs; the weights of norms are ones."""
     bias = name.endswith("bias")
     if len(shape) == 1 and not bias:
-        return torch.ones(shape, device=device)
+        return torch.ones(shape, dtype=torch.float32, device=device)
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     scale = _SMALL if bias or embedding else prod(shape[1:]) ** -0.5
-    return torch.randn(shape, generator=generator, device=device).mul_(scale)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).mul_(scale)

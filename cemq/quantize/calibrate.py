@@ -184,7 +184,7 @@ class _Inputs:
             self._channel_largest[name] = largest if known is None else torch.maximum(known, largest)
             if name in self._with_hessian:
                 if name not in self._hessians:
-                    self._hessians[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+                    self._hessians[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
                 self._hessians[name].addmm_(flat.T, flat)
 
         return before

@@ -52,4 +52,4 @@ def _int8_tensor(weight: torch.Tensor) -> Int8Tensor:
 
 
 # how torchao quantizes activations under that config
-_ACTIVATIONS = _int8_tensor(torch.ones(1, 1)).act_quant_kwargs
+_ACTIVATIONS = _int8_tensor(torch.ones(1, 1, dtype=torch.float32, device="cpu")).act_quant_kwargs
