@@ -15,7 +15,7 @@ import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 
 from cemq.errors import ModelError
-from cemq.models import denoisers
+from cemq.models import denoisers, refuse_lost_weights
 from cemq.placement import format_bytes
 from cemq.prior import SamplerFingerprint
 from cemq.runtime.branches import Branches
@@ -248,6 +248,7 @@ def attach(
                 tracker.warn_once("the pipeline's denoiser was replaced after the schedule was attached")
                 continue
             refuse_other_caches(denoiser)
+            refuse_lost_weights(denoiser)
             keep_outermost(denoiser, hook)
             hook.cache.install()
 
