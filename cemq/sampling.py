@@ -16,7 +16,7 @@ from cemq.errors import InputError, ModelError, choose
 from cemq.families import PICTURE_ARGUMENTS
 from cemq.models import denoisers
 from cemq.outputs import output_kind
-from cemq.sampler import intercepted
+from cemq.sampler import Call, intercepted
 
 Progress = Callable[[str, float], None]  # told a stage's name and the share of it done
 BUILD_LOG = "cemq.build"  # the logger of what a build says beside its progress
@@ -152,8 +152,8 @@ def run(
     global one: that is seeded too, and left as it was afterwards.
     """
 
-    def step(original: Any, **arguments: Any) -> Any:
-        result = original(**arguments)
+    def step(original: Any, call: Call) -> Any:
+        result = original(*call.args, **call.kwargs)
         on_step()
         return result
 

@@ -17,7 +17,7 @@ import torch
 
 from cemq.errors import PriorMismatchError
 from cemq.prior import SamplerFingerprint
-from cemq.sampler import fingerprint, intercepted, next_sample, with_next_sample
+from cemq.sampler import Call, fingerprint, intercepted, next_sample, with_next_sample
 
 
 @dataclass
@@ -56,11 +56,11 @@ def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
     """
     trajectory, scheduler = Trajectory(), pipe.scheduler
 
-    def step(original: Any, **arguments: Any) -> Any:
+    def step(original: Any, call: Call) -> Any:
         if measure_steps:
-            trajectory.step_sizes.append(_step_size(scheduler, arguments))
-        result = original(**arguments)
-        trajectory.predictions.append(arguments["model_output"].detach().cpu())
+            trajectory.step_sizes.append(_step_size(scheduler, call))
+        result = original(*call.args, **call.kwargs)
+        trajectory.predictions.append(call.get("model_output").detach().cpu())
         trajectory.samples.append(next_sample(result).detach().cpu())
         return result
 
@@ -74,10 +74,10 @@ def run_end(pipe: Any) -> Iterator[End]:
     """Once the block has ended: the final sample of the run in it, and the timesteps that it took."""
     end, scheduler, timesteps = End(), pipe.scheduler, []
 
-    def step(original: Any, **arguments: Any) -> Any:
+    def step(original: Any, call: Call) -> Any:
         end.sampler = end.sampler or fingerprint(scheduler)
-        timesteps.append(arguments.get("timestep"))  # read later: that may have to wait for the device
-        result = original(**arguments)
+        timesteps.append(call.get("timestep"))  # read later: that may have to wait for the device
+        result = original(*call.args, **call.kwargs)
         end.sample = next_sample(result)
         return result
 
@@ -97,14 +97,14 @@ def force(pipe: Any, reference: Trajectory) -> Iterator[Trajectory]:
     """
     trajectory = Trajectory(sampler=reference.sampler)
 
-    def step(original: Any, **arguments: Any) -> Any:
+    def step(original: Any, call: Call) -> Any:
         index = trajectory.num_steps
         if index >= reference.num_steps:
             raise PriorMismatchError(
                 f"forced run made more steps than the {reference.num_steps} of its reference: use the same step count"
             )
-        result = original(**arguments)  # first, so that the scheduler's own state moves on
-        trajectory.predictions.append(arguments["model_output"].detach().cpu())
+        result = original(*call.args, **call.kwargs)  # first, so that the scheduler's own state moves on
+        trajectory.predictions.append(call.get("model_output").detach().cpu())
         computed, recorded = next_sample(result), reference.samples[index]
         trajectory.samples.append(recorded)
         return with_next_sample(result, recorded.to(computed.device, computed.dtype))
@@ -113,18 +113,17 @@ def force(pipe: Any, reference: Trajectory) -> Iterator[Trajectory]:
         yield trajectory
 
 
-def _step_size(scheduler: Any, arguments: dict[str, Any]) -> float:
+def _step_size(scheduler: Any, call: Call) -> float:
     """``|change of the next sample| / |change of the model output|`` at this step, in float32, on two twins."""
-    output, sample = arguments["model_output"].float(), arguments["sample"].float()
-    change = 0.1 * output
+    output, sample = call.get("model_output").float(), call.get("sample").float()
+    generator, change = call.get("generator"), 0.1 * output
     results = []
     for model_output in (output, output + change):
         twin = copy.deepcopy(scheduler)
-        twin_arguments = arguments | {"model_output": model_output, "sample": sample}
-        if arguments.get("generator") is not None:
-            twin_arguments["generator"] = _twin_generators(arguments["generator"])
+        own = {"generator": _twin_generators(generator)} if generator is not None else {}
+        twins = call.replaced(model_output=model_output, sample=sample, **own)
         with torch.random.fork_rng(devices=[output.device] if output.is_cuda else []):
-            results.append(next_sample(type(twin).step(twin, **twin_arguments)).float())
+            results.append(next_sample(type(twin).step(twin, *twins.args, **twins.kwargs)).float())
     return ((results[1] - results[0]).norm() / change.norm().clamp_min(1e-20)).item()
 
 

@@ -100,9 +100,9 @@ def test_interceptions_nest_and_a_deep_copy_is_left_alone():
     scheduler = FlowMatchEulerDiscreteScheduler()
 
     def around(name):
-        def step(original, **arguments):
+        def step(original, call):
             calls.append(name)
-            return original(**arguments)
+            return original(*call.args, **call.kwargs)
 
         return step
 
