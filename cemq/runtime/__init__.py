@@ -2,7 +2,7 @@
 
 from cemq.runtime.apply import apply_schedule
 from cemq.runtime.caches import CacheMemory, cache_checked
-from cemq.runtime.hook import ScheduleHook, attach, attached, detach, schedule_hook, set_budget
+from cemq.runtime.hook import ScheduleHook, attach, attached, detach, for_request, schedule_hook, set_budget
 from cemq.runtime.load import from_pretrained
 from cemq.runtime.plan import Plan
 
@@ -15,6 +15,7 @@ __all__ = [
     "attached",
     "cache_checked",
     "detach",
+    "for_request",
     "from_pretrained",
     "schedule_hook",
     "set_budget",

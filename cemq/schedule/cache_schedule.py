@@ -94,6 +94,18 @@ class CacheSchedule:
             solver=self.solver,
         )
 
+    def from_step(self, first: int) -> CacheSchedule:
+        """What a run follows that begins late, at step ``first`` of this schedule: it is computed in full."""
+        later = [index for index, step in enumerate(self.full_steps) if step > first]
+        begun = self.predictors[len(self.full_steps) - len(later) - 1]
+        return dataclasses.replace(
+            self,
+            num_steps=self.num_steps - first,
+            full_steps=(0, *(self.full_steps[index] - first for index in later)),
+            predictor=(begun, *(self.predictors[index] for index in later)),
+            branch_steps=tuple(step - first for step in self.branch_steps if step > first),
+        )
+
     @property
     def predictors(self) -> tuple[str, ...]:
         """The predictor of each full-compute step's segment."""
