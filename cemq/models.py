@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cemq.errors import InputError, ModelError, choose, first_line
 from cemq.families import DENOISERS
+from cemq.files import absolute
 
 BUILTIN_PREFIX = "builtin:"
 BUILTINS = ("dit-digits", "sd3-digits")
@@ -35,11 +37,11 @@ def locate(name: str) -> ModelSource:
         short = choose("built-in model", name.removeprefix(BUILTIN_PREFIX), BUILTINS, ModelError)
         root = Path(importlib.util.find_spec("cemq").origin).parent
         return ModelSource(name=name, folder=root / "builtin" / short)
-    folder = Path(name).expanduser()
-    if folder.exists():
-        if not (folder / "model_index.json").is_file():
+    folder = absolute(name)
+    if name and os.path.lexists(folder):
+        if not os.path.isfile(folder / "model_index.json"):
             raise ModelError(f"'{name}' is not a diffusers pipeline folder: it holds no model_index.json")
-        return ModelSource(name=str(folder.resolve()), folder=folder)
+        return ModelSource(name=os.path.realpath(folder), folder=folder)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(
             f"no such model '{name}': give builtin:NAME, a pipeline folder, or a Hub id such as owner/name"
@@ -71,7 +73,7 @@ def open_pipeline(folder: Path, *, dtype: str, device: str, align: bool = True) 
     place = check_device(device)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        check_known(str(index.get("_class_name")))
+        pipeline_class(str(index.get("_class_name")))
         # a component that is absent on purpose (SD3 without its T5) must be named, or diffusers misses it
         absent = {name: None for name, kind in index.items() if kind == [None, None]}
         pipe = DiffusionPipeline.from_pretrained(
@@ -85,14 +87,13 @@ def open_pipeline(folder: Path, *, dtype: str, device: str, align: bool = True) 
     return pipe
 
 
-def check_known(pipeline_class: str) -> None:
-    """Raises ModelError for a pipeline class that the installed diffusers does not have."""
+def pipeline_class(name: str) -> Any:
+    """A pipeline class of diffusers. Raises ModelError for one that the installed diffusers does not have."""
     import diffusers
 
-    if not hasattr(diffusers, pipeline_class):
-        raise ModelError(
-            f"the installed diffusers {diffusers.__version__} has no {pipeline_class}: install one that does"
-        )
+    if not hasattr(diffusers, name):
+        raise ModelError(f"the installed diffusers {diffusers.__version__} has no {name}: install one that does")
+    return getattr(diffusers, name)
 
 
 def _align(pipe: Any) -> None:
@@ -117,9 +118,11 @@ def check_device(device: str) -> Any:
 
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(0, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used here: {first_line(error)}") from None
+    if place.type == "meta":
+        raise InputError("device 'meta' cannot be used here: it holds no values")
     return place
 
 

@@ -125,7 +125,7 @@ def _grams(q: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> tuple[np.nda
     """``<q_i, q_j>``, ``<q_i, v_j>``, ``<v_i, v_j>`` per element, in float64: small errors are differences of these."""
     q_flat, v_flat = ([tensor.reshape(-1) for tensor in tensors] for tensors in (q, v))
     elements, steps = q_flat[0].numel(), len(q_flat)
-    gram = torch.zeros(2 * steps, 2 * steps, dtype=torch.float64)
+    gram = torch.zeros(2 * steps, 2 * steps, dtype=torch.float64, device="cpu")
     for start in range(0, elements, _CHUNK):
         part = torch.stack([tensor[start : start + _CHUNK].double() for tensor in (*q_flat, *v_flat)])
         gram += part @ part.T

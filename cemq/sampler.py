@@ -187,11 +187,12 @@ def responses(scheduler: Any, steps: int) -> np.ndarray | None:
     """
 
     def moved(amount: float) -> np.ndarray:
-        twin, outputs = copy.deepcopy(scheduler), amount * torch.eye(steps, dtype=torch.float64)
+        twin = copy.deepcopy(scheduler)
+        outputs = amount * torch.eye(steps, dtype=torch.float64, device="cpu")
         if len(twin.timesteps) > steps and hasattr(twin, "set_begin_index"):
             twin.set_begin_index(len(twin.timesteps) - steps)
-        random = {"generator": torch.Generator()} if "generator" in inspect.signature(twin.step).parameters else {}
-        sample, rows = torch.zeros(1, steps, 1, 1, dtype=torch.float64), []
+        random = {"generator": torch.Generator("cpu")} if "generator" in inspect.signature(twin.step).parameters else {}
+        sample, rows = torch.zeros(1, steps, 1, 1, dtype=torch.float64, device="cpu"), []
         for timestep, output in zip(twin.timesteps.cpu()[-steps:], outputs, strict=True):
             for generator in random.values():
                 generator.manual_seed(0)

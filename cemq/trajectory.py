@@ -44,6 +44,7 @@ class End:
 
     sample: torch.Tensor | None = None
     sampler: SamplerFingerprint | None = None
+    num_steps: int = 0
 
 
 @contextmanager
@@ -59,9 +60,10 @@ def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
     def step(original: Any, call: Call) -> Any:
         if measure_steps:
             trajectory.step_sizes.append(_step_size(scheduler, call))
+        prediction = _kept(call.get("model_output"))  # before the sampler has had it
         result = original(*call.args, **call.kwargs)
-        trajectory.predictions.append(call.get("model_output").detach().cpu())
-        trajectory.samples.append(next_sample(result).detach().cpu())
+        trajectory.predictions.append(prediction)
+        trajectory.samples.append(_kept(next_sample(result)))
         return result
 
     with intercepted(scheduler, "step", step), run_end(pipe) as end:
@@ -78,13 +80,14 @@ def run_end(pipe: Any) -> Iterator[End]:
         end.sampler = end.sampler or fingerprint(scheduler)
         timesteps.append(call.get("timestep"))  # read later: that may have to wait for the device
         result = original(*call.args, **call.kwargs)
-        end.sample = next_sample(result)
+        end.sample = next_sample(result).detach().clone()
         return result
 
     with intercepted(scheduler, "step", step):
         yield end
+    end.num_steps = len(timesteps)
     if end.sampler and len(timesteps) < len(end.sampler.timesteps) and all(t is not None for t in timesteps):
-        taken = tuple(float(torch.as_tensor(timestep).flatten()[0]) for timestep in timesteps)
+        taken = tuple(float(torch.as_tensor(t, dtype=torch.float64, device="cpu").flatten()[0]) for t in timesteps)
         end.sampler = dataclasses.replace(end.sampler, timesteps=taken)  # image to image begins late
 
 
@@ -103,24 +106,30 @@ def force(pipe: Any, reference: Trajectory) -> Iterator[Trajectory]:
             raise PriorMismatchError(
                 f"forced run made more steps than the {reference.num_steps} of its reference: use the same step count"
             )
-        result = original(*call.args, **call.kwargs)  # first, so that the scheduler's own state moves on
-        trajectory.predictions.append(call.get("model_output").detach().cpu())
+        trajectory.predictions.append(_kept(call.get("model_output")))
+        result = original(*call.args, **call.kwargs)  # so that the scheduler's own state moves on
         computed, recorded = next_sample(result), reference.samples[index]
         trajectory.samples.append(recorded)
-        return with_next_sample(result, recorded.to(computed.device, computed.dtype))
+        return with_next_sample(result, recorded.to(computed.device, computed.dtype, copy=True))
 
     with intercepted(pipe.scheduler, "step", step):
         yield trajectory
 
 
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU: pipelines change samples in place (the first frame of a video, what a mask leaves alone)."""
+    return tensor.detach().to("cpu", copy=True)
+
+
 def _step_size(scheduler: Any, call: Call) -> float:
     """``|change of the next sample| / |change of the model output|`` at this step, in float32, on two twins."""
-    output, sample = call.get("model_output").float(), call.get("sample").float()
-    generator, change = call.get("generator"), 0.1 * output
+    output, generator = call.get("model_output").float(), call.get("generator")
+    change = 0.1 * output
     results = []
-    for model_output in (output, output + change):
+    for model_output in (output.clone(), output + change):  # the twins may change what they are given in place
         twin = copy.deepcopy(scheduler)
         own = {"generator": _twin_generators(generator)} if generator is not None else {}
+        sample = call.get("sample").to(torch.float32, copy=True)
         twins = call.replaced(model_output=model_output, sample=sample, **own)
         with torch.random.fork_rng(devices=[output.device] if output.is_cuda else []):
             results.append(next_sample(type(twin).step(twin, *twins.args, **twins.kwargs)).float())

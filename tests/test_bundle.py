@@ -208,11 +208,14 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 def test_an_existing_output_is_replaced_only_on_request_and_only_if_it_is_a_bundle(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
+    (output / "notes").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(BundleError, match="not a cemq bundle"), staging(output, overwrite=overwrite):
+            pass
+    assert [path.name for path in output.iterdir()] == ["notes"]
+    (output / MANIFEST).write_text("old")
     with pytest.raises(BundleError, match="exists already"), staging(output):
         pass
-    with pytest.raises(BundleError, match="not a cemq bundle"), staging(output, overwrite=True):
-        pass
-    (output / MANIFEST).write_text("old")
     with pytest.raises(ZeroDivisionError), staging(output, overwrite=True):
         raise ZeroDivisionError
     assert (output / MANIFEST).read_text() == "old"

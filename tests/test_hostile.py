@@ -18,7 +18,7 @@ from diffusers.hooks import apply_first_block_cache, apply_layerwise_casting
 from family_checks import abort, caches_outputs, counted_blocks, draw, every_step, few_steps, plain_run
 from tiny_pipelines import FAMILIES, FLUX_CALL, NEGATIVE, PROMPT, STEPS, autoencoder, picture
 
-from cemq.errors import InputError, ModelError
+from cemq.errors import InputError, ModelError, PipelineError
 from cemq.models import denoisers, open_pipeline
 from cemq.outputs import as_array
 from cemq.profiling import profile, record_references
@@ -1057,7 +1057,7 @@ def test_too_few_pictures_for_a_batch_say_so():
     family = family_with("ltx", image=picture(32))
     pipe = D.LTXImageToVideoPipeline(**family.pipeline().components)
     pipe.set_progress_bar_config(disable=True)
-    with pytest.raises(InputError, match=r"fails on 2 samples of one picture .*set batch_size: 1"):
+    with pytest.raises(PipelineError, match=r"fails on 2 samples of one picture .*set batch_size: 1"):
         draw(pipe, family)
 
 

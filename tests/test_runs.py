@@ -107,7 +107,7 @@ def test_a_call_while_the_aborted_runs_traceback_is_kept_is_computed_and_says_so
         try:
             with intercepted(dit.scheduler, "step", failing(after)):
                 draw(dit)
-        except ZeroDivisionError:
+        except KeyboardInterrupt:
             with pytest.warns(UserWarning, match="called from elsewhere than where its run began"):
                 assert torch.equal(predict(dit, noise(), 999), expected)
         assert hook.cached_bytes == 0
@@ -119,7 +119,7 @@ def failing(after):
     def step(original, call):
         left[0] -= 1
         if not left[0]:
-            raise ZeroDivisionError
+            raise KeyboardInterrupt
         return original(*call.args, **call.kwargs)
 
     return step

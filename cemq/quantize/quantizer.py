@@ -173,7 +173,7 @@ def mark_quantized(model: nn.Module, config: CemqConfig) -> None:
 class CemqQuantizer(DiffusersQuantizer):
     """The glue diffusers calls while it loads a model."""
 
-    use_keep_in_fp32_modules = False
+    use_keep_in_fp32_modules = True  # what a model keeps in float32 is so when it is measured, and when it is loaded
     is_serializable = True
     is_trainable = False
     is_compileable = True
@@ -244,6 +244,9 @@ class CemqQuantizer(DiffusersQuantizer):
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise BundleError(f"{type(model).__name__} lacks {len(missing)} tensors ({shown}): write the bundle again")
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.answer_in_compute_dtype()  # biases may have come after weights
         return model
 
 

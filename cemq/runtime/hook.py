@@ -8,6 +8,7 @@ import inspect
 import logging
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
-from torch.utils._pytree import tree_flatten
 
 from cemq.errors import ModelError
 from cemq.families import TIMESTEP_ARGUMENTS
@@ -25,7 +25,7 @@ from cemq.prior import SamplerFingerprint
 from cemq.runtime.branches import Branches
 from cemq.runtime.caches import Cache, make_caches
 from cemq.runtime.callers import Caller, ThreadContexts, find_caller
-from cemq.runtime.history import History
+from cemq.runtime.history import History, shapes_of
 from cemq.runtime.plan import Plan
 from cemq.runtime.registration import HOOK, Uncopied, install, keep_outermost, refuse_other_caches, uninstall
 from cemq.runtime.steps import AnySamplerTracker, StepTracker, Stream
@@ -40,8 +40,8 @@ class Run:
 
     schedule: CacheSchedule
     histories: dict[Stream, History] = field(default_factory=dict)
-    full_evaluations: int = 0
-    skipped_evaluations: int = 0
+    computed: Counter[int] = field(default_factory=Counter)  # calls, by how many steps were taken before them
+    served: Counter[int] = field(default_factory=Counter)
     memory: str = ""  # what was said last of the bytes that are cached
 
     def __post_init__(self) -> None:
@@ -54,6 +54,11 @@ class Run:
     def follow(self, schedule: CacheSchedule) -> None:
         """Go on under another schedule, which begins with the same step."""
         self.schedule, self.branches = schedule, Branches(schedule)
+
+    @property
+    def full_steps(self) -> float:
+        """Steps that were computed; one of which a call in two was served is half a one."""
+        return sum(calls / (calls + self.served[step]) for step, calls in self.computed.items())
 
     @property
     def cached_bytes(self) -> int:
@@ -109,11 +114,19 @@ class ScheduleHook(Uncopied):
 
     @property
     def full_evaluations(self) -> int:
-        return self.run.full_evaluations
+        return self.run.computed.total()
 
     @property
     def skipped_evaluations(self) -> int:
-        return self.run.skipped_evaluations
+        return self.run.served.total()
+
+    @property
+    def steps_run(self) -> tuple[int, float]:
+        """Steps of the current or latest run, and how many of them were computed: what was, not what was planned.
+
+        A pipeline whose steps go unseen (another scheduler makes them) is counted as one step.
+        """
+        return len({*self.run.computed, *self.run.served}), self.run.full_steps
 
     @property
     def cached_bytes(self) -> int:
@@ -160,12 +173,13 @@ class ScheduleHook(Uncopied):
         stream = self.tracker.enter_call(caller, context.name if context else None, hook.timestep_of(args, kwargs))
         step_index = self._step_index(context)
         if step_index is None:
-            self.run.full_evaluations += 1
+            self.tracker.as_planned = False
+            self.run.computed[self.tracker.steps_taken] += 1
             return _Call()
         if self.plan.cache != "output":  # which takes no more than the latents do
             self.run.say_memory(step_index, hook.cache.contents)
         history = self.run.histories.setdefault(stream, History())
-        shapes, is_first, branches = _shapes((args, kwargs)), self.tracker.is_first(stream), self.run.branches
+        shapes, is_first, branches = shapes_of((args, kwargs)), self.tracker.is_first(stream), self.run.branches
         branch, prediction = branches.of(is_first=is_first), None
         needed = branch.needed_after(step_index)
         if step_index not in branch.full:
@@ -173,14 +187,15 @@ class ScheduleHook(Uncopied):
             if history.shapes == shapes and history.kept.keys() >= set(sources):
                 prediction = branches.with_the_first(history.serve(sources, weights), is_first=is_first)
             if prediction is None:
+                self.tracker.as_planned = False
                 self.tracker.warn_once(
                     "a call to the denoiser on a skipped step has no earlier output of its shape from the same line"
                 )
         history.retain(needed, shapes)  # before anything is computed: what is not needed any more leaves room
         if prediction is not None:
-            self.run.skipped_evaluations += 1
+            self.run.served[self.tracker.steps_taken] += 1
             return _Call(served=prediction, not_served=self._not_served)
-        self.run.full_evaluations += 1
+        self.run.computed[self.tracker.steps_taken] += 1
         is_needed = step_index in needed or self.tracker.keeps_first_step
 
         def keep(value: Any) -> None:
@@ -191,13 +206,13 @@ class ScheduleHook(Uncopied):
         return _Call(wanted=is_needed or (branches.by_difference and is_first), shapes=shapes, keep=keep)
 
     def _not_served(self) -> None:
-        self.run.skipped_evaluations -= 1
-        self.run.full_evaluations += 1
+        self.run.served[self.tracker.steps_taken] -= 1
+        self.run.computed[self.tracker.steps_taken] += 1
         self.tracker.warn_once("a skipped step calls other blocks than the step it is served from")
 
     def before_any_run(self) -> _Call:
         """What to do with a call of its pipeline, which has not set the timesteps that are followed."""
-        self.run.full_evaluations += 1
+        self.run.computed[self.tracker.steps_taken] += 1
         if not self._scheduler_is_replaced():
             self.tracker.warn_once("the pipeline runs its denoiser without having set the timesteps of its scheduler")
         return _Call()
@@ -317,10 +332,6 @@ class DenoiserHook(Uncopied, ModelHook):
                     if origin in caller.origins or (not caller.origins and origin.thread == threading.get_ident()):
                         each.run.forget()
         return module
-
-
-def _shapes(arguments: Any) -> tuple[Any, ...]:
-    return tuple(leaf.shape for leaf in tree_flatten(arguments)[0] if torch.is_tensor(leaf))
 
 
 def attach(

@@ -16,7 +16,7 @@ from cemq.prior import SamplerFingerprint
 from cemq.runtime.callers import Caller, Origin, find_caller
 from cemq.runtime.corrector import Corrector
 from cemq.runtime.plan import Plan
-from cemq.sampler import Call, Interception, fingerprint, intercepted, responses, retimed
+from cemq.sampler import Call, Interception, fingerprint, intercepted, next_sample, responses, retimed
 from cemq.schedule import CacheSchedule
 
 Place = tuple[str | None, int]  # a cache context, and where in the code of its run a call is made
@@ -49,11 +49,12 @@ class StepTracker:
         self._measured: list[tuple[SamplerFingerprint, Any]] = []  # of the latest kinds of runs
         self.scheduler: Any = None
         self.step_index: int | None = None
+        self.steps_taken = 0  # since `set_timesteps`, planned or not
+        self.as_planned = True  # no call of this step was computed that should have been served
         self.origins: list[Origin] = []  # of the run, and of those in other threads that it broke into
         self._calls: Counter[Place] = Counter()
         self._first_stream: Stream | None = None  # of the run
         self._first_timesteps: dict[Place, Any] = {}  # of the first step, as the denoiser gets them
-        self._steps_left = 0
         self._warned: set[str] = set()
         self._undo, self._undo_step = ExitStack(), ExitStack()
         self._stepping: Interception | None = None
@@ -76,7 +77,9 @@ class StepTracker:
     @property
     def is_under_way(self) -> bool:
         """Whether a run has begun that has not made all of its steps."""
-        return self.is_followed if self.step_index is not None else self._steps_left > 0
+        if self.step_index is not None:
+            return self.is_followed
+        return bool(self.origins) and self.steps_taken < len(self.scheduler.timesteps)
 
     @property
     def is_followed(self) -> bool:
@@ -133,7 +136,6 @@ class StepTracker:
     def _set_timesteps(self, original: Any, call: Call) -> Any:
         result = original(*call.args, **call.kwargs)
         self._begin()
-        self.step_index = 0
         found, expected = fingerprint(self.scheduler), self.plan.sampler
         if found.ends_like(expected):
             self._current = self.plan
@@ -164,7 +166,7 @@ class StepTracker:
         self.origins = [origin, *broken_into]
         if not self._stepping.is_seen:
             self._follow_steps()
-        self._steps_left = len(self.scheduler.timesteps)
+        self.step_index, self.steps_taken, self.as_planned = 0, 0, True
         self._first_stream, self._first_timesteps = None, {}
         self._calls.clear()
 
@@ -196,28 +198,32 @@ class StepTracker:
                 self.give_up("its scheduler is stepped from elsewhere than where a run began")
             return original(*call.args, **call.kwargs)
         self._check_thread(caller)
-        if self.step_index is not None:
+        corrector, step_index = None, self.step_index
+        if step_index is not None:
             objection = self._objection(call.get("timestep"))
             if objection:
                 self.give_up(objection)
             else:
-                for change in (self._corrector, self._current.correction):
-                    if change is not None:
-                        call = call.replaced(model_output=change.apply(call.get("model_output"), self.step_index))
+                corrector, correction, output = self._corrector, self._current.correction, call.get("model_output")
+                if corrector is not None:
+                    output = corrector.apply(output, step_index, call.get("sample"), as_planned=self.as_planned)
+                if correction is not None:
+                    output = correction.apply(output, step_index)
+                call = call.replaced(model_output=output)
                 self.step_index += 1
         self._calls.clear()
-        self._steps_left -= 1
-        return original(*call.args, **call.kwargs)
+        self.steps_taken, self.as_planned = self.steps_taken + 1, True
+        result = original(*call.args, **call.kwargs)
+        if corrector is not None:
+            corrector.returned(next_sample(result), step_index)
+        return result
 
     def _objection(self, timestep: Any) -> str | None:
         """Why the run does not follow its plan if its next step is at this one."""
-        if timestep is None or self.step_index >= len(self._timesteps):
-            is_expected = False
-        else:
-            is_expected = _is_near(_number(timestep), self._timesteps[self.step_index])
-        return (
-            None if is_expected else "the run takes its timesteps from another place than the schedule was planned for"
-        )
+        expected = self._timesteps[self.step_index : self.step_index + 1]
+        if timestep is not None and expected and _is_near(_number(timestep), *expected):
+            return None
+        return "the run takes its timesteps from another place than the schedule was planned for"
 
 
 def _difference(found: SamplerFingerprint, expected: SamplerFingerprint) -> str:
@@ -294,7 +300,7 @@ class AnySamplerTracker(StepTracker):
         sampler = dataclasses.replace(self.plan.sampler, timesteps=self._all_timesteps[start:])
         correction = correction and correction.from_step(start)
         self._current = dataclasses.replace(self.plan, schedule=schedule, sampler=sampler, correction=correction)
-        self._timesteps, self._steps_left = self._timesteps[start:], schedule.num_steps
+        self._timesteps = self._timesteps[start:]
         self._corrector = None
         if schedule.corrects:
             moved = self._responses_of(sampler)

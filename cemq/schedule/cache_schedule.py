@@ -71,6 +71,11 @@ class CacheSchedule:
         """What it costs, in full-compute steps with all branches; half a one counts as one."""
         return len(self.full_steps) - len(self.branch_steps) // 2
 
+    @property
+    def full_count(self) -> float:
+        """What it costs, in full-compute steps with all branches; one with the first branch only is half a one."""
+        return len(self.full_steps) - len(self.branch_steps) / 2
+
     @cached_property
     def key(self) -> tuple[Any, ...]:
         """What tells it from schedules that do something else, whoever made it and whatever its predictors are called:
@@ -81,7 +86,7 @@ class CacheSchedule:
 
     @property
     def compute_ratio(self) -> float:
-        return self.num_steps / (len(self.full_steps) - len(self.branch_steps) / 2)
+        return self.num_steps / self.full_count
 
     @cached_property
     def between_branches(self) -> CacheSchedule:
