@@ -97,12 +97,25 @@ def _wan(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
     }
 
 
+def _qwen_image(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
+    config, sizes = architecture.config, architecture.sizes
+    sample = draw(batch, sizes["height"] * sizes["width"], config["in_channels"])
+    return {
+        "hidden_states": sample,
+        "encoder_hidden_states": draw(batch, sizes["text_tokens"], config["joint_attention_dim"]),
+        "encoder_hidden_states_mask": torch.ones(batch, sizes["text_tokens"], dtype=torch.bool, device=sample.device),
+        "timestep": torch.full((batch,), 0.5, device=sample.device, dtype=sample.dtype),
+        "img_shapes": [[(1, sizes["height"], sizes["width"])]] * batch,
+    }
+
+
 INPUTS: dict[str, Callable[[Architecture, int, Draw], Inputs]] = {
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
     "WanTransformer3DModel": _wan,
+    "QwenImageTransformer2DModel": _qwen_image,
 }
 
 _DIT = {"in_channels": 4, "out_channels": 8, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000}
@@ -159,6 +172,26 @@ ARCHITECTURES = {
             batch=2,
             sizes={"text_tokens": 333},
         ),
+        Architecture(  # stabilityai/stable-diffusion-3.5-medium: half of its blocks attend to the picture alone besides
+            name="sd3.5-medium",
+            model_class="SD3Transformer2DModel",
+            config={
+                "sample_size": 128,
+                "patch_size": 2,
+                "in_channels": 16,
+                "num_layers": 24,
+                "attention_head_dim": 64,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 4096,
+                "caption_projection_dim": 1536,
+                "pooled_projection_dim": 2048,
+                "pos_embed_max_size": 384,
+                "dual_attention_layers": tuple(range(13)),
+                "qk_norm": "rms_norm",
+            },
+            batch=2,
+            sizes={"text_tokens": 333},
+        ),
         Architecture(  # black-forest-labs/FLUX.1-dev at 1024 x 1024; guidance is an input, not a second branch
             name="flux-dev",
             model_class="FluxTransformer2DModel",
@@ -189,6 +222,35 @@ ARCHITECTURES = {
             },
             batch=1,
             sizes={"frames": 5, "height": 60, "width": 104, "text_tokens": 512},
+        ),
+        Architecture(  # Wan-AI/Wan2.1-T2V-14B-Diffusers, the same clip
+            name="wan-14b",
+            model_class="WanTransformer3DModel",
+            config={
+                "num_attention_heads": 40,
+                "attention_head_dim": 128,
+                "in_channels": 16,
+                "out_channels": 16,
+                "text_dim": 4096,
+                "ffn_dim": 13824,
+                "num_layers": 40,
+            },
+            batch=1,
+            sizes={"frames": 5, "height": 60, "width": 104, "text_tokens": 512},
+        ),
+        Architecture(  # Qwen/Qwen-Image at 1024 x 1024; both branches one after the other
+            name="qwen-image",
+            model_class="QwenImageTransformer2DModel",
+            config={
+                "in_channels": 64,
+                "out_channels": 16,
+                "num_layers": 60,
+                "attention_head_dim": 128,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 3584,
+            },
+            batch=1,
+            sizes={"height": 64, "width": 64, "text_tokens": 256},
         ),
     )
 }

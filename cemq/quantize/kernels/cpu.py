@@ -52,7 +52,7 @@ class Kernels:
         """As `integers.quantize_tokens`, bit for bit."""
         rows, columns = values.shape
         quantized = torch.empty(rows, columns, dtype=torch.int8)
-        scale, zero_point = torch.empty(rows, 1), torch.empty(rows, 1, dtype=torch.int32)
+        scale, zero_point = torch.empty(rows, 1, dtype=torch.float32), torch.empty(rows, 1, dtype=torch.int32)
         function = getattr(self._library, f"quantize_tokens_{DTYPES[values.dtype]}")
         function(
             values.data_ptr(),
@@ -114,7 +114,7 @@ class Kernels:
         outputs = weight.shape[0]
         exact = values.float()
         offset = None if bias is None else bias.float()
-        output = torch.empty(rows, outputs)
+        output = torch.empty(rows, outputs, dtype=torch.float32)
         self._library.few_rows(
             exact.data_ptr(),
             weight.data_ptr(),
@@ -204,8 +204,8 @@ def _cpu_features() -> str:
 def _agrees(loaded: Kernels) -> bool:
     """Try the library once: a miscompiled kernel must not go unnoticed."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(3, 2 * integers.GROUP_SIZE, generator=generator)
-    weight = torch.randn(5, 2 * integers.GROUP_SIZE, generator=generator)
+    values = torch.randn(3, 2 * integers.GROUP_SIZE, generator=generator, dtype=torch.float32)
+    weight = torch.randn(5, 2 * integers.GROUP_SIZE, generator=generator, dtype=torch.float32)
     packed, group_scale, scale = integers.quantize_int4(weight, integers.GROUP_SIZE)
     expanded = integers.expand_int4(packed, group_scale, weight.shape[1])
     sums = expanded.sum(1, keepdim=True, dtype=torch.int32)
