@@ -54,14 +54,14 @@ class Part:
 
 
 PARTS = {
-    "machine": Part(seconds=30),
-    "correctness": Part(seconds=90),
-    "steps": Part(seconds=180),
+    "machine": Part(seconds=25),
+    "correctness": Part(seconds=150),
+    "steps": Part(seconds=170),
     "linears": Part(seconds=60),
-    "skipping": Part(seconds=90),
-    "vram": Part(seconds=110, alone=True),
-    "rounding": Part(seconds=30),
-    "building": Part(seconds=60),
+    "skipping": Part(seconds=60),
+    "vram": Part(seconds=90, alone=True),
+    "rounding": Part(seconds=20),
+    "building": Part(seconds=40),
 }
 
 
@@ -123,7 +123,9 @@ def usable(setting: Any) -> bool:
 # --- the driver
 
 
-def measure(name: str, part: dict[str, Any], options: argparse.Namespace, scratch: Path, limit: float, save: Any) -> None:
+def measure(
+    name: str, part: dict[str, Any], options: argparse.Namespace, scratch: Path, limit: float, save: Any
+) -> None:
     """Fill a part's rows, by as many processes as it takes, until it is done or the limit is over."""
     deadline, first, done = time.monotonic() + limit, 0, False
     log = scratch / f"{name}.log"
@@ -228,8 +230,11 @@ def main(arguments: list[str]) -> None:
             part["seconds"] = round(time.monotonic() - before, 1)
             write(output, record)
             failed = sum("failed" in row for row in part["rows"])
-            print(f"{name}: {part['seconds']} s, {len(part['rows'])} rows, {failed} failed", *filter(None, [
-                part.get("failed"), "stopped" if "stopped" in part else ""]), flush=True)
+            print(
+                f"{name}: {part['seconds']} s, {len(part['rows'])} rows, {failed} failed",
+                *filter(None, [part.get("failed"), "stopped" if "stopped" in part else ""]),
+                flush=True,
+            )
     output.with_suffix(".md").write_text(draw(record))
     print(output)
 

@@ -47,9 +47,7 @@ def _block(setting: Setting, scheme: str, how: str) -> Rows:
                 found: list[torch.Tensor] = []
                 hessians += elapsed(lambda: found.append(values.t() @ values), setting)  # noqa: B023
                 largest = values.abs().amax(0)
-                statistics = InputStatistics(
-                    largest=(float(largest.max()),), channel_largest=largest, hessian=found[0]
-                )
+                statistics = InputStatistics(largest=(float(largest.max()),), channel_largest=largest, hessian=found[0])
             make = partial(config.layer_class(kind).from_linear, float_layer, kind, statistics)
             taken += elapsed(make, setting)
             layers, parameters = layers + 1, parameters + weight.numel()
