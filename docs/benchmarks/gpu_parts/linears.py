@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_parts import Case, Rows, Setting
-from gpu_parts.timing import clocks, elapsed, graph_milliseconds, milliseconds
 from torch import nn
 
 from cemq.quantize import integers
-from cemq.quantize.kernels import integer_linear
 from cemq.quantize.integers import GROUP_SIZE
+from cemq.quantize.kernels import integer_linear
+from gpu_parts import Case, Rows, Setting
+from gpu_parts.timing import clocks, elapsed, graph_milliseconds, milliseconds
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 SHAPES = {  # rows, in, out
