@@ -106,13 +106,11 @@ def correctness_section(record: Mapping[str, Any], rows: list[Row]) -> str:
     kinds: dict[str, list[Row]] = {}
     for row in checks:
         kinds.setdefault(row["what"], []).append(row)
-    summary = table(
-        ["what", "checked", "right", "worst"],
-        (
-            (what, len(found), sum(row["right"] for row in found), max((row["worst"] for row in found if "worst" in row), default=None))
-            for what, found in kinds.items()
-        ),
-    )  # fmt: skip
+    lines = []
+    for what, found in kinds.items():
+        worst = max((row["worst"] for row in found if "worst" in row), default=None)
+        lines.append((what, len(found), sum(row["right"] for row in found), worst))
+    summary = table(["what", "checked", "right", "worst"], lines)
     skipped = sum("skipped" in row for row in rows)
     ending = next((f"pytest: {row['ending']}." for row in rows if "ending" in row), "")
     said = f"{ending} {skipped} tests were skipped." if skipped else ending
@@ -133,24 +131,22 @@ def steps_section(record: Mapping[str, Any], rows: list[Row]) -> str:
         for what, row in parts.items():
             if what == "first step":
                 continue
-            base = next(
-                (found[key][what]["ms"] for key in ((model, "bfloat16", True), (model, "bfloat16", False)) if what in found.get(key, {})),
-                None,
-            )  # fmt: skip
+            exact = [found.get((model, "bfloat16", way), {}) for way in (True, False)]
+            base = next((each[what]["ms"] for each in exact if what in each), None)
             line = [model, scheme, how, row["ms"], base and row["ms"] / base]
             if what != "step":
                 blocks.append([*line[:1], what, *line[1:]])
                 continue
-            exact = found.get((model, "bfloat16", False), {}).get("step", {})
+            counted = exact[1].get("step", {})
             share = None
-            if rates and "linear_flops" in exact:
-                linear = exact["linear_flops"] / (rates[0] if scheme == "bfloat16" else rates[1])
-                share = 1e3 * (linear + exact["attention_flops"] / rates[0]) / row["ms"]
+            if rates and "linear_flops" in counted:
+                linear = counted["linear_flops"] / (rates[0] if scheme == "bfloat16" else rates[1])
+                share = 1e3 * (linear + counted["attention_flops"] / rates[0]) / row["ms"]
             steps.append([*line, share, row["relative_l2"], gib(row.get("peak_bytes")), first, row.get("sm_mhz")])
     return "\n\n".join([
-        "`time` is against compiled bfloat16 (eager, where that is missing); `roof` the time that the data sheet's rates "
-        "would allow, as a share of the time taken: linear layers in int8 (bfloat16 for bfloat16), attention in bfloat16; "
-        "`first` the seconds of the first step, in which kernels are compiled and tuned.",
+        "`time` is against compiled bfloat16 (eager, where that is missing); `roof` the time that the data sheet's "
+        "rates would allow, as a share of the time taken: linear layers in int8 (bfloat16 for bfloat16), attention in "
+        "bfloat16; `first` the seconds of the first step, in which kernels are compiled and tuned.",
         table(["model", "scheme", "", "step, ms", "time", "roof", "error", "peak, GiB", "first, s", "MHz"], steps),
         table(["model", "block", "scheme", "", "ms", "time"], blocks),
     ])  # fmt: skip
@@ -176,8 +172,8 @@ def linears_section(record: Mapping[str, Any], rows: list[Row]) -> str:
             alone / (base.get("graph_ms") or base["ms"]) if "ms" in base else None, share, memory, row["relative_l2"],
         ))  # fmt: skip
     return "\n\n".join([
-        "`graph` is what the device takes without the host; `time` is that against bfloat16; `int8 roof` and `memory roof` "
-        "are what the data sheet would allow, as shares of it.",
+        "`graph` is what the device takes without the host; `time` is that against bfloat16; `int8 roof` and `memory "
+        "roof` are what the data sheet would allow, as shares of it.",
         table(["layer", "kernel", "ms", "graph, ms", "time", "int8 roof", "memory roof", "error"], lines),
     ])  # fmt: skip
 
