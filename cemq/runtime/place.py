@@ -91,7 +91,6 @@ def _in_groups(name: str, model: nn.Module, plan: MemoryPlan, device: torch.devi
     if not component.groups:
         model.to(device)
         return
-    _untie(model)
     # only the denoiser is worth prefetching, and only there the order of layers is traced: decoding is no forward
     blocks = placement.unit == "block" and name in DENOISERS
     apply_group_offloading(
@@ -103,23 +102,6 @@ def _in_groups(name: str, model: nn.Module, plan: MemoryPlan, device: torch.devi
         use_stream=placement.streams and name in DENOISERS,
         **options,
     )
-
-
-def _untie(model: nn.Module) -> None:
-    """Give every module parameters and buffers of its own; the memory under those that were one stays shared.
-
-    diffusers empties a group's tensors once it has written them to disk, and then writes what it finds empty in the
-    next group that holds the same one: T5 ran with whatever the memory of its token embedding held before.
-    """
-    seen: set[int] = set()
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) in seen:
-                    own = tensor.detach().view_as(tensor)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    tensors[name] = nn.Parameter(own, requires_grad=False) if is_parameter else own
-                seen.add(id(tensors[name]))
 
 
 def _check_leaves(name: str, model: nn.Module, blocks: bool) -> None:
