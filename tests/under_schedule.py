@@ -10,6 +10,7 @@ As a script it compares two files of ``--junitxml``, of runs without and with a 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
 import os
@@ -31,6 +32,7 @@ from tiny_pipelines import t5, tokenizer, umt5
 import cemq
 from cemq.errors import CemqError
 
+atexit.register(shutil.rmtree, os.environ["HF_HUB_CACHE"], ignore_errors=True)
 CALLS: Counter[str] = Counter()
 STAND_INS = {
     "hf-internal-testing/tiny-random-t5": lambda: (t5(), tokenizer("t5", 512)),
@@ -55,10 +57,6 @@ def pytest_configure(config: pytest.Config) -> None:
             pipeline_class = getattr(diffusers, name)
             if "__call__" in vars(pipeline_class):
                 pipeline_class.__call__ = _scheduled(pipeline_class.__call__)
-
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["HF_HUB_CACHE"], ignore_errors=True)
 
 
 def _scheduled(call: Any) -> Any:
