@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,31 @@ def denoisers(pipe: Any) -> list[tuple[str, Any]]:
     if not found:
         raise ModelError(f"{type(pipe).__name__} has no {' or '.join(DENOISERS)}: cemq does not know what to quantize")
     return found
+
+
+def refuse_lost_weights(model: Any) -> None:
+    """Raises ModelError for parameters on the meta device that nothing will bring before they are needed.
+
+    Sequential offloading keeps them there and brings them; an adapter that could not be loaded leaves some for good,
+    and what is computed with those is NaN.
+    """
+    lost = list(_lost_weights(model, ""))
+    if lost:
+        shown = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+        raise ModelError(
+            f"{len(lost)} parameters of {type(model).__name__} are on the meta device, and nothing offloads them "
+            f"({shown}): unload the adapter that failed to load, or load the model anew"
+        )
+
+
+def _lost_weights(module: Any, prefix: str, *, brought: bool = False) -> Iterator[str]:
+    hook = getattr(module, "_hf_hook", None)  # accelerate's
+    offloading = [each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False) is True]
+    if not brought and not offloading:
+        yield from (prefix + name for name, tensor in module.named_parameters(recurse=False) if tensor.is_meta)
+    brought = brought or any(each.place_submodules for each in offloading)
+    for name, child in module.named_children():
+        yield from _lost_weights(child, f"{prefix}{name}.", brought=brought)
 
 
 def weight_bytes(pipe: Any) -> int:

@@ -6,7 +6,7 @@ import pickle
 import accelerate
 import pytest
 import torch
-from conftest import make_denoiser, relative
+from conftest import identical, make_denoiser, relative
 from diffusers import AnyFlowTransformer3DModel, CosmosTransformer3DModel, WanTransformer3DModel
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from test_defaults import PAIRS
@@ -134,6 +134,19 @@ def test_a_loaded_model_answers(dtype, quantize_first, tmp_path):
         options["quantization_config"] = CemqConfig("w4a8", full_precision=())
     model.save_pretrained(tmp_path)
     assert_answers(type(model).from_pretrained(tmp_path, torch_dtype=dtype, **options), dtype)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("strict", [True, False])
+@torch.no_grad()
+def test_float_weights_are_not_loaded_into_integers(scheme, strict):
+    floats = make_denoiser()
+    model = quantized(make_denoiser(), scheme)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"^tensor '[a-z0-9_.]+\.weight' is float32, [^\n]* quantize that$"):
+        model.load_state_dict(floats.state_dict(), strict=strict)
+    model.load_state_dict(before)
+    assert identical(model, quantized(make_denoiser(), scheme))
 
 
 @pytest.mark.parametrize("bias", [True, False])

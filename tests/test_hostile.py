@@ -658,9 +658,69 @@ def test_lora_on_a_quantized_denoiser_is_refused_by_name():
 
     weights = lora_weights(FLUX.pipeline().transformer)
     pipe = quantized(FLUX, "w8a8")
+    before, modules = draw(pipe, FLUX), dict(pipe.transformer.named_modules())
+    for target in ("to_q", "proj_out"):  # a layer that is quantized, and one that is not
+        with pytest.raises(ModelError, match=r"^load_lora_adapter\(\) works on float weights[^\n]*fuse_lora\(\)"):
+            pipe.load_lora_weights({name.replace("to_q", target): tensor for name, tensor in weights.items()})
+    with pytest.raises(ModelError, match=r"^add_adapter\(\) works on float weights"):
+        pipe.transformer.add_adapter(object())
+    assert dict(pipe.transformer.named_modules()) == modules
+    assert np.array_equal(draw(pipe, FLUX), before)
+
+
+def test_a_pipeline_with_an_adapter_is_not_saved_as_a_bundle(flux, tmp_path):
+    from cemq.errors import BundleError
+    from cemq.runtime.save import save_as_bundle
+
+    pytest.importorskip("peft")
+    flux.load_lora_weights(lora_weights(flux.transformer))
+    save_as_bundle(flux, tmp_path / "origin", None, dtype="float32")
+    with pytest.raises(BundleError, match=r"^transformer holds LoRA layers[^\n]*unload_lora_weights\(\) to save it$"):
+        flux.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_lora_on_a_quantized_text_encoder_is_refused():
+    from cemq.quantize.text_encoders import TextEncoderConfig, quantize_text_encoder
+
+    encoder = FLUX.pipeline().text_encoder
+    quantize_text_encoder(encoder, TextEncoderConfig())
+    for method in (encoder.load_adapter, encoder.add_adapter):
+        with pytest.raises(ModelError, match="works on float weights, and this CLIPTextModel is quantized"):
+            method(adapter_state_dict={})
+
+
+@pytest.mark.parametrize("offload", [None, "model", "sequential"])
+def test_a_run_on_weights_that_nobody_brings_is_refused(flux, offload):
+    import accelerate
+
+    _, trajectory = plain_run(flux, FLUX)
+    layer = flux.transformer.transformer_blocks[0].attn.to_q
+    if offload == "model":
+        accelerate.cpu_offload_with_hook(flux.transformer, torch.device("cpu"))
+    if offload == "sequential":
+        accelerate.cpu_offload(flux.transformer, execution_device=torch.device("cpu"))
+    with attached(flux, few_steps(trajectory), trajectory.sampler) as hook:
+        draw(flux, FLUX)
+        assert full_and_skipped(hook) == (2, 4)
+        layer.lost = torch.nn.Parameter(torch.empty(3, device="meta"))
+        if offload == "sequential":  # of a module that accelerate knows it would be brought
+            flux.transformer.lost = torch.nn.Linear(3, 3, device="meta")
+        with pytest.raises(ModelError, match=r"^\d parameters of FluxTransformer2DModel are on the meta device[^\n]*"):
+            draw(flux, FLUX)
+        del layer.lost
+        if offload == "sequential":
+            del flux.transformer.lost
+        assert np.isfinite(draw(flux, FLUX)).all()
+
+
+def test_projections_of_quantized_attention_are_not_fused():
+    from family_checks import quantized
+
+    pipe = quantized(FLUX, "w8a8")
     before = draw(pipe, FLUX)
-    with pytest.raises(ValueError, match="NativeLinear"):
-        pipe.load_lora_weights(weights)
+    with pytest.raises(ModelError, match=r"^fuse_qkv_projections\(\) works on float weights[^\n]*fuse them before"):
+        pipe.transformer.fuse_qkv_projections()
     assert np.array_equal(draw(pipe, FLUX), before)
 
 

@@ -134,6 +134,18 @@ class QuantizedLinear(nn.Module):
         """Have the weight answer anew, after something else has put parameters in or cast the bias."""
         self.register_parameter("weight", self._parameters["weight"])
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        # copied into integers of the same shape, float weights would become whole numbers without a word
+        for name, (_, kind) in self.layout(self.in_features, self.out_features, self.scheme).items():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.data.dtype != kind:
+                found, wanted = (str(dtype).removeprefix("torch.") for dtype in (given.data.dtype, kind))
+                raise ModelError(
+                    f"tensor '{prefix}{name}' is {found}, and the quantized layer it is loaded into holds {wanted}: "
+                    "load float weights into the full-precision model and quantize that"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.answer_in_compute_dtype()

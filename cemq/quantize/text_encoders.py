@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cemq.errors import BundleError
 from cemq.quantize.linear import QuantizedLinear
-from cemq.quantize.quantizer import METHOD, CemqConfig, nothing_to_quantize
+from cemq.quantize.quantizer import METHOD, CemqConfig, nothing_to_quantize, refuse_float_methods
 from cemq.quantize.schemes import Scheme
 
 # Heads see one row per prompt or none at all; vision towers only run in pipelines that edit pictures.
@@ -59,6 +59,7 @@ def quantize_text_encoder(model: nn.Module, config: CemqConfig) -> int:
     quantizer = TextEncoderQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method, model.hf_quantizer = True, config.quant_method, quantizer
     model.config.quantization_config = config
+    refuse_float_methods(model)
     return replaced
 
 
@@ -169,6 +170,7 @@ class TextEncoderQuantizer(HfQuantizer):
         for _, layer in _layers(model):
             layer.requires_grad_(False)
             layer.answer_in_compute_dtype()
+        refuse_float_methods(model)
         return model
 
 

@@ -19,7 +19,7 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 
 from cemq.errors import ModelError
 from cemq.families import TIMESTEP_ARGUMENTS
-from cemq.models import denoisers
+from cemq.models import denoisers, refuse_lost_weights
 from cemq.placement import format_bytes
 from cemq.prior import SamplerFingerprint
 from cemq.runtime.branches import Branches
@@ -151,6 +151,7 @@ class ScheduleHook(Uncopied):
                 self.tracker.warn_once("the pipeline's denoiser was replaced after the schedule was attached")
                 continue
             refuse_other_caches(denoiser)
+            refuse_lost_weights(denoiser)
             with hook.lock:
                 keep_outermost(denoiser, hook)
                 hook.cache.install()

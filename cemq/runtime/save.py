@@ -46,6 +46,9 @@ def write_again(pipe: Any, output: Path, origin: Path, manifest: Manifest, *, dt
         BundleError: The pipeline is not what the bundle's fidelity was measured on, its weights lie elsewhere, or the
             output cannot be written.
     """
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and any(hasattr(module, "lora_A") for module in part.modules()):
+            raise BundleError(f"{name} holds LoRA layers, and its bundle none: call unload_lora_weights() to save it")
     hook = find_hook(pipe)
     changed = []
     if hook is not None and hook.plan.schedule != manifest.schedule:
