@@ -92,7 +92,7 @@ def pipeline_class(name: str) -> Any:
     """A pipeline class of diffusers. Raises ModelError for one that the installed diffusers does not have."""
     import diffusers
 
-    if not hasattr(diffusers, name):
+    if not name.isidentifier() or not hasattr(diffusers, name):
         raise ModelError(f"the installed diffusers {diffusers.__version__} has no {name}: install one that does")
     return getattr(diffusers, name)
 
