@@ -11,14 +11,16 @@ import json
 import os
 import secrets
 import shutil
+import typing
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cemq.errors import BundleError, CemqError, first_line
+from cemq.errors import BundleError, CemqError, choose, first_line
 from cemq.files import absolute
+from cemq.models import DTYPES
 from cemq.prior import SamplerFingerprint
 from cemq.schedule import CacheSchedule
 
@@ -48,7 +50,8 @@ class OtherRun:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> OtherRun:
-        return cls(**_checked(cls, fields) | _parsed(fields))
+        _checked(cls, fields)
+        return _typed(cls, fields | _parsed(fields))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"schedule": self.schedule.to_dict()}
@@ -88,7 +91,7 @@ class Manifest:
     call: dict[str, Any]
     profiled_seeds: tuple[int, ...]
     held_out_conditions: tuple[str | int, ...]
-    fidelity: dict[str, float]
+    fidelity: dict[str, int | float]
     model_bytes: int
     reference_bytes: int
     libraries: dict[str, str]
@@ -98,6 +101,12 @@ class Manifest:
     dtypes: dict[str, ComponentDtypes] | None = None  # by component
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        choose("dtype", self.dtype, DTYPES, BundleError)
+        choose("cache", self.cache, CACHED, BundleError)
+        if missing := {"psnr_db", "ssim", "relative_l2", "samples"} - set(self.fidelity):
+            raise BundleError(f"missing keys of fidelity: {', '.join(sorted(missing))}")
+
     @property
     def full_steps(self) -> float:
         """Full-compute steps of a run, as counted where the fidelity was measured; as planned in bundles of before."""
@@ -106,10 +115,9 @@ class Manifest:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
         _checked(cls, fields, optional={"cache", "other_runs", "dtypes"})  # bundles of before have none of them
-        tuples = {name: tuple(fields[name]) for name in ("denoisers", "profiled_seeds", "held_out_conditions")}
         others = tuple(OtherRun.from_dict(each) for each in fields.get("other_runs", ()))
         dtypes = {name: ComponentDtypes.from_dict(each) for name, each in (fields.get("dtypes") or {}).items()} or None
-        return cls(**fields | tuples | _parsed(fields) | {"other_runs": others, "dtypes": dtypes})
+        return _typed(cls, fields | _parsed(fields) | {"other_runs": others, "dtypes": dtypes})
 
     def to_dict(self) -> dict[str, Any]:
         others = [run.to_dict() for run in self.other_runs]
@@ -123,6 +131,17 @@ def _checked(kind: type, fields: dict[str, Any], optional: Set[str] = frozenset(
     if missing := expected - optional - set(fields):
         raise BundleError(f"missing keys: {', '.join(sorted(missing))}")
     return fields
+
+
+def _typed(kind: type, fields: dict[str, Any]) -> Any:
+    """One of a dataclass, its lists as tuples. Raises ValueError for a value of another type than its field's."""
+    from pydantic import ConfigDict, create_model
+
+    hints = typing.get_type_hints(kind)
+    config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+    model = create_model(kind.__name__, __config__=config, **{name: (hints[name], ...) for name in fields})
+    checked = model(**fields)
+    return kind(**{name: getattr(checked, name) for name in fields})
 
 
 def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +256,8 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         checksum, files = content.pop("checksum"), content["files"]
-        version, files = content["format_version"], dict(files)
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        version = content["format_version"]
     except OSError as error:
         raise BundleError(f"bundle '{folder}': {MANIFEST} cannot be read: {error.strerror}") from error
     except _MALFORMED as error:
@@ -246,18 +266,18 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
         raise BundleError(f"bundle '{folder}' has format {version}, this cemq reads {FORMAT_VERSION}: write it again")
     if checksum != _checksum(content):
         raise BundleError(f"bundle '{folder}': {MANIFEST} was edited or damaged; write the bundle again")
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         if name == CARD:
             continue  # bundles of before listed it
         file = folder / name
         if not file.is_file():
             raise BundleError(f"bundle '{folder}': file '{name}' is missing; write the bundle again")
-        if file.stat().st_size != expected["bytes"]:
+        if file.stat().st_size != size:
             raise BundleError(
-                f"bundle '{folder}': file '{name}' has {file.stat().st_size} bytes instead of {expected['bytes']}; "
+                f"bundle '{folder}': file '{name}' has {file.stat().st_size} bytes instead of {size}; "
                 "copy or write the bundle again"
             )
-        if verify and _sha256(file) != expected["sha256"]:
+        if verify and _sha256(file) != digest:
             raise BundleError(f"bundle '{folder}': file '{name}' was edited or damaged; copy or write the bundle again")
     for name in _strangers(folder, files):
         raise BundleError(

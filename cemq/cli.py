@@ -44,11 +44,16 @@ Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written b
 
 def main() -> None:
     """Entry point of the ``cemq`` command; it prints to streams of any encoding."""
-    codecs.register_error("cemq", _drawn_in_ascii)
-    for stream in (sys.stdout, sys.stderr):
+    _make_printable(sys.stdout, sys.stderr)
+    app()
+
+
+def _make_printable(*streams: Any) -> None:
+    """What a stream's encoding does not have is printed in ASCII, and no error."""
+    codecs.register_error("cemq", _in_ascii)
+    for stream in streams:
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed
             stream.reconfigure(errors="cemq")
-    app()
 
 
 def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -94,7 +99,7 @@ def _in_one_line(text: str) -> str:
 _DRAWN = str.maketrans("█▌·▁▂▃▄▅▆▇━╸╺", "#+.1234567---")
 
 
-def _drawn_in_ascii(error: UnicodeError) -> tuple[str, int]:
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     found = error.object[error.start : error.end].translate(_DRAWN)

@@ -17,6 +17,7 @@ from cemq.files import absolute
 BUILTIN_PREFIX = "builtin:"
 BUILTINS = ("dit-digits", "sd3-digits")
 DTYPES = ("float32", "bfloat16", "float16")
+ALIGNMENT = 64  # bytes, as torch allocates on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,10 @@ def locate(name: str) -> ModelSource:
     return ModelSource(name=name, folder=downloaded, revision=downloaded.name)
 
 
-def open_pipeline(folder: Path, *, dtype: str, device: str, align: bool = True) -> Any:
+def open_pipeline(folder: Path, *, dtype: str, device: str, aligned: bool = True) -> Any:
     """Load a pipeline folder in its own class.
 
-    Without ``align``, tensors stay in the memory-mapped file until they are moved.
+    Without ``aligned``, tensors stay in the memory-mapped file until they are moved.
 
     Raises:
         ModelError: The folder cannot be loaded.
@@ -83,8 +84,10 @@ def open_pipeline(folder: Path, *, dtype: str, device: str, align: bool = True) 
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {first_line(error)}") from error
     pipe = pipe.to(place)
-    if align:
-        _align(pipe)
+    if aligned:
+        for component in pipe.components.values():
+            if isinstance(component, torch.nn.Module):
+                align(component)
     return pipe
 
 
@@ -92,25 +95,21 @@ def pipeline_class(name: str) -> Any:
     """A pipeline class of diffusers. Raises ModelError for one that the installed diffusers does not have."""
     import diffusers
 
-    if not hasattr(diffusers, name):
+    if not name.isidentifier() or not hasattr(diffusers, name):
         raise ModelError(f"the installed diffusers {diffusers.__version__} has no {name}: install one that does")
     return getattr(diffusers, name)
 
 
-def _align(pipe: Any) -> None:
+def align(model: Any) -> None:
     """Copy CPU tensors that a memory-mapped file left unaligned: other alignments run other kernels, and a reloaded
     model would differ in the last bits."""
-    import torch
-
     from cemq.memory import give_back
 
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            for tensor in (*component.parameters(), *component.buffers()):
-                if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                    mapped = tensor.data
-                    tensor.data = mapped.clone()
-                    give_back(mapped)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            mapped = tensor.data
+            tensor.data = mapped.clone()
+            give_back(mapped)
 
 
 def check_device(device: str) -> Any:

@@ -28,7 +28,7 @@ from cemq.files import absolute
 from cemq.models import denoisers
 from cemq.outputs import output_kind
 from cemq.recipe import SEEDS
-from cemq.sampler import intercepted
+from cemq.sampler import Call, intercepted
 
 Progress = Callable[[str, float], None]  # told a stage's name and the share of it done
 BUILD_LOG = "cemq.build"  # the logger of what a build says beside its progress
@@ -268,8 +268,8 @@ def run(
         PipelineError: The pipeline refuses its arguments, or fails; the cause is its own exception.
     """
 
-    def step(original: Any, **arguments: Any) -> Any:
-        result = original(**arguments)
+    def step(original: Any, call: Call) -> Any:
+        result = original(*call.args, **call.kwargs)
         on_step()
         return result
 

@@ -22,7 +22,7 @@ from cemq.errors import InputError, ModelError, PipelineError
 from cemq.models import denoisers, open_pipeline
 from cemq.outputs import as_array
 from cemq.profiling import profile, record_references
-from cemq.runtime import attach, attached, detach, schedule_hook
+from cemq.runtime import attach, attached
 from cemq.sampler import fingerprint
 from cemq.sampling import Batch, check_drivable, run
 from cemq.schedule import CacheSchedule, plan_schedule
@@ -182,6 +182,21 @@ def test_image_to_image_at_another_strength_computes_in_full(strength):
         assert hook.skipped_evaluations == 0
 
 
+@pytest.mark.parametrize("strength", [0.35, 0.5, 0.8, 1.0])
+def test_image_to_image_at_any_strength_follows_the_tail_of_a_schedule_for_any_sampler(strength):
+    family = family_with("flux_img2img", strength=strength)
+    pipe = family.pipeline()
+    plain, trajectory = plain_run(pipe, family)
+    start = STEPS - trajectory.num_steps
+    with attached(pipe, CacheSchedule(num_steps=STEPS, full_steps=tuple(range(STEPS)))):
+        assert np.array_equal(draw(pipe, family), plain)
+    with attached(pipe, CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 5), predictor="reuse")) as hook:
+        values = draw(pipe, family)
+        full = len({start} | {step for step in (0, 2, 5) if step > start})
+        assert full_and_skipped(hook) == (full, STEPS - start - full)
+        assert np.array_equal(draw(pipe, family), values)
+
+
 def test_text_to_image_under_a_schedule_for_image_to_image_computes_in_full():
     family = family_with("flux_img2img", strength=0.7)
     pipe = family.pipeline()
@@ -200,7 +215,10 @@ def test_stable_diffusion_image_to_image_with_pndm():
     plain, trajectory = plain_run(pipe, family)
     assert trajectory.num_steps < len(pipe.scheduler.timesteps)
     with attached(pipe, few_steps(trajectory), trajectory.sampler) as hook:
-        draw(pipe, family)
+        expected = draw(pipe, family)
+    assert full_and_skipped(hook) == (2, trajectory.num_steps - 2)
+    with attached(pipe, few_steps(trajectory)) as hook:  # as many steps, of any sampler
+        assert np.array_equal(draw(pipe, family), expected)
     assert full_and_skipped(hook) == (2, trajectory.num_steps - 2)
     assert np.array_equal(draw(pipe, family), plain)
 
@@ -455,27 +473,32 @@ def test_a_pipeline_made_from_this_one_shares_its_schedule(flux):
         assert full_and_skipped(hook) == (2, 4)
 
 
-def test_a_second_schedule_on_a_shared_denoiser_is_refused(flux):
+def test_a_second_schedule_on_a_shared_denoiser_is_followed_beside_the_first(flux):
     other = flux_of_its_own_scheduler(flux)
-    _, trajectory = plain_run(other, FLUX)
-    with scheduled(flux, FLUX) as (_, _, expected):
-        with pytest.raises(ModelError, match="attached to this pipeline already: detach it first"):
-            attach(other, few_steps(trajectory), trajectory.sampler)
+    plain, trajectory = plain_run(other, FLUX)
+    with scheduled(flux, FLUX) as (hook, _, expected):
+        with attached(other, every_step(trajectory), trajectory.sampler) as second:
+            assert np.array_equal(draw(other, FLUX), plain)
+            assert np.array_equal(draw(flux, FLUX), expected)
+            assert (full_and_skipped(hook), full_and_skipped(second)) == ((2, 4), (STEPS, 0))
         assert np.array_equal(draw(flux, FLUX), expected)
         assert not vars(other.scheduler).keys() & {"step", "set_timesteps"}
 
 
-def test_a_second_schedule_on_half_of_the_denoisers_is_undone():
+def test_a_second_schedule_on_half_of_the_denoisers_is_followed_beside_the_first():
     family = FAMILIES["wan22"]
     pipe, other = family.pipeline(), family.pipeline()
     _, trajectory = plain_run(pipe, family)
     other.transformer_2 = pipe.transformer_2
     with attached(pipe, few_steps(trajectory), trajectory.sampler):
-        with pytest.raises(ModelError, match="already"):
-            attach(other, few_steps(trajectory), trajectory.sampler)
-        with pytest.raises(ModelError, match="no cemq schedule"):
-            detach(pipe) or schedule_hook(other)
-    assert "forward" not in vars(other.transformer)
+        expected = draw(pipe, family)
+        with attached(other, few_steps(trajectory), trajectory.sampler) as second:
+            assert np.array_equal(draw(other, family), expected)
+            assert full_and_skipped(second) == (4, 8)
+            assert np.array_equal(draw(pipe, family), expected)
+        assert "forward" not in vars(other.transformer)
+        assert np.array_equal(draw(pipe, family), expected)
+    assert "forward" not in vars(pipe.transformer_2)
 
 
 def in_threads(*tasks):

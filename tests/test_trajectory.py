@@ -76,10 +76,10 @@ def test_forcing_the_same_model_gives_the_same_predictions(dit_multistep):
 def changed_in_place(scheduler, returned):
     """A pipeline that puts a part of every sample back, and spoils the model output, once the step is done."""
 
-    def step(original, **arguments):
-        result = original(**arguments)
-        returned.append((arguments["model_output"].clone(), next_sample(result).clone()))
-        arguments["model_output"].zero_()
+    def step(original, call):
+        result = original(*call.args, **call.kwargs)
+        returned.append((call.get("model_output").clone(), next_sample(result).clone()))
+        call.get("model_output").zero_()
         next_sample(result)[..., :2, :] = 0.0
         return result
 
@@ -153,9 +153,9 @@ def test_interceptions_nest_and_a_deep_copy_is_left_alone():
     scheduler = FlowMatchEulerDiscreteScheduler()
 
     def around(name):
-        def step(original, **arguments):
+        def step(original, call):
             calls.append(name)
-            return original(**arguments)
+            return original(*call.args, **call.kwargs)
 
         return step
 

@@ -4,15 +4,20 @@ For diffusers' own tests of its pipelines, run from a clone of it: whatever pass
 `docs/contributing.md` has the commands. With ``CEMQ_UNDER_SCHEDULE=0`` the calls are left as they are, for the list to
 compare with. The small models and tokenizers that those tests fetch from the Hub are made here, so that most of them
 run offline. How many calls ran under a schedule, and why others did not, is said at the end.
+
+As a script it compares two files of ``--junitxml``, of runs without and with a schedule.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
 import os
 import shutil
+import sys
 import tempfile
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ from tiny_pipelines import t5, tokenizer, umt5
 import cemq
 from cemq.errors import CemqError
 
+atexit.register(shutil.rmtree, os.environ["HF_HUB_CACHE"], ignore_errors=True)
 CALLS: Counter[str] = Counter()
 STAND_INS = {
     "hf-internal-testing/tiny-random-t5": lambda: (t5(), tokenizer("t5", 512)),
@@ -51,10 +57,6 @@ def pytest_configure(config: pytest.Config) -> None:
             pipeline_class = getattr(diffusers, name)
             if "__call__" in vars(pipeline_class):
                 pipeline_class.__call__ = _scheduled(pipeline_class.__call__)
-
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["HF_HUB_CACHE"], ignore_errors=True)
 
 
 def _scheduled(call: Any) -> Any:
@@ -84,3 +86,15 @@ def _scheduled(call: Any) -> Any:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for what, count in CALLS.most_common():
         terminalreporter.write_line(f"under_schedule: {count} calls {what}")
+
+
+def passed(report: Path) -> set[str]:
+    cases = ElementTree.parse(report).iter("testcase")
+    return {f"{case.get('classname')}::{case.get('name')}" for case in cases if not len(case)}
+
+
+if __name__ == "__main__":
+    without, under = (passed(Path(report)) for report in sys.argv[1:3])
+    print(f"{len(without)} pass without a schedule, {len(without & under)} of these with one")
+    if lost := sorted(without - under):
+        raise SystemExit("\n".join(lost))

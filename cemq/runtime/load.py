@@ -98,7 +98,7 @@ def from_pretrained(
             )
     offloads = memory is not None and memory.chosen.placement.unit != "nothing"
     try:
-        pipe = open_pipeline(folder, dtype=dtype, device="cpu" if offloads else str(where), align=not offloads)
+        pipe = open_pipeline(folder, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
     except BundleError as error:
         raise BundleError(f"bundle '{folder}': {error}") from error
     if type(pipe).__name__ != manifest.pipeline_class:

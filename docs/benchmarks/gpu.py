@@ -54,14 +54,14 @@ class Part:
 
 
 PARTS = {
-    "machine": Part(seconds=30),
-    "correctness": Part(seconds=90),
-    "steps": Part(seconds=180),
+    "machine": Part(seconds=25),
+    "correctness": Part(seconds=150),
+    "steps": Part(seconds=170),
     "linears": Part(seconds=60),
-    "skipping": Part(seconds=90),
-    "vram": Part(seconds=110, alone=True),
-    "rounding": Part(seconds=30),
-    "building": Part(seconds=60),
+    "skipping": Part(seconds=60),
+    "vram": Part(seconds=90, alone=True),
+    "rounding": Part(seconds=20),
+    "building": Part(seconds=40),
 }
 
 

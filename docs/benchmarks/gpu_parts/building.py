@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from gpu_parts import Case, Rows, Setting
-
 import cemq
+from gpu_parts import Case, Rows, Setting
 
 MODEL = "builtin:dit-digits"
 

@@ -20,15 +20,15 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from gpu_parts import Case, Rows, Setting, flux
 
 from cemq.quantize import integers
 from cemq.quantize.integers import GROUP_SIZE
 from cemq.quantize.kernels import integer_linear
+from gpu_parts import Case, Rows, Setting, flux
 
 ROOT = Path(__file__).parents[3]
 TESTS = ("tests/test_triton_kernels.py", "tests/test_backends.py")
-TEST_SECONDS = 80
+TEST_SECONDS = 60
 WORKERS = 8  # compiling takes most of the time
 SCHEMES = ("w8a8", "w4a8")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -41,11 +41,13 @@ def cases(setting: Setting) -> list[Case]:
     def case(what: str, measure: Callable[..., Rows], **labels: str) -> Case:
         return Case(labels={"what": what} | labels, measure=partial(measure, setting, **labels))
 
+    tests = Tests(setting)
     large = ((48, 96, 80),) if setting.tiny else LARGE
     kinds = [{"scheme": scheme, "dtype": dtype} for scheme in SCHEMES for dtype in DTYPES]
     return [
+        Case(labels={"what": "tests"}, measure=tests.begin),
         *(case("large layers", partial(_shapes, shapes=large), **kind) for kind in kinds if kind["dtype"] == DTYPES[0]),
-        *(case("odd layers", partial(_odd_shapes), **kind) for kind in kinds),
+        *(case("odd layers", _odd_shapes, **kind) for kind in kinds),
         *(case("1 to 33 rows", _few_rows, scheme=scheme) for scheme in SCHEMES),
         *(case("smooth and GELU", _smooth_and_gelu, scheme=scheme) for scheme in SCHEMES),
         *(case("rows that are not finite", _not_finite, scheme=scheme) for scheme in SCHEMES),
@@ -56,7 +58,7 @@ def cases(setting: Setting) -> list[Case]:
             for mode in ("default", "reduce-overhead")
             for scheme in SCHEMES
         ),
-        case("tests", _tests),
+        Case(labels={"what": "tests"}, measure=tests.outcomes),
         case("placements", _placements),
     ]
 
@@ -69,10 +71,12 @@ class Layer:
     whole: torch.Tensor
 
     @classmethod
-    def draw(cls, setting: Setting, scheme: str, columns: int, outputs: int, dtype: torch.dtype, seed: int) -> Layer:
+    def draw(
+        cls, setting: Setting, scheme: str, columns: int, outputs: int, dtype: torch.dtype, seed: int, bias: bool = True
+    ) -> Layer:
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(outputs, columns, generator=generator) / columns**0.5
-        bias = torch.randn(outputs, generator=generator).to(dtype) if seed % 2 else None
+        offset = torch.randn(outputs, generator=generator).to(dtype) if bias else None
         if scheme == "w8a8":
             (whole, scale), group_scale = integers.quantize_channels(weight), None
             stored = whole
@@ -80,7 +84,7 @@ class Layer:
             stored, group_scale, scale = integers.quantize_int4(weight, GROUP_SIZE)
             whole = integers.expand_int4(stored, group_scale, columns)
         total = whole.sum(1, keepdim=True, dtype=torch.int32)
-        parts = (stored, group_scale, scale, total, bias)
+        parts = (stored, group_scale, scale, total, offset)
         return cls(operands=tuple(None if part is None else part.to(setting.device) for part in parts), whole=whole)
 
     def __call__(self, values: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -132,8 +136,8 @@ def one_block_shape(setting: Setting) -> Iterator[None]:
 
 def _shapes(setting: Setting, scheme: str, dtype: str, shapes: tuple[tuple[int, int, int], ...]) -> Rows:
     kind = getattr(torch, dtype)
-    for seed, (rows, columns, outputs) in enumerate(shapes, 1):
-        layer = Layer.draw(setting, scheme, columns, outputs, kind, seed)
+    for seed, (rows, columns, outputs) in enumerate(shapes):
+        layer = Layer.draw(setting, scheme, columns, outputs, kind, seed, bias=rows % 2 == 0)
         values = some_values(setting, rows, columns, kind, seed)
         yield {"rows": rows, "in": columns, "out": outputs} | verdict(layer.worst(values))
 
@@ -220,32 +224,46 @@ def _compiled(setting: Setting, scheme: str, mode: str) -> Rows:
             yield {"turn": turn, "right": torch.equal(compiled(values).clone(), layer(values))}
 
 
-def _tests(setting: Setting) -> Rows:
-    """pytest's outcome of each test that is marked ``gpu``, and the first line of each failure."""
-    report = setting.scratch / "tests.xml"
-    command = [
-        sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junit-xml={report}",
-        *(["-n", str(WORKERS)] if setting.cuda else []), *(TESTS[:1] if setting.tiny else TESTS),
-    ]  # fmt: skip
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-            capture_output=True, text=True, timeout=10 * TEST_SECONDS if setting.tiny else TEST_SECONDS, check=False,
+class Tests:
+    """pytest beside the other cases: compiling kernels takes its time, and other cores."""
+
+    def __init__(self, setting: Setting):
+        self.report, self.process = setting.scratch / "tests.xml", None
+        self.tiny, self.cuda = setting.tiny, setting.cuda
+
+    def begin(self) -> Rows:
+        command = [
+            sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junit-xml={self.report}",
+            "-W", "default", *(["-n", str(WORKERS)] if self.cuda else []), *(TESTS[:1] if self.tiny else TESTS),
+        ]  # fmt: skip
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        ending = f"exit code {done.returncode}: {(done.stdout.strip().splitlines() or ['nothing was said'])[-1]}"
-    except subprocess.TimeoutExpired as error:
-        ending = f"stopped after {error.timeout:g} s"
-    found = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
-    for test in found:
-        outcome = next((part for part in test if part.tag in ("failure", "error", "skipped")), None)
-        row = {"test": f"{test.get('classname')}::{test.get('name')}", "seconds": float(test.get("time", 0))}
-        if outcome is None:
-            yield row | {"right": True}
-        elif outcome.tag == "skipped":
-            yield row | {"skipped": outcome.get("message")}
-        else:
-            yield row | {"right": False, "why": (outcome.get("message") or "").strip().partition("\n")[0][:300]}
-    yield {"test": "all", "tests": len(found), "ending": ending}
+        yield {"test": "begun"}
+
+    def outcomes(self) -> Rows:
+        """Of each test, with the first line of each failure."""
+        if self.process is None:  # the process in which they were begun is gone
+            yield from self.begin()
+        try:
+            said, _ = self.process.communicate(timeout=10 * TEST_SECONDS if self.tiny else TEST_SECONDS)
+            ending = f"exit code {self.process.returncode}: {(said.strip().splitlines() or ['nothing was said'])[-1]}"
+        except subprocess.TimeoutExpired as error:
+            self.process.kill()
+            ending = f"stopped after {error.timeout:g} s more"
+        found = list(ElementTree.parse(self.report).iter("testcase")) if self.report.exists() else []
+        for test in found:
+            outcome = next((part for part in test if part.tag in ("failure", "error", "skipped")), None)
+            row = {"test": f"{test.get('classname')}::{test.get('name')}", "seconds": float(test.get("time", 0))}
+            if outcome is None:
+                yield row | {"right": True}
+            elif outcome.tag == "skipped":
+                yield row | {"skipped": outcome.get("message")}
+            else:
+                yield row | {"right": False, "why": (outcome.get("message") or "").strip().partition("\n")[0][:300]}
+        yield {"test": "all", "tests": len(found), "ending": ending}
 
 
 def _placements(setting: Setting) -> Rows:

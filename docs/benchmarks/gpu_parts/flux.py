@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from gpu_parts import Setting
 from placement import counted
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -26,6 +25,7 @@ from cemq.placement import Estimate
 from cemq.runtime import schedule_hook
 from cemq.runtime.place import place
 from cemq.sampling import Batch, run
+from gpu_parts import Setting
 
 STEPS, BUDGET = 28, 10
 

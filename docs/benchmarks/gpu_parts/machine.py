@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from gpu_parts import Case, Rows, Setting
-from gpu_parts.timing import clocks, milliseconds
 
 from cemq.bench.machine import describe_machine
+from gpu_parts import Case, Rows, Setting
+from gpu_parts.timing import clocks, milliseconds
 
 
 def cases(setting: Setting) -> list[Case]:

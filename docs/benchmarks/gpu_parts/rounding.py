@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from gpu_parts import Case, Rows, Setting
-from gpu_parts.timing import elapsed
 from torch import nn
 
 from cemq.bench.architectures import ARCHITECTURES
 from cemq.bench.random_models import empty_model, quantization_config
 from cemq.quantize.linear import InputStatistics
 from cemq.quantize.quantizer import quantizable
+from gpu_parts import Case, Rows, Setting
+from gpu_parts.timing import elapsed
 
 TOKENS = 4608
 

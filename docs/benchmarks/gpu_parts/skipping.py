@@ -5,11 +5,10 @@ from __future__ import annotations
 import statistics
 from functools import partial
 
-from gpu_parts import Case, Rows, Setting, flux
-from gpu_parts.timing import clocks, elapsed
-
 from cemq.runtime import attach, detach, schedule_hook
 from cemq.schedule import CacheSchedule
+from gpu_parts import Case, Rows, Setting, flux
+from gpu_parts.timing import clocks, elapsed
 
 
 def cases(setting: Setting) -> list[Case]:

@@ -12,14 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_parts import Case, Rows, Setting
-from gpu_parts.timing import clocks, elapsed, milliseconds
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from cemq.bench.answers import predict, relative_error
 from cemq.bench.architectures import ARCHITECTURES, Architecture, Inputs
 from cemq.bench.random_models import empty_model, quantization_config, random_model, share_blocks
+from gpu_parts import Case, Rows, Setting
+from gpu_parts.timing import clocks, elapsed, milliseconds
 
 MODELS = ("flux-dev", "wan-14b", "qwen-image", "sd3.5-medium", "wan-1.3b")
 SCHEMES = ("bfloat16", "w8a8", "w4a8")

@@ -6,12 +6,12 @@ import statistics
 from functools import partial
 
 import torch
-from gpu_parts import Case, Rows, Setting, flux
-from gpu_parts.timing import elapsed
 
 import cemq
 from cemq.bundle import read_bundle
 from cemq.placement import GIB
+from gpu_parts import Case, Rows, Setting, flux
+from gpu_parts.timing import elapsed
 
 LIMITS = (12, 8, 24, 16)  # GiB, the most telling first
 
