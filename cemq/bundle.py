@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import typing
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ CACHED = {  # what skipped steps are predicted from, in words
 }
 _MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # what reading damaged JSON raises
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja", *_PICKLED)  # what diffusers and transformers look for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,20 @@ class OtherRun:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"schedule": self.schedule.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentDtypes:
+    """Of one component's parameters and buffers, but for those that a quantized layer's scheme fixes."""
+
+    default: str
+    exceptions: dict[str, tuple[str, ...]]  # names of the tensors that have another dtype, by dtype
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ComponentDtypes:
+        _checked(cls, fields)
+        exceptions = {kind: tuple(names) for kind, names in fields["exceptions"].items()}
+        return cls(default=fields["default"], exceptions=exceptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +98,7 @@ class Manifest:
     recipe: dict[str, Any] | None = None
     cache: str = "output"
     other_runs: tuple[OtherRun, ...] = ()
+    dtypes: dict[str, ComponentDtypes] | None = None  # by component
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -91,11 +107,17 @@ class Manifest:
         if missing := {"psnr_db", "ssim", "relative_l2", "samples"} - set(self.fidelity):
             raise BundleError(f"missing keys of fidelity: {', '.join(sorted(missing))}")
 
+    @property
+    def full_steps(self) -> float:
+        """Full-compute steps of a run, as counted where the fidelity was measured; as planned in bundles of before."""
+        return self.fidelity.get("full_steps", self.schedule.full_count)
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
-        _checked(cls, fields, optional={"cache", "other_runs"})  # bundles of before have neither
+        _checked(cls, fields, optional={"cache", "other_runs", "dtypes"})  # bundles of before have none of them
         others = tuple(OtherRun.from_dict(each) for each in fields.get("other_runs", ()))
-        return _typed(cls, fields | _parsed(fields) | {"other_runs": others})
+        dtypes = {name: ComponentDtypes.from_dict(each) for name, each in (fields.get("dtypes") or {}).items()} or None
+        return _typed(cls, fields | _parsed(fields) | {"other_runs": others, "dtypes": dtypes})
 
     def to_dict(self) -> dict[str, Any]:
         others = [run.to_dict() for run in self.other_runs]
@@ -225,7 +247,7 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
     """Read cemq.json and check that every file is there and of its size and, with ``verify``, of its content.
 
     Raises:
-        BundleError: Names the file that is missing, truncated or edited.
+        BundleError: Names the file that is missing, truncated or edited, or that would be loaded and does not belong.
     """
     path = folder / MANIFEST
     if not os.path.isfile(path):
@@ -257,6 +279,10 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
             )
         if verify and _sha256(file) != digest:
             raise BundleError(f"bundle '{folder}': file '{name}' was edited or damaged; copy or write the bundle again")
+    for name in _strangers(folder, files):
+        raise BundleError(
+            f"bundle '{folder}': file '{name}' is none of the bundle's, and could be loaded in their place: remove it"
+        )
     del content["files"]
     try:
         return Manifest.from_dict(content)
@@ -264,6 +290,15 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
         raise BundleError(f"bundle '{folder}': {MANIFEST}: {error}") from error
     except _MALFORMED as error:
         raise BundleError(f"bundle '{folder}': {MANIFEST} is damaged ({first_line(error)}); write it again") from error
+
+
+def _strangers(folder: Path, files: Iterable[str]) -> Iterator[str]:
+    """Files that a library could take for a component's, as the index of weights that are there no more."""
+    for component in sorted({name.split("/")[0] for name in files if "/" in name}):
+        for path in sorted((folder / component).rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if name not in files and path.suffix in _LOADED and not path.name.startswith("."):
+                yield name
 
 
 def _sha256(path: Path) -> str:
@@ -289,7 +324,7 @@ library_name: diffusers
 base_model: {json.dumps(manifest.model)}
 tags: [cemq, quantized, step-caching]
 ---
-# {manifest.model}, {manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full
+# {manifest.model}, {manifest.scheme}, {manifest.full_steps:g} of {schedule.num_steps} steps in full
 
 A cemq bundle: a diffusers {manifest.pipeline_class} whose denoiser is stored as {manifest.scheme} and which skips the
 denoising steps that its own quantization noise allows.
@@ -303,7 +338,7 @@ pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
 | | |
 |---|---|
 | schedule | `{schedule.strip()}` |
-| compute ratio | {schedule.compute_ratio:.2f} |
+| compute ratio | {schedule.num_steps / manifest.full_steps:.2f} |
 | denoiser | {manifest.model_bytes / 1e6:.1f} MB (full precision {manifest.reference_bytes / 1e6:.1f} MB) |
 | PSNR to full precision, same seeds | {fidelity["psnr_db"]:.1f} dB over {fidelity["samples"]} samples |
 | SSIM | {fidelity["ssim"]:.4f} |

@@ -269,7 +269,7 @@ def quantize_and_schedule(
         schedule, fidelity = manifest.schedule, manifest.fidelity
         print(schedule.strip())
         print(
-            f"{output}: {manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full, "
+            f"{output}: {manifest.scheme}, {manifest.full_steps:g} of {schedule.num_steps} steps in full, "
             f"{fidelity['psnr_db']:.1f} dB to full precision on {fidelity['samples']} held-out samples, "
             f"denoiser {manifest.model_bytes / 1e6:.1f} MB (was {manifest.reference_bytes / 1e6:.1f})"
         )

@@ -29,14 +29,25 @@ class Trial:
     """One schedule that was run: of each sample, the relative L2 error of the final latents and the image's PSNR.
 
     Both are to full precision. Trials on fewer samples were run on the first ones, but lessons on those from
-    ``lesson_from`` on.
+    ``lesson_from`` on. ``full_steps`` is how many steps were computed, the mean over samples: not always as planned,
+    for there may be nothing to serve one from.
     """
 
     schedule: CacheSchedule
     correction: str | None
     sample_relative_l2: np.ndarray
     sample_psnr_db: np.ndarray
+    full_steps: float
     lesson_from: int | None = None
+
+    @property
+    def budget(self) -> int:
+        """What it costs, in full-compute steps; a part of one counts as one."""
+        return math.ceil(self.full_steps)
+
+    @property
+    def compute_ratio(self) -> float:
+        return self.schedule.num_steps / self.full_steps
 
     @property
     def relative_l2(self) -> float:
@@ -66,6 +77,7 @@ class Trial:
             "correction": self.correction,
             "samples": self.samples,
             "first_sample": self.lesson_from or 0,
+            "full_steps": self.full_steps,
             "relative_l2": self.relative_l2,
             "psnr_db": self.psnr_db,
         }
@@ -152,29 +164,33 @@ class ClosedLoop:
         evaluations = hook.full_evaluations + hook.skipped_evaluations if mine else 0
         found = self.processes.gather([(mine, evaluations)])
         self.calls_per_step = max(evaluations for _, evaluations in found) / self.num_steps
-        scores = {index: pair for theirs, _ in found for index, pair in theirs.items()}
-        errors, qualities = (np.concatenate(each) for each in zip(*(scores[i] for i in missing), strict=True))
+        scores = {index: each for theirs, _ in found for index, each in theirs.items()}
+        errors, qualities, counts = (np.concatenate(each) for each in zip(*(scores[i] for i in missing), strict=True))
+        full_steps = float(counts.mean())
+        self.spent += len(counts) / self.samples / (self.num_steps / full_steps)
         if known:
             errors = np.concatenate([known.sample_relative_l2, errors])
             qualities = np.concatenate([known.sample_psnr_db, qualities])
+            full_steps = float(np.average([known.full_steps, full_steps], weights=[known.samples, len(counts)]))
         trial = self._trials[key] = Trial(
             schedule=known.schedule if known else schedule,
             correction=correction and correction.method,
             sample_relative_l2=errors,
             sample_psnr_db=qualities,
+            full_steps=full_steps,
             lesson_from=lesson_from,
         )
         self._batches_run[key] = missing.stop
         self._fits.clear()
-        done = known.samples if known else 0
-        self.spent += (trial.samples - done) / self.samples / schedule.compute_ratio
         if self.progress:
             self.progress(self.spent)
         return trial
 
-    def _scores(self, index: int, reference: Outcome) -> tuple[np.ndarray, np.ndarray]:
+    def _scores(self, index: int, reference: Outcome) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each sample its error, its PSNR, and how many steps were computed."""
         outcome = run_batch(self.pipe, self.batches[index], steps=self.steps, call=self.call)
-        return relative_l2(reference.latents, outcome.latents), psnr_db(reference.images, outcome.images)
+        quality = psnr_db(reference.images, outcome.images)
+        return relative_l2(reference.latents, outcome.latents), quality, np.full(len(quality), outcome.full_steps)
 
     def _batches_of(self, samples: int | None) -> int:
         """How many batches hold the first ``samples``; all if there are no more."""

@@ -54,6 +54,12 @@ def _standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
+def _affordable(trials: Sequence[Trial], budget: int) -> list[Trial]:
+    """Trials that cost no more than a budget, by what was computed; those that cost least, where all cost more."""
+    least = min((trial.budget for trial in trials), default=budget)
+    return [trial for trial in trials if trial.budget <= max(budget, least)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """Of ``budget=auto``: either a target, or an error within ``1 + tolerance`` of the same samples at full compute."""
@@ -128,8 +134,9 @@ class Search:
         loop, prior = self.loop, self.loop.fit(self.view).prior
         published = [loop.run(schedule) for schedule in self.published(prior, budget)]
         self.explore(budget, self.limit - self._finals(budget))
-        floor = max((trial.psnr_db for trial in published), default=-math.inf)
-        return self._ranked([t for t in self._finalists(budget) + published if t.psnr_db >= floor])[0]
+        finals = _affordable(self._finalists(budget) + published, budget)
+        floor = max((trial.psnr_db for trial in published if trial in finals), default=-math.inf)
+        return self._ranked([trial for trial in finals if trial.psnr_db >= floor])[0]
 
     def explore(self, budget: int, limit: float) -> Trial:
         """Search on the searched samples until ``limit`` is spent; the best of them so far."""
@@ -167,12 +174,13 @@ class Search:
 
     def _tried(self, budget: int) -> list[Trial]:
         """What a plan of this budget may be."""
-        return [
+        tried = [
             trial
             for trial in self.loop.plain()
             if trial.schedule.budget <= budget
             and (self.predictor == AUTO or set(trial.schedule.predictors) == {self.predictor})
         ]
+        return _affordable(tried, budget)
 
     def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
         """Best first, by what was measured on the samples they share and what is predicted together.
@@ -253,11 +261,11 @@ class Search:
         return high
 
     def _meeting(self, wanted: Wanted, low: int, high: int) -> list[Trial]:
-        return [t for t in self._tried(high) if t.schedule.budget >= low and wanted.met_by(t)]
+        return [t for t in self._tried(high) if low <= t.budget <= high and wanted.met_by(t)]
 
     def _smallest(self, wanted: Wanted, low: int, high: int) -> int:
         """Budget of a trial from ``low`` to ``high`` that meets what is wanted; that of full compute if none does."""
-        budgets = (trial.schedule.budget for trial in self._meeting(wanted, low, high))
+        budgets = (trial.budget for trial in self._meeting(wanted, low, high))
         return min(budgets, default=self.loop.num_steps)
 
     def _likely(self, low: int, high: int, wanted: Wanted) -> int:
@@ -282,7 +290,7 @@ class Search:
         full = self.loop.trials[0]
         points = []
         for budget, schedule in enumerate(planned, start=2):
-            tried = [t for t in self.loop.trials if t.schedule.budget == budget and t.schedule.solver != SAMPLE]
+            tried = [t for t in self.loop.trials if t.budget == budget and t.schedule.solver != SAMPLE]
             best = max(tried, key=lambda trial: trial.psnr_db, default=None)
             points.append(
                 {

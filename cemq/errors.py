@@ -18,6 +18,10 @@ class SchemeError(CemqError):
     """No such quantization scheme or backend."""
 
 
+class ReplayError(CemqError):
+    """A recorded call of a denoiser does not give again what it gave."""
+
+
 class InfeasibleBudgetError(CemqError):
     """No schedule has this many full-compute steps."""
 

@@ -77,15 +77,14 @@ def push_to_hub(
     if card.is_file():
         text = _card(card.read_text(encoding="utf-8"), repo_id, manifest.model)
         operations.append(CommitOperationAdd(path_in_repo=_CARD, path_or_fileobj=text.encode()))
-    schedule = manifest.schedule
+    steps = f"{manifest.full_steps:g} of {manifest.schedule.num_steps} steps in full"
     api = HfApi(token=token)
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         api.create_commit(
             repo_id,
             operations,
-            commit_message=commit_message
-            or f"cemq bundle: {manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full",
+            commit_message=commit_message or f"cemq bundle: {manifest.scheme}, {steps}",
             revision=revision,
             create_pr=create_pr,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cemq.files import absolute
 BUILTIN_PREFIX = "builtin:"
 BUILTINS = ("dit-digits", "sd3-digits")
 DTYPES = ("float32", "bfloat16", "float16")
+ALIGNMENT = 64  # bytes, as torch allocates on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +59,10 @@ def locate(name: str) -> ModelSource:
     return ModelSource(name=name, folder=downloaded, revision=downloaded.name)
 
 
-def open_pipeline(folder: Path, *, dtype: str, device: str, align: bool = True) -> Any:
+def open_pipeline(folder: Path, *, dtype: str, device: str, aligned: bool = True) -> Any:
     """Load a pipeline folder in its own class.
 
-    Without ``align``, tensors stay in the memory-mapped file until they are moved.
+    Without ``aligned``, tensors stay in the memory-mapped file until they are moved.
 
     Raises:
         ModelError: The folder cannot be loaded.
@@ -82,8 +84,10 @@ def open_pipeline(folder: Path, *, dtype: str, device: str, align: bool = True) 
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {first_line(error)}") from error
     pipe = pipe.to(place)
-    if align:
-        _align(pipe)
+    if aligned:
+        for component in pipe.components.values():
+            if isinstance(component, torch.nn.Module):
+                align(component)
     return pipe
 
 
@@ -96,20 +100,16 @@ def pipeline_class(name: str) -> Any:
     return getattr(diffusers, name)
 
 
-def _align(pipe: Any) -> None:
+def align(model: Any) -> None:
     """Copy CPU tensors that a memory-mapped file left unaligned: other alignments run other kernels, and a reloaded
     model would differ in the last bits."""
-    import torch
-
     from cemq.memory import give_back
 
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            for tensor in (*component.parameters(), *component.buffers()):
-                if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                    mapped = tensor.data
-                    tensor.data = mapped.clone()
-                    give_back(mapped)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            mapped = tensor.data
+            tensor.data = mapped.clone()
+            give_back(mapped)
 
 
 def check_device(device: str) -> Any:
@@ -118,7 +118,7 @@ def check_device(device: str) -> Any:
 
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(0, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used here: {first_line(error)}") from None
     if place.type == "meta":
@@ -143,6 +143,31 @@ def denoisers(pipe: Any) -> list[tuple[str, Any]]:
     if not found:
         raise ModelError(f"{type(pipe).__name__} has no {' or '.join(DENOISERS)}: cemq does not know what to quantize")
     return found
+
+
+def refuse_lost_weights(model: Any) -> None:
+    """Raises ModelError for parameters on the meta device that nothing will bring before they are needed.
+
+    Sequential offloading keeps them there and brings them; an adapter that could not be loaded leaves some for good,
+    and what is computed with those is NaN.
+    """
+    lost = list(_lost_weights(model, ""))
+    if lost:
+        shown = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+        raise ModelError(
+            f"{len(lost)} parameters of {type(model).__name__} are on the meta device, and nothing offloads them "
+            f"({shown}): unload the adapter that failed to load, or load the model anew"
+        )
+
+
+def _lost_weights(module: Any, prefix: str, *, brought: bool = False) -> Iterator[str]:
+    hook = getattr(module, "_hf_hook", None)  # accelerate's
+    offloading = [each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False) is True]
+    if not brought and not offloading:
+        yield from (prefix + name for name, tensor in module.named_parameters(recurse=False) if tensor.is_meta)
+    brought = brought or any(each.place_submodules for each in offloading)
+    for name, child in module.named_children():
+        yield from _lost_weights(child, f"{prefix}{name}.", brought=brought)
 
 
 def weight_bytes(pipe: Any) -> int:

@@ -150,8 +150,8 @@ def _spectrograms(audio: np.ndarray) -> np.ndarray:
     window = min(2 * (_SPECTRUM_BINS - 1), max(4, length // 4 * 2))
     flat = torch.from_numpy(np.ascontiguousarray(audio)).reshape(-1, length)
     spectrum = torch.stft(
-        flat, window, hop_length=max(1, window // 4), window=torch.hann_window(window), pad_mode="constant",
-        return_complex=True,
+        flat, window, hop_length=max(1, window // 4), pad_mode="constant", return_complex=True,
+        window=torch.hann_window(window, dtype=torch.float32, device="cpu"),
     ).abs() / (window / 4)  # fmt: skip
     levels = (1 + 20 * torch.log10(spectrum.clamp_min(1e-4)) / 80).clamp(0, 1).flip(1)
     return levels[..., None].expand(-1, -1, -1, 3).reshape(samples, channels, *levels.shape[1:], 3).numpy()

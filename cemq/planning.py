@@ -229,7 +229,7 @@ def _teach(
         if sum(learned.values()) >= most:
             break
         trial = loop.teach(schedule, index // 4)  # four are near uniform and at random, with each predictor
-        learned[schedule.key, trial.lesson_from] = trial.samples / loop.samples / schedule.compute_ratio
+        learned[schedule.key, trial.lesson_from] = trial.samples / loop.samples / trial.compute_ratio
     loop.spent = before + sum(learned.values())
     return len(learned) + 1  # and full compute
 
@@ -248,7 +248,7 @@ def _corrected(loop: ClosedLoop, best: Trial, correction: str, limit: float) -> 
             fix = make_correction(method, loop.prior, best.schedule)
         except InputError:  # the prior has no statistics for it
             continue
-        if loop.spent + loop.cost(best.schedule.budget) > limit:
+        if loop.spent + loop.cost(best.budget) > limit:
             break
         trial = loop.run(best.schedule, fix)
         if trial.psnr_db > chosen.psnr_db and is_certain(trial.sample_psnr_db - best.sample_psnr_db):

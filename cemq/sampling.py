@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch.utils._pytree import tree_map
 
 from cemq.errors import InputError, ModelError, PipelineError, choose, first_line
 from cemq.families import PICTURE_ARGUMENTS
@@ -27,7 +28,7 @@ from cemq.files import absolute
 from cemq.models import denoisers
 from cemq.outputs import output_kind
 from cemq.recipe import SEEDS
-from cemq.sampler import intercepted
+from cemq.sampler import Call, intercepted
 
 Progress = Callable[[str, float], None]  # told a stage's name and the share of it done
 BUILD_LOG = "cemq.build"  # the logger of what a build says beside its progress
@@ -267,8 +268,8 @@ def run(
         PipelineError: The pipeline refuses its arguments, or fails; the cause is its own exception.
     """
 
-    def step(original: Any, **arguments: Any) -> Any:
-        result = original(**arguments)
+    def step(original: Any, call: Call) -> Any:
+        result = original(*call.args, **call.kwargs)
         on_step()
         return result
 
@@ -313,7 +314,7 @@ def _cuda_devices(pipe: Any) -> list[torch.device]:
 
 def _for_batch(call: Mapping[str, Any], samples: int) -> dict[str, Any]:
     """Call arguments from what JSON can hold: pictures are read, and one negative prompt becomes one per sample."""
-    arguments = dict(call)
+    arguments = tree_map(lambda value: value, dict(call))  # new lists and dicts, which a pipeline may empty
     for name, value in call.items():
         if not isinstance(value, str):
             continue

@@ -34,9 +34,8 @@ def test_rank_correlation_agrees_with_scipy_where_values_are_tied():
 def test_what_one_sample_makes_of_a_schedule_is_left_out_of_its_error():
     usual, schedule = np.array([40.0, 42, 44, 46, 48, 50]), CacheSchedule(num_steps=4, full_steps=(0, 2))
     rows = [usual + 1, usual - 1, usual + np.array([0, 0, -30.0, 0, 0, 0]), usual + np.array([0, 0, 30.0, 0, 0, 0])]
-    trials = [
-        Trial(schedule=schedule, correction=None, sample_relative_l2=np.ones(6), sample_psnr_db=row) for row in rows
-    ]
+    measured = {"schedule": schedule, "full_steps": 2.0, "correction": None, "sample_relative_l2": np.ones(6)}
+    trials = [Trial(**measured, sample_psnr_db=row) for row in rows]
     assert -20 * np.log10(errors_found(trials)) == pytest.approx([46, 44, 45, 45])
 
 

@@ -72,7 +72,8 @@ def computed(model, *arguments):
 
 def test_what_is_kept_is_what_the_modules_return_before_the_gate():
     _, output, outputs = computed(Toy(), torch.ones(1), 10.0)
-    assert outputs == [(Part(0, "attn"), 2), (Part(0, "ff"), 3 * (1 + 10 * 2))]
+    given = (torch.Size([1]),)
+    assert outputs == [(Part(0, "attn"), given, 2), (Part(0, "ff"), given, 3 * (1 + 10 * 2))]
     assert output == 21 + 10 * 63
 
 

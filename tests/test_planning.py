@@ -177,6 +177,7 @@ def trial_of(schedule, samples):
         correction=None,
         sample_relative_l2=np.full(len(samples), 0.1),
         sample_psnr_db=np.array(samples),
+        full_steps=schedule.full_count,
     )
 
 
@@ -204,6 +205,7 @@ def test_a_tolerance_is_kept_with_a_standard_error_to_spare(errors, met):
             correction=None,
             sample_relative_l2=np.array(found),
             sample_psnr_db=np.zeros(len(found)),
+            full_steps=schedule.full_count,
         )
 
     wanted = Wanted(full=trial([1.0, 1.0, 5.0]), tolerance=0.15, psnr_db=None)  # the third sample was not searched

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,32 +22,42 @@ from cemq.models import default_device, locate, open_pipeline, weight_bytes
 from cemq.outputs import as_array, as_levels, as_pictures
 from cemq.prior import SamplerFingerprint
 from cemq.processes import ALONE, Processes
-from cemq.runtime import ScheduleHook, from_pretrained, schedule_hook
+from cemq.runtime import find_hook, from_pretrained, schedule_hook
 from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches, run
+from cemq.schedule import CacheSchedule
 from cemq.trajectory import run_end
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """Distance to the full-precision, uncached run of the same seeds; means over samples, and the spread of PSNR."""
+    """Distance to the full-precision, uncached run of the same seeds; means over samples, and the spread of PSNR.
+
+    ``num_steps`` and ``full_steps`` are those that were run, and run in full, a mean over samples too: not what was
+    planned.
+    """
 
     psnr_db: float
     psnr_db_std: float
     ssim: float
     relative_l2: float
     samples: int
+    num_steps: float
+    full_steps: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What the bundle cost and what it saved; ``wall_ratio`` is reference seconds / bundle seconds of this run."""
+    """What the bundle cost and what it saved; ``wall_ratio`` is reference seconds / bundle seconds of this run.
+
+    ``full_steps`` were counted; with one branch of guidance a step is half a one.
+    """
 
     psnr_db: float
     psnr_db_std: float
     ssim: float
     relative_l2: float
-    num_steps: int
-    full_steps: int
+    num_steps: float
+    full_steps: float
     compute_ratio: float
     wall_ratio: float
     model_bytes: int
@@ -63,12 +74,14 @@ class Evaluation:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
     """Images, videos or audio (`cemq.outputs` knows the shapes) and latents of one batch, the seconds it took, and the
-    timesteps."""
+    timesteps; and how many steps it made, and of these in full."""
 
     images: np.ndarray
     latents: torch.Tensor
     seconds: float
     sampler: SamplerFingerprint | None = None
+    num_steps: int = 0
+    full_steps: float = 0.0
 
 
 def run_batch(
@@ -81,9 +94,13 @@ def run_batch(
         if end.sample.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    values = as_array(images)
+    values, hook = as_array(images), find_hook(pipe)
+    num_steps, full_steps = (end.num_steps, end.num_steps) if hook is None else hook.steps_run
     # DiT denoises its samples twice over, for guidance, and decodes the first half
-    return Outcome(images=values, latents=end.sample[: len(values)], seconds=seconds, sampler=end.sampler)
+    return Outcome(
+        images=values, latents=end.sample[: len(values)], seconds=seconds, sampler=end.sampler, num_steps=num_steps,
+        full_steps=full_steps,
+    )  # fmt: skip
 
 
 def measure_fidelity(
@@ -99,17 +116,36 @@ def measure_fidelity(
             psnr_db(as_levels(a.images), as_levels(b.images)),
             _likeness(a.images, b.images),
             relative_l2(a.latents, b.latents),
+            *(np.full(len(b.images), count) for count in (b.num_steps, b.full_steps)),
         )
         for a, b in zip(references, outcomes, strict=True)
     ]
-    quality, likeness, errors = (np.concatenate(each) for each in zip(*processes.gather(scores), strict=True))
+    gathered = zip(*processes.gather(scores), strict=True)
+    quality, likeness, errors, steps, full_steps = (np.concatenate(each) for each in gathered)
     return Fidelity(
         psnr_db=float(quality.mean()),
         psnr_db_std=float(quality.std()),
         ssim=float(likeness.mean()),
         relative_l2=float(errors.mean()),
         samples=len(quality),
+        num_steps=_whole(steps.mean()),
+        full_steps=_whole(full_steps.mean()),
     )
+
+
+def _whole(count: float) -> float:
+    """An integer where it is one."""
+    rounded = round(float(count), 3)
+    return int(rounded) if rounded.is_integer() else rounded
+
+
+def said_of_steps(planned: CacheSchedule, num_steps: float, full_steps: float) -> str | None:
+    """What to say where other steps were computed than a schedule has; None where there is nothing to say, nor about
+    runs that it is not for: of these the runtime has warned."""
+    if full_steps == planned.full_count or num_steps != planned.num_steps:
+        return None
+    ran = f"{full_steps:g} of {num_steps:g} steps ran in full"
+    return f"{ran}, {planned.full_count:g} were planned: what is reported is what ran"
 
 
 def _likeness(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -184,15 +220,11 @@ def evaluate(
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
     if picture is not None and processes.is_main:
         write_side_by_side(picture, references[0].images, outcomes[0].images)
-    hook = schedule_hook(scheduled)
-    ((num_steps, full_steps, compute_ratio),) = set(
-        processes.gather([_computed(hook, settings["steps"])] if outcomes else [])
-    )
+    if note := said_of_steps(schedule_hook(scheduled).schedule, fidelity.num_steps, fidelity.full_steps):
+        warnings.warn(f"cemq: {note}", stacklevel=2)
     return Evaluation(
         **dataclasses.asdict(fidelity),
-        num_steps=num_steps,
-        full_steps=full_steps,
-        compute_ratio=compute_ratio,
+        compute_ratio=fidelity.num_steps / fidelity.full_steps,
         wall_ratio=statistics.median(wall_ratios),
         model_bytes=weight_bytes(scheduled),
         reference_bytes=weight_bytes(original),
@@ -200,14 +232,6 @@ def evaluate(
         device=place,
         dtype=manifest.dtype,
     )
-
-
-def _computed(hook: ScheduleHook, steps: int) -> tuple[int, int, float]:
-    """Steps, full-compute steps and compute ratio of the latest run: all are full where no schedule carries over."""
-    schedule = hook.schedule
-    if schedule.budget < schedule.num_steps and not hook.skipped_evaluations:
-        return steps, steps, 1.0
-    return schedule.num_steps, schedule.budget, schedule.compute_ratio
 
 
 def check_picture_path(path: Path, what: str = "picture") -> None:

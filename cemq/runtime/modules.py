@@ -9,7 +9,7 @@ and final layers. With ``reuse`` this is FORA (arXiv:2407.01425, section 3), wit
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +21,7 @@ from cemq.runtime.history import Weighted, copied, summed
 from cemq.runtime.inner import Arguments, Forward, InnerCache, StrayError, block_stack
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A module of a block. What is not kept feeds one that is, and returns zeros on skipped steps."""
 
     block: int
@@ -46,20 +45,25 @@ class _Pass:
     """One pass through the denoiser: its modules run and their outputs are noted, or they return these."""
 
     computes: bool
-    outputs: list[tuple[Part, Any]] = field(default_factory=list)  # in the order of calls
+    outputs: list[tuple[Part, Any, Any]] = field(default_factory=list)  # with shapes of arguments, in order of calls
     served: int = 0
 
     def note(self, position: Part, module: nn.Module, arguments: Arguments, output: Any) -> None:
-        self.outputs.append((position, tree_map(copied if position.kept else _Zeros.shaped_as, output)))
+        kept = tree_map(copied if position.kept else _Zeros.shaped_as, output)
+        self.outputs.append((position, _shapes(arguments), kept))
 
     def serve(self, position: Part, arguments: Arguments) -> Any:
         if self.served == len(self.outputs):
             raise StrayError
-        part, output = summed(self.outputs[self.served])
-        if part != position:
+        part, shapes, output = summed(self.outputs[self.served])
+        if part != position or shapes != _shapes(arguments):
             raise StrayError
         self.served += 1
         return tree_map(lambda leaf: leaf.values if isinstance(leaf, _Zeros) else leaf, output)
+
+
+def _shapes(arguments: Arguments) -> tuple[torch.Size, ...]:
+    return tuple(value.shape for value in arguments.values() if torch.is_tensor(value))
 
 
 def find_parts(denoiser: nn.Module) -> dict[nn.Module, Part]:
@@ -124,7 +128,7 @@ class ModuleCache(InnerCache):
         return output, recorded.outputs
 
     @torch.compiler.disable(recursive=False)
-    def serve(self, forward: Forward, outputs: list[tuple[Part, Any]]) -> Any:
+    def serve(self, forward: Forward, outputs: list[tuple[Part, Any, Any]]) -> Any:
         """The denoiser's output where its modules return these; None if others are called now."""
         current = _Pass(computes=False, outputs=outputs)
         try:

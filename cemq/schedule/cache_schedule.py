@@ -78,6 +78,11 @@ class CacheSchedule:
         """What it costs, in full-compute steps with all branches; half a one counts as one."""
         return len(self.full_steps) - len(self.branch_steps) // 2
 
+    @property
+    def full_count(self) -> float:
+        """What it costs, in full-compute steps with all branches; one with the first branch only is half a one."""
+        return len(self.full_steps) - len(self.branch_steps) / 2
+
     @cached_property
     def key(self) -> tuple[Any, ...]:
         """What tells it from schedules that do something else, whoever made it and whatever its predictors are called:
@@ -88,7 +93,7 @@ class CacheSchedule:
 
     @property
     def compute_ratio(self) -> float:
-        return self.num_steps / (len(self.full_steps) - len(self.branch_steps) / 2)
+        return self.num_steps / self.full_count
 
     @cached_property
     def between_branches(self) -> CacheSchedule:
@@ -99,6 +104,18 @@ class CacheSchedule:
             full_steps=tuple(self.full_steps[index] for index in kept),
             predictor=tuple(self.predictors[index] for index in kept),
             solver=self.solver,
+        )
+
+    def from_step(self, first: int) -> CacheSchedule:
+        """What a run follows that begins late, at step ``first`` of this schedule: it is computed in full."""
+        later = [index for index, step in enumerate(self.full_steps) if step > first]
+        begun = self.predictors[len(self.full_steps) - len(later) - 1]
+        return dataclasses.replace(
+            self,
+            num_steps=self.num_steps - first,
+            full_steps=(0, *(self.full_steps[index] - first for index in later)),
+            predictor=(begun, *(self.predictors[index] for index in later)),
+            branch_steps=tuple(step - first for step in self.branch_steps if step > first),
         )
 
     @property

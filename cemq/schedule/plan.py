@@ -115,7 +115,7 @@ def plan_schedule(
     single = "taylor1" if predictor == AUTO else predictor
     if solver == "segment" and count < prior.num_steps:
         settings = {"predictor": predictor, "corrector": corrector, "view": view, "gamma": gamma, "max_gap": max_gap}
-        return plan_all(prior, count, **settings)[-1]
+        return _plan_within(prior, count, **settings)[-1]
     if solver in CEM_RULES:
         full_steps = (cem or CEM_RULES[solver]).solve(prior.cosine_distances(view), count)
     elif solver == "threshold":
@@ -155,6 +155,22 @@ def plan_all(
     Raises:
         InfeasibleBudgetError: No path of at most ``largest`` steps fits the gaps allowed.
     """
+    settings = {"predictor": predictor, "corrector": corrector, "view": view, "gamma": gamma}
+    schedules = _plan_within(prior, largest, max_gap=max_gap, **settings)
+    small = schedules.count(None)  # budgets too small for these gaps; they are planned with longer ones
+    if max_gap is None and small > 1:
+        return [*plan_all(prior, small, **settings), *schedules[small:]]
+    return schedules[1:]
+
+
+def _plan_within(
+    prior: ErrorPrior, largest: int, *, predictor: str, corrector: str, view: str, gamma: float, max_gap: int | None
+) -> list[CacheSchedule | None]:
+    """Those of `plan_all`, from a budget of 1 on, with the gaps that suit the largest: None where they are too short.
+
+    Raises:
+        InfeasibleBudgetError: They are for the largest.
+    """
     if max_gap is not None and max_gap < 1:
         raise InputError(f"max_gap={max_gap}: a gap between full-compute steps is at least 1")
     num_steps = prior.num_steps
@@ -164,7 +180,7 @@ def plan_all(
     names = tuple(SLOPES) if predictor == AUTO else (predictor if predictor in SLOPES else "taylor1",)
     table = segment_costs(prior, names, view=view, corrector=corrector, gamma=gamma, max_gap=longest)
     found = solve_segments(table.costs, largest)
-    schedules: list[CacheSchedule] = []
+    schedules: list[CacheSchedule | None] = []
     cheapest = np.inf
     for full_steps, total in found:
         if total < cheapest:
@@ -179,11 +195,7 @@ def plan_all(
             f"budget={largest} cannot cover {num_steps} steps with gaps of at most {longest}: "
             f"choose {-(-num_steps // longest)}..{num_steps}, or a larger max_gap"
         )
-    small = schedules.count(None)  # budgets too small for these gaps; they are planned with longer ones
-    if max_gap is None and small > 1:
-        few = plan_all(prior, small, predictor=predictor, corrector=corrector, view=view, gamma=gamma)
-        return [*few, *schedules[small:]]
-    return schedules[1:]
+    return schedules
 
 
 def _chosen(table: SegmentCosts, full_steps: tuple[int, ...]) -> tuple[str, ...]:
