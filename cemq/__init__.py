@@ -24,6 +24,7 @@ _PUBLIC = {
     "detach": "cemq.runtime",
     "evaluate": "cemq.evaluation",
     "export": "cemq.exporting",
+    "for_request": "cemq.runtime",
     "from_pretrained": "cemq.runtime",
     "generate": "cemq.workflow",
     "launched": "cemq.processes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from cemq.closed_loop import ClosedLoop, Trial
 from cemq.errors import InputError
 from cemq.evaluation import run_batch
 from cemq.evaluation.metrics import error_of, middle_mean
+from cemq.files import absolute, written_whole
 from cemq.models import default_device, locate, open_pipeline
 from cemq.predict import check_corrector, check_predictor
 from cemq.prior import VIEWS, ErrorPrior
@@ -105,6 +107,8 @@ def analyze(
     Raises:
         CemqError: The bundle or the model it was made from cannot be used.
     """
+    if not predictors:
+        raise InputError("predictors: none is named; taylor1,reuse are the default")
     for name in predictors:
         check_predictor(name)
     if corrector is not None:
@@ -160,7 +164,7 @@ def _checked_budget(budget: int | None, schedules: int, num_steps: int) -> int:
 
 
 def _is_bundle(name: str | Path) -> bool:
-    return (Path(name).expanduser() / MANIFEST).is_file()
+    return os.path.isfile(absolute(name) / MANIFEST)
 
 
 @contextmanager
@@ -176,7 +180,7 @@ def _bundle_of(
     if _is_bundle(name):
         if scheme or recipe:
             raise InputError(f"'{name}' is a bundle already: leave scheme and recipe out, or give the model")
-        yield Path(name).expanduser()
+        yield absolute(name)
         return
     with tempfile.TemporaryDirectory(prefix="cemq-") if processes.is_main else nullcontext() as mine:
         folder = Path(processes.gather([mine])[0]) / "bundle"
@@ -243,7 +247,8 @@ def draw(analysis: dict[str, Any], path: Path) -> None:
             across, up = (_unit(values) * (side - 12) + 6 for values in (predicted, measured))
             for x, y in zip(left + across, top + side - up, strict=True):
                 pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(30, 90, 160))
-    sheet.save(path)
+    with written_whole(path, "plot") as partial:
+        sheet.save(partial)
 
 
 def _unit(values: np.ndarray) -> np.ndarray:

@@ -9,14 +9,18 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+import typing
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cemq.errors import BundleError, CemqError
+from cemq.errors import BundleError, CemqError, choose, first_line
+from cemq.files import absolute
+from cemq.models import DTYPES
 from cemq.prior import SamplerFingerprint
 from cemq.schedule import CacheSchedule
 
@@ -30,7 +34,9 @@ CACHED = {  # what skipped steps are predicted from, in words
     "residual": "the residual of all blocks",
     "modules": "the outputs of attention and feed-forward modules",
 }
+_MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # what reading damaged JSON raises
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja", *_PICKLED)  # what diffusers and transformers look for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +50,25 @@ class OtherRun:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> OtherRun:
-        return cls(**_checked(cls, fields) | _parsed(fields))
+        _checked(cls, fields)
+        return _typed(cls, fields | _parsed(fields))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"schedule": self.schedule.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentDtypes:
+    """Of one component's parameters and buffers, but for those that a quantized layer's scheme fixes."""
+
+    default: str
+    exceptions: dict[str, tuple[str, ...]]  # names of the tensors that have another dtype, by dtype
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ComponentDtypes:
+        _checked(cls, fields)
+        exceptions = {kind: tuple(names) for kind, names in fields["exceptions"].items()}
+        return cls(default=fields["default"], exceptions=exceptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +91,21 @@ class Manifest:
     call: dict[str, Any]
     profiled_seeds: tuple[int, ...]
     held_out_conditions: tuple[str | int, ...]
-    fidelity: dict[str, float]
+    fidelity: dict[str, int | float]
     model_bytes: int
     reference_bytes: int
     libraries: dict[str, str]
     recipe: dict[str, Any] | None = None
     cache: str = "output"
     other_runs: tuple[OtherRun, ...] = ()
+    dtypes: dict[str, ComponentDtypes] | None = None  # by component
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        choose("dtype", self.dtype, DTYPES, BundleError)
+        choose("cache", self.cache, CACHED, BundleError)
+        if missing := {"psnr_db", "ssim", "relative_l2", "samples"} - set(self.fidelity):
+            raise BundleError(f"missing keys of fidelity: {', '.join(sorted(missing))}")
 
     @property
     def full_steps(self) -> float:
@@ -86,10 +114,10 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
-        _checked(cls, fields, optional={"cache", "other_runs"})  # bundles of before have neither
-        tuples = {name: tuple(fields[name]) for name in ("denoisers", "profiled_seeds", "held_out_conditions")}
+        _checked(cls, fields, optional={"cache", "other_runs", "dtypes"})  # bundles of before have none of them
         others = tuple(OtherRun.from_dict(each) for each in fields.get("other_runs", ()))
-        return cls(**fields | tuples | _parsed(fields) | {"other_runs": others})
+        dtypes = {name: ComponentDtypes.from_dict(each) for name, each in (fields.get("dtypes") or {}).items()} or None
+        return _typed(cls, fields | _parsed(fields) | {"other_runs": others, "dtypes": dtypes})
 
     def to_dict(self) -> dict[str, Any]:
         others = [run.to_dict() for run in self.other_runs]
@@ -105,6 +133,17 @@ def _checked(kind: type, fields: dict[str, Any], optional: Set[str] = frozenset(
     return fields
 
 
+def _typed(kind: type, fields: dict[str, Any]) -> Any:
+    """One of a dataclass, its lists as tuples. Raises ValueError for a value of another type than its field's."""
+    from pydantic import ConfigDict, create_model
+
+    hints = typing.get_type_hints(kind)
+    config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+    model = create_model(kind.__name__, __config__=config, **{name: (hints[name], ...) for name in fields})
+    checked = model(**fields)
+    return kind(**{name: getattr(checked, name) for name in fields})
+
+
 def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         "schedule": CacheSchedule.from_dict(fields["schedule"]),
@@ -116,39 +155,57 @@ def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
 def staging(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A fresh folder beside ``output`` that becomes ``output`` if the block ends well, and vanishes if it does not.
 
-    Enter it before long work: it finds out at once whether the output can be written.
+    Enter it before long work: it finds out at once whether the output can be written. A symbolic link is followed, and
+    an empty folder taken.
 
     Raises:
-        BundleError: The output exists (and is not a bundle to overwrite) or cannot be written.
+        BundleError: The output exists (and is neither empty nor a bundle to overwrite) or cannot be written.
     """
-    output = output.expanduser().absolute()
-    if output.exists():
-        if not overwrite:
-            raise BundleError(f"output '{output}' exists already: choose another name, or pass --overwrite")
-        if not (output / MANIFEST).is_file():
-            raise BundleError(f"output '{output}' exists and is not a cemq bundle: it will not be overwritten")
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    from safetensors import SafetensorError  # of a full disk; it is no OSError
+
+    key = secrets.token_hex(4)
+    made: list[Path] = []
+    partial = None
     try:
+        target = Path(os.path.realpath(absolute(output)))
+        _check_free(target, output, overwrite)
+        partial = target.with_name(f".{target.name}.partial-{key}")
+        made = [folder for folder in partial.parents if not folder.exists()]
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise BundleError(f"output '{output}' cannot be written: {error.strerror}") from error
-    try:
         yield partial
-        if output.exists():
-            replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-            output.rename(replaced)
+        if target.exists():
+            replaced = target.with_name(f".{target.name}.replaced-{key}")
+            target.rename(replaced)
             try:
-                partial.rename(output)
+                partial.rename(target)
             except BaseException:
-                replaced.rename(output)
+                replaced.rename(target)
                 raise
             shutil.rmtree(replaced)
         else:
-            partial.rename(output)
-    except OSError as error:
-        raise BundleError(f"output '{output}' cannot be written: {error.strerror or error}") from error
+            partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BundleError(f"output '{output}' cannot be written: {reason}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:  # for nothing but the bundle; what holds it by now stays
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _check_free(target: Path, named: Path, overwrite: bool) -> None:
+    """Raises BundleError unless a bundle may take this place."""
+    if not os.path.lexists(target):
+        return
+    bundle = os.path.isfile(target / MANIFEST)
+    if not bundle and (not target.is_dir() or any(target.iterdir())):
+        raise BundleError(f"output '{named}' exists already and is not a cemq bundle: choose another name")
+    if bundle and not overwrite:
+        raise BundleError(f"output '{named}' exists already: choose another name, or pass --overwrite")
+    if target.is_mount() or target in (Path.cwd(), *Path.cwd().parents):
+        raise BundleError(f"output '{named}' cannot be replaced as a whole: name a new folder in it or beside it")
 
 
 def write_pipeline(pipe: Any, folder: Path, source: Path) -> None:
@@ -190,47 +247,68 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
     """Read cemq.json and check that every file is there and of its size and, with ``verify``, of its content.
 
     Raises:
-        BundleError: Names the file that is missing, truncated or edited.
+        BundleError: Names the file that is missing, truncated or edited, or that would be loaded and does not belong.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        found = "no such folder" if not folder.is_dir() else f"it holds no {MANIFEST}"
+    if not os.path.isfile(path):
+        found = "no such folder" if not os.path.isdir(folder) else f"it holds no {MANIFEST}"
         raise BundleError(f"'{folder}' is not a cemq bundle: {found}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         checksum, files = content.pop("checksum"), content["files"]
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
         version = content["format_version"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST} cannot be read: {error.strerror}") from error
+    except _MALFORMED as error:
         raise BundleError(f"bundle '{folder}': {MANIFEST} is damaged ({error}); write the bundle again") from error
     if version != FORMAT_VERSION:
         raise BundleError(f"bundle '{folder}' has format {version}, this cemq reads {FORMAT_VERSION}: write it again")
     if checksum != _checksum(content):
         raise BundleError(f"bundle '{folder}': {MANIFEST} was edited or damaged; write the bundle again")
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         if name == CARD:
             continue  # bundles of before listed it
         file = folder / name
         if not file.is_file():
             raise BundleError(f"bundle '{folder}': file '{name}' is missing; write the bundle again")
-        if file.stat().st_size != expected["bytes"]:
+        if file.stat().st_size != size:
             raise BundleError(
-                f"bundle '{folder}': file '{name}' has {file.stat().st_size} bytes instead of {expected['bytes']}; "
+                f"bundle '{folder}': file '{name}' has {file.stat().st_size} bytes instead of {size}; "
                 "copy or write the bundle again"
             )
-        if verify and _sha256(file) != expected["sha256"]:
+        if verify and _sha256(file) != digest:
             raise BundleError(f"bundle '{folder}': file '{name}' was edited or damaged; copy or write the bundle again")
+    for name in _strangers(folder, files):
+        raise BundleError(
+            f"bundle '{folder}': file '{name}' is none of the bundle's, and could be loaded in their place: remove it"
+        )
     del content["files"]
     try:
         return Manifest.from_dict(content)
     except CemqError as error:
         raise BundleError(f"bundle '{folder}': {MANIFEST}: {error}") from error
+    except _MALFORMED as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST} is damaged ({first_line(error)}); write it again") from error
+
+
+def _strangers(folder: Path, files: Iterable[str]) -> Iterator[str]:
+    """Files that a library could take for a component's, as the index of weights that are there no more."""
+    for component in sorted({name.split("/")[0] for name in files if "/" in name}):
+        for path in sorted((folder / component).rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if name not in files and path.suffix in _LOADED and not path.name.startswith("."):
+                yield name
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise BundleError(f"file '{path}' cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ closed loop on samples it was not made from, and dropped where it does not help.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -54,6 +54,10 @@ class Correction:
             for table in (self.gain, self.offset)
         )
         return (prediction.float() * gain + offset).to(prediction.dtype)
+
+    def from_step(self, first: int) -> Correction:
+        """That of a run which begins late, at this step; where steps are scaled, they are so already."""
+        return replace(self, gain=self.gain[first:], offset=self.offset[first:], step_factors=None)
 
     def carried_over(self, prior: ErrorPrior, schedule: CacheSchedule) -> Correction:
         """The same method for another schedule or, with a resampled prior, other timesteps."""

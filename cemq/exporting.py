@@ -76,7 +76,7 @@ def read_schedule(source: str | Path | CacheSchedule) -> tuple[CacheSchedule, Sa
         raise InputError(
             f"schedule '{path}' cannot be read ({reason}): give a bundle or a file of cemq export"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"schedule '{path}' is not JSON ({error}): write it with cemq export --format json") from None
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise InputError(f"schedule '{path}' is not one: write it with cemq export --format json")
@@ -88,7 +88,7 @@ def read_schedule(source: str | Path | CacheSchedule) -> tuple[CacheSchedule, Sa
     try:
         schedule = CacheSchedule.from_dict(content["schedule"])
         return schedule, SamplerFingerprint.from_dict(content["sampler"]), content["cache"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"schedule '{path}' is damaged ({error}): export it again") from None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from cemq.bundle import read_bundle
-from cemq.errors import BundleError, InputError, ModelError, choose
+from cemq.errors import BundleError, InputError, ModelError, choose, first_line
 from cemq.families import BLOCK_LISTS, DENOISERS, EIGHT_BIT, cached_modules
+from cemq.models import pipeline_class
 from cemq.placement import (
     GIB,
     ComponentMemory,
@@ -116,7 +118,7 @@ def plan_memory(
         folder,
         dtype=dtype or manifest.dtype,
         stored_dtype=manifest.dtype,
-        call=manifest.call | dict(call or {}),
+        call=manifest.call | _read_call(manifest.pipeline_class, call or {}),
         full_steps=full_steps,
         samples=samples,
         cache=manifest.cache,
@@ -131,6 +133,16 @@ def plan_memory(
         host_limit=None if host_memory is None else parse_bytes(host_memory),
         samples=samples,
     )
+
+
+def _read_call(name: str, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises InputError for an argument that a pipeline class does not take, or not so."""
+    from cemq.sampling import read_call
+
+    kind = pipeline_class(name)
+    for argument in call:
+        choose(f"argument of {name}", argument, inspect.signature(kind.__call__).parameters)
+    return read_call(kind, call)
 
 
 def read_footprint(
@@ -210,8 +222,8 @@ def read_footprint(
 def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{path}' cannot be read: {error}") from None
+    except (OSError, RecursionError, ValueError) as error:
+        raise ModelError(f"'{path}' cannot be read: {first_line(error)}") from None
 
 
 def _tensors(folder: Path) -> Iterator[Tensor]:
@@ -296,11 +308,19 @@ def _largest_leaves(tensors: list[Tensor]) -> tuple[int, int]:
 def _default(pipeline: Any, argument: str, call: Mapping[str, Any]) -> Any:
     """What the call says, else the pipeline's own default; None where neither says."""
     if (said := call.get(argument)) is not None:
-        if not isinstance(said, (int, float)):
+        if not isinstance(said, (int, float)) or not math.isfinite(said):
             raise InputError(f"{argument}={said!r} is no number")
         return said
     parameter = inspect.signature(pipeline.__call__).parameters.get(argument) if pipeline else None
     return parameter.default if parameter is not None and isinstance(parameter.default, (int, float)) else None
+
+
+def _count(pipeline: Any, argument: str, call: Mapping[str, Any], otherwise: int) -> int:
+    """The same of something that there is one of at least; ``otherwise`` where neither says."""
+    found = _default(pipeline, argument, call)
+    if found is not None and found < 1:
+        raise InputError(f"{argument}={found}: give at least 1")
+    return otherwise if found is None else int(found)
 
 
 def _picture(pipeline: Any, configs: Mapping[str, dict], call: Mapping[str, Any], samples: int) -> Picture:
@@ -311,19 +331,19 @@ def _picture(pipeline: Any, configs: Mapping[str, dict], call: Mapping[str, Any]
     size = native * _vae_scale(configs.get("vae", {})) if native else _DEFAULT_SIZE
     texts = [config for name, config in configs.items() if "text_encoder" in name]
     longest = [config.get("max_position_embeddings") or _TEXT_TOKENS + 1 for config in texts]
-    sequence = _default(pipeline, "max_sequence_length", call)
-    if longest and max(longest) <= _TEXT_TOKENS and sequence is None:  # CLIP's: they cannot take more
+    sequence = _count(pipeline, "max_sequence_length", call, 0)
+    if longest and max(longest) <= _TEXT_TOKENS and not sequence:  # CLIP's: they cannot take more
         tokens = max(longest)
     else:  # SD3 pads its CLIP tokens with as many empty ones if it has no T5
-        tokens = int(sequence or _TEXT_TOKENS) + min([_CLIP_TOKENS, *longest])
+        tokens = (sequence or _TEXT_TOKENS) + min([_CLIP_TOKENS, *longest])
     guided = (_default(pipeline, "guidance_scale", call) or 0) > 1 and not denoiser.get("guidance_embeds")
     guided = guided or (_default(pipeline, "true_cfg_scale", call) or 0) > 1
     return Picture(
-        height=int(_default(pipeline, "height", call) or size),
-        width=int(_default(pipeline, "width", call) or size),
-        frames=int(_default(pipeline, "num_frames", call) or 1),
+        height=_count(pipeline, "height", call, size),
+        width=_count(pipeline, "width", call, size),
+        frames=_count(pipeline, "num_frames", call, 1),
         text_tokens=tokens if texts else 0,
-        samples=samples * int(_default(pipeline, "num_images_per_prompt", call) or 1),
+        samples=samples * _count(pipeline, "num_images_per_prompt", call, 1),
         branches=2 if guided else 1,
     )
 

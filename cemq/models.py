@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cemq.errors import InputError, ModelError, choose, first_line
 from cemq.families import DENOISERS
+from cemq.files import absolute
 
 BUILTIN_PREFIX = "builtin:"
 BUILTINS = ("dit-digits", "sd3-digits")
 DTYPES = ("float32", "bfloat16", "float16")
+ALIGNMENT = 64  # bytes, as torch allocates on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +39,11 @@ def locate(name: str) -> ModelSource:
         short = choose("built-in model", name.removeprefix(BUILTIN_PREFIX), BUILTINS, ModelError)
         root = Path(importlib.util.find_spec("cemq").origin).parent
         return ModelSource(name=name, folder=root / "builtin" / short)
-    folder = Path(name).expanduser()
-    if folder.exists():
-        if not (folder / "model_index.json").is_file():
+    folder = absolute(name)
+    if name and os.path.lexists(folder):
+        if not os.path.isfile(folder / "model_index.json"):
             raise ModelError(f"'{name}' is not a diffusers pipeline folder: it holds no model_index.json")
-        return ModelSource(name=str(folder.resolve()), folder=folder)
+        return ModelSource(name=os.path.realpath(folder), folder=folder)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(
             f"no such model '{name}': give builtin:NAME, a pipeline folder, or a Hub id such as owner/name"
@@ -55,10 +59,10 @@ def locate(name: str) -> ModelSource:
     return ModelSource(name=name, folder=downloaded, revision=downloaded.name)
 
 
-def open_pipeline(folder: Path, *, dtype: str, device: str, align: bool = True) -> Any:
+def open_pipeline(folder: Path, *, dtype: str, device: str, aligned: bool = True) -> Any:
     """Load a pipeline folder in its own class.
 
-    Without ``align``, tensors stay in the memory-mapped file until they are moved.
+    Without ``aligned``, tensors stay in the memory-mapped file until they are moved.
 
     Raises:
         ModelError: The folder cannot be loaded.
@@ -71,7 +75,7 @@ def open_pipeline(folder: Path, *, dtype: str, device: str, align: bool = True) 
     place = check_device(device)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        check_known(str(index.get("_class_name")))
+        pipeline_class(str(index.get("_class_name")))
         # a component that is absent on purpose (SD3 without its T5) must be named, or diffusers misses it
         absent = {name: None for name, kind in index.items() if kind == [None, None]}
         pipe = DiffusionPipeline.from_pretrained(
@@ -80,35 +84,32 @@ def open_pipeline(folder: Path, *, dtype: str, device: str, align: bool = True) 
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {first_line(error)}") from error
     pipe = pipe.to(place)
-    if align:
-        _align(pipe)
+    if aligned:
+        for component in pipe.components.values():
+            if isinstance(component, torch.nn.Module):
+                align(component)
     return pipe
 
 
-def check_known(pipeline_class: str) -> None:
-    """Raises ModelError for a pipeline class that the installed diffusers does not have."""
+def pipeline_class(name: str) -> Any:
+    """A pipeline class of diffusers. Raises ModelError for one that the installed diffusers does not have."""
     import diffusers
 
-    if not hasattr(diffusers, pipeline_class):
-        raise ModelError(
-            f"the installed diffusers {diffusers.__version__} has no {pipeline_class}: install one that does"
-        )
+    if not name.isidentifier() or not hasattr(diffusers, name):
+        raise ModelError(f"the installed diffusers {diffusers.__version__} has no {name}: install one that does")
+    return getattr(diffusers, name)
 
 
-def _align(pipe: Any) -> None:
+def align(model: Any) -> None:
     """Copy CPU tensors that a memory-mapped file left unaligned: other alignments run other kernels, and a reloaded
     model would differ in the last bits."""
-    import torch
-
     from cemq.memory import give_back
 
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            for tensor in (*component.parameters(), *component.buffers()):
-                if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                    mapped = tensor.data
-                    tensor.data = mapped.clone()
-                    give_back(mapped)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            mapped = tensor.data
+            tensor.data = mapped.clone()
+            give_back(mapped)
 
 
 def check_device(device: str) -> Any:
@@ -117,9 +118,11 @@ def check_device(device: str) -> Any:
 
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(0, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used here: {first_line(error)}") from None
+    if place.type == "meta":
+        raise InputError("device 'meta' cannot be used here: it holds no values")
     return place
 
 
@@ -140,6 +143,31 @@ def denoisers(pipe: Any) -> list[tuple[str, Any]]:
     if not found:
         raise ModelError(f"{type(pipe).__name__} has no {' or '.join(DENOISERS)}: cemq does not know what to quantize")
     return found
+
+
+def refuse_lost_weights(model: Any) -> None:
+    """Raises ModelError for parameters on the meta device that nothing will bring before they are needed.
+
+    Sequential offloading keeps them there and brings them; an adapter that could not be loaded leaves some for good,
+    and what is computed with those is NaN.
+    """
+    lost = list(_lost_weights(model, ""))
+    if lost:
+        shown = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+        raise ModelError(
+            f"{len(lost)} parameters of {type(model).__name__} are on the meta device, and nothing offloads them "
+            f"({shown}): unload the adapter that failed to load, or load the model anew"
+        )
+
+
+def _lost_weights(module: Any, prefix: str, *, brought: bool = False) -> Iterator[str]:
+    hook = getattr(module, "_hf_hook", None)  # accelerate's
+    offloading = [each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False) is True]
+    if not brought and not offloading:
+        yield from (prefix + name for name, tensor in module.named_parameters(recurse=False) if tensor.is_meta)
+    brought = brought or any(each.place_submodules for each in offloading)
+    for name, child in module.named_children():
+        yield from _lost_weights(child, f"{prefix}{name}.", brought=brought)
 
 
 def weight_bytes(pipe: Any) -> int:

@@ -20,6 +20,7 @@ import torch
 
 from cemq.errors import InputError
 from cemq.families import DEFAULT_FRAME_RATE, FRAME_RATES
+from cemq.files import check_writable, written_whole
 
 Kind = Literal["image", "video", "audio"]
 _FIELDS: dict[str, Kind] = {"images": "image", "frames": "video", "audios": "audio"}
@@ -53,9 +54,13 @@ class Sample:
         """Write a file of the format that its suffix names; `check_path` says beforehand what is possible.
 
         Raises:
-            InputError: This kind of sample cannot be written so.
+            InputError: This kind of sample cannot be written so, or nothing can be written there.
         """
         check_path(path, self.kind)
+        with written_whole(path) as partial:
+            self._write(partial)
+
+    def _write(self, path: Path) -> None:
         if self.kind == "audio":
             _write_wave(path, self.values, round(self.rate))
         elif self.kind == "image":
@@ -93,8 +98,7 @@ def check_path(path: Path, kind: Kind | None = None) -> None:
     if suffix not in known:
         found = f"{'an' if kind != 'video' else 'a'} {kind}" if kind else "a sample"
         raise InputError(f"output '{path}': {found} is written to a file that ends in {', '.join(known)}")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"output '{path}': the folder '{path.parent}' does not exist")
+    check_writable(path)
     if suffix == ".mp4" and not importlib.util.find_spec("imageio_ffmpeg"):
         raise InputError(f"output '{path}': mp4 needs a package, 'pip install imageio imageio-ffmpeg'; or take .gif")
 
@@ -146,8 +150,8 @@ def _spectrograms(audio: np.ndarray) -> np.ndarray:
     window = min(2 * (_SPECTRUM_BINS - 1), max(4, length // 4 * 2))
     flat = torch.from_numpy(np.ascontiguousarray(audio)).reshape(-1, length)
     spectrum = torch.stft(
-        flat, window, hop_length=max(1, window // 4), window=torch.hann_window(window), pad_mode="constant",
-        return_complex=True,
+        flat, window, hop_length=max(1, window // 4), pad_mode="constant", return_complex=True,
+        window=torch.hann_window(window, dtype=torch.float32, device="cpu"),
     ).abs() / (window / 4)  # fmt: skip
     levels = (1 + 20 * torch.log10(spectrum.clamp_min(1e-4)) / 80).clamp(0, 1).flip(1)
     return levels[..., None].expand(-1, -1, -1, 3).reshape(samples, channels, *levels.shape[1:], 3).numpy()

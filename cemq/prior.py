@@ -71,7 +71,9 @@ class SamplerFingerprint:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SamplerFingerprint:
-        return cls(scheduler=fields["scheduler"], config=fields["config"], timesteps=tuple(fields["timesteps"]))
+        """Raises TypeError or ValueError where a field is of another type."""
+        timesteps = tuple(float(timestep) for timestep in fields["timesteps"])
+        return cls(scheduler=str(fields["scheduler"]), config=dict(fields["config"]), timesteps=timesteps)
 
 
 def _cubic_weights(old: np.ndarray, new: np.ndarray, points: int = 4) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cemq.correction import channel_axis
-from cemq.errors import PriorMismatchError
+from cemq.errors import ModelError, PriorMismatchError
 from cemq.prior import ErrorPrior, PriorMetadata
 from cemq.processes import ALONE, Processes
 from cemq.sampling import Batch, Progress, iterate, run
@@ -29,11 +29,20 @@ def record_references(
     progress: Progress | None = None,
     watch: Callable[[Batch], AbstractContextManager[Any]] = lambda _: nullcontext(),
 ) -> list[Trajectory]:
-    """Run the full-precision pipeline once per batch and keep its trajectories; ``watch`` is entered for each run."""
+    """Run the full-precision pipeline once per batch and keep its trajectories; ``watch`` is entered for each run.
+
+    Raises:
+        ModelError: The first run never steps the pipeline's scheduler, so that there are no steps to speak of.
+    """
     references = []
     for batch, on_step in iterate(batches, "reference runs", progress, steps):
         with watch(batch), record(pipe, measure_steps=True) as trajectory:
             run(pipe, batch, steps=steps, call=call, on_step=on_step)
+        if not trajectory.num_steps:
+            raise ModelError(
+                f"{type(pipe).__name__} never calls step() of its scheduler (it steps copies of it, or none): none of "
+                "its steps can be skipped; quantize it with cemq.quantize_in_place"
+            )
         references.append(trajectory)
     return references
 
@@ -116,7 +125,7 @@ def _grams(q: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> tuple[np.nda
     """``<q_i, q_j>``, ``<q_i, v_j>``, ``<v_i, v_j>`` per element, in float64: small errors are differences of these."""
     q_flat, v_flat = ([tensor.reshape(-1) for tensor in tensors] for tensors in (q, v))
     elements, steps = q_flat[0].numel(), len(q_flat)
-    gram = torch.zeros(2 * steps, 2 * steps, dtype=torch.float64)
+    gram = torch.zeros(2 * steps, 2 * steps, dtype=torch.float64, device="cpu")
     for start in range(0, elements, _CHUNK):
         part = torch.stack([tensor[start : start + _CHUNK].double() for tensor in (*q_flat, *v_flat)])
         gram += part @ part.T

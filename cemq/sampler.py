@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,35 +19,128 @@ from cemq.prior import SamplerFingerprint
 _UNSUITABLE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-@contextmanager
-def intercepted(scheduler: Any, method: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Have ``around(original, **arguments)`` called in place of ``scheduler.method``, on this one object.
+# How diffusers' samplers name what they are given; others may name it otherwise, in this order, or not at all.
+_STEP = ("model_output", "timestep", "sample")
 
-    The signature stays visible (pipelines inspect it), the arguments arrive by name, and a deep copy of the scheduler
-    runs its own untouched method. Interceptions nest; each is undone on exit, also after an exception.
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a scheduler's method as it was made: whoever lies below gets positions as positions, names as names.
+
+    ``names`` are those of the parameters by position, as far as the method's signature tells.
     """
-    function = getattr(type(scheduler), method)
-    signature = inspect.signature(function)
-    original = getattr(scheduler, method)
-    before = scheduler.__dict__.get(method)
 
-    @functools.wraps(function)
-    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is not scheduler:
-            return function(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs).arguments
-        named = {name: value for name, value in bound.items() if name != "self"}
-        named.update(named.pop("kwargs", {}))
-        return around(original, **named)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    names: tuple[str, ...] = _STEP
 
-    setattr(scheduler, method, types.MethodType(replacement, scheduler))
+    def get(self, name: str) -> Any:
+        """The argument of this name, however it was given; None where it was not."""
+        place = self._place(name)
+        return self.args[place] if isinstance(place, int) else self.kwargs.get(place)
+
+    def replaced(self, **changes: Any) -> Call:
+        """The same call with other values for some of its arguments; each stays where it was given."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for name, value in changes.items():
+            place = self._place(name)
+            (args if isinstance(place, int) else kwargs)[place] = value
+        return Call(tuple(args), kwargs, self.names)
+
+    def _place(self, name: str) -> int | str:
+        """The position or the keyword that an argument was given at; its own name if it was not given."""
+        known = self.names if name in self.names else _STEP
+        if name in self.kwargs or name not in known:
+            return name
+        position = known.index(name)
+        if position < len(self.args):
+            return position
+        return self.names[position] if position < len(self.names) else name
+
+
+class Interception:
+    """Lies in a scheduler in place of one of its methods, until it is ended.
+
+    Others may have wrapped it since and call it for as long as they like: it then hands on what it is given.
+    """
+
+    def __init__(self, scheduler: Any, method: str, around: Callable[..., Any]) -> None:
+        self._scheduler, self._method = scheduler, method
+        self.below, self.before = getattr(scheduler, method), vars(scheduler).get(method)
+        self.around: Callable[..., Any] | None = around
+        functools.update_wrapper(self, self.below, updated=())  # pipelines inspect the signature
+        self._names = _positional(self.below)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        around = self.around
+        return around(self.below, Call(args, kwargs, self._names)) if around else self.below(*args, **kwargs)
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether it lies there with nothing but others of its kind above it."""
+        found = vars(self._scheduler).get(self._method)
+        while isinstance(found, Interception) and found is not self:
+            found = found.before
+        return found is self
+
+    def __deepcopy__(self, memo: Any) -> Interception:
+        return self  # of the attributes of a scheduler that are put back into it (panoramas); copies of it have none
+
+
+def _positional(method: Callable[..., Any]) -> tuple[str, ...]:
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
-        yield
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):
+        return _STEP
+    return tuple(each.name for each in parameters if each.kind in by_position) or _STEP
+
+
+@contextmanager
+def intercepted(
+    scheduler: Any, method: str, around: Callable[[Callable[..., Any], Call], Any]
+) -> Iterator[Interception]:
+    """Have ``around(original, call)`` called in place of ``scheduler.method``, on this one object.
+
+    ``original(*call.args, **call.kwargs)`` is what would have been called. The signature stays visible, and copies of
+    the scheduler, shallow or deep, run their own untouched methods. Interceptions nest, with each other and with what
+    others put in the method's place, and may end in any order; each ends on exit, also after an exception.
+    """
+    found, attributes = Interception(scheduler, method, around), vars(scheduler)
+    attributes[method] = found
+    attributes["__getstate__"] = functools.partial(_state_of_copies, scheduler)
+    try:
+        yield found
     finally:
-        if before is None:
-            delattr(scheduler, method)
-        else:
-            setattr(scheduler, method, before)
+        found.around = None
+        on_top = attributes.get(method)
+        _put(attributes, method, _below(on_top, lambda each: each.around is None))
+        is_buried = on_top is not None and not isinstance(on_top, Interception)
+        if not is_buried and not any(isinstance(value, Interception) for value in attributes.values()):
+            attributes.pop("__getstate__", None)
+
+
+def _below(value: Any, is_left_out: Callable[[Interception], bool] = lambda _: True) -> Any:
+    """What lies below the interceptions on top that are left out; None for the class's own method."""
+    while isinstance(value, Interception) and is_left_out(value):
+        value = value.before
+    return value
+
+
+def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
+    if value is None:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = value
+
+
+def _state_of_copies(scheduler: Any) -> dict[str, Any]:
+    """What a copy of a scheduler is given: all but the interceptions, which call the one they were made for."""
+    state = dict(vars(scheduler))
+    del state["__getstate__"]
+    for name in [name for name, value in state.items() if isinstance(value, Interception)]:
+        _put(state, name, _below(state[name]))
+    return state
 
 
 def landing_lengths(lengths: np.ndarray, factors: np.ndarray) -> np.ndarray:
@@ -94,11 +187,12 @@ def responses(scheduler: Any, steps: int) -> np.ndarray | None:
     """
 
     def moved(amount: float) -> np.ndarray:
-        twin, outputs = copy.deepcopy(scheduler), amount * torch.eye(steps, dtype=torch.float64)
-        if len(twin.timesteps) > steps:
+        twin = copy.deepcopy(scheduler)
+        outputs = amount * torch.eye(steps, dtype=torch.float64, device="cpu")
+        if len(twin.timesteps) > steps and hasattr(twin, "set_begin_index"):
             twin.set_begin_index(len(twin.timesteps) - steps)
-        random = {"generator": torch.Generator()} if "generator" in inspect.signature(twin.step).parameters else {}
-        sample, rows = torch.zeros(1, steps, 1, 1, dtype=torch.float64), []
+        random = {"generator": torch.Generator("cpu")} if "generator" in inspect.signature(twin.step).parameters else {}
+        sample, rows = torch.zeros(1, steps, 1, 1, dtype=torch.float64, device="cpu"), []
         for timestep, output in zip(twin.timesteps.cpu()[-steps:], outputs, strict=True):
             for generator in random.values():
                 generator.manual_seed(0)

@@ -17,7 +17,7 @@ import torch
 
 from cemq.errors import PriorMismatchError
 from cemq.prior import SamplerFingerprint
-from cemq.sampler import fingerprint, intercepted, next_sample, with_next_sample
+from cemq.sampler import Call, fingerprint, intercepted, next_sample, with_next_sample
 
 
 @dataclass
@@ -57,12 +57,13 @@ def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
     """
     trajectory, scheduler = Trajectory(), pipe.scheduler
 
-    def step(original: Any, **arguments: Any) -> Any:
+    def step(original: Any, call: Call) -> Any:
         if measure_steps:
-            trajectory.step_sizes.append(_step_size(scheduler, arguments))
-        result = original(**arguments)
-        trajectory.predictions.append(arguments["model_output"].detach().cpu())
-        trajectory.samples.append(next_sample(result).detach().cpu())
+            trajectory.step_sizes.append(_step_size(scheduler, call))
+        prediction = _kept(call.get("model_output"))  # before the sampler has had it
+        result = original(*call.args, **call.kwargs)
+        trajectory.predictions.append(prediction)
+        trajectory.samples.append(_kept(next_sample(result)))
         return result
 
     with intercepted(scheduler, "step", step), run_end(pipe) as end:
@@ -75,18 +76,18 @@ def run_end(pipe: Any) -> Iterator[End]:
     """Once the block has ended: the final sample of the run in it, and the timesteps that it took."""
     end, scheduler, timesteps = End(), pipe.scheduler, []
 
-    def step(original: Any, **arguments: Any) -> Any:
+    def step(original: Any, call: Call) -> Any:
         end.sampler = end.sampler or fingerprint(scheduler)
-        timesteps.append(arguments.get("timestep"))  # read later: that may have to wait for the device
-        result = original(**arguments)
-        end.sample = next_sample(result)
+        timesteps.append(call.get("timestep"))  # read later: that may have to wait for the device
+        result = original(*call.args, **call.kwargs)
+        end.sample = next_sample(result).detach().clone()
         return result
 
     with intercepted(scheduler, "step", step):
         yield end
     end.num_steps = len(timesteps)
     if end.sampler and len(timesteps) < len(end.sampler.timesteps) and all(t is not None for t in timesteps):
-        taken = tuple(float(torch.as_tensor(timestep).flatten()[0]) for timestep in timesteps)
+        taken = tuple(float(torch.as_tensor(t, dtype=torch.float64, device="cpu").flatten()[0]) for t in timesteps)
         end.sampler = dataclasses.replace(end.sampler, timesteps=taken)  # image to image begins late
 
 
@@ -99,34 +100,39 @@ def force(pipe: Any, reference: Trajectory) -> Iterator[Trajectory]:
     """
     trajectory = Trajectory(sampler=reference.sampler)
 
-    def step(original: Any, **arguments: Any) -> Any:
+    def step(original: Any, call: Call) -> Any:
         index = trajectory.num_steps
         if index >= reference.num_steps:
             raise PriorMismatchError(
                 f"forced run made more steps than the {reference.num_steps} of its reference: use the same step count"
             )
-        result = original(**arguments)  # first, so that the scheduler's own state moves on
-        trajectory.predictions.append(arguments["model_output"].detach().cpu())
+        trajectory.predictions.append(_kept(call.get("model_output")))
+        result = original(*call.args, **call.kwargs)  # so that the scheduler's own state moves on
         computed, recorded = next_sample(result), reference.samples[index]
         trajectory.samples.append(recorded)
-        return with_next_sample(result, recorded.to(computed.device, computed.dtype))
+        return with_next_sample(result, recorded.to(computed.device, computed.dtype, copy=True))
 
     with intercepted(pipe.scheduler, "step", step):
         yield trajectory
 
 
-def _step_size(scheduler: Any, arguments: dict[str, Any]) -> float:
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU: pipelines change samples in place (the first frame of a video, what a mask leaves alone)."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _step_size(scheduler: Any, call: Call) -> float:
     """``|change of the next sample| / |change of the model output|`` at this step, in float32, on two twins."""
-    output, sample = arguments["model_output"].float(), arguments["sample"].float()
+    output, generator = call.get("model_output").float(), call.get("generator")
     change = 0.1 * output
     results = []
-    for model_output in (output, output + change):
+    for model_output in (output.clone(), output + change):  # the twins may change what they are given in place
         twin = copy.deepcopy(scheduler)
-        twin_arguments = arguments | {"model_output": model_output, "sample": sample}
-        if arguments.get("generator") is not None:
-            twin_arguments["generator"] = _twin_generators(arguments["generator"])
+        own = {"generator": _twin_generators(generator)} if generator is not None else {}
+        sample = call.get("sample").to(torch.float32, copy=True)
+        twins = call.replaced(model_output=model_output, sample=sample, **own)
         with torch.random.fork_rng(devices=[output.device] if output.is_cuda else []):
-            results.append(next_sample(type(twin).step(twin, **twin_arguments)).float())
+            results.append(next_sample(type(twin).step(twin, *twins.args, **twins.kwargs)).float())
     return ((results[1] - results[0]).norm() / change.norm().clamp_min(1e-20)).item()
 
 

@@ -17,19 +17,29 @@ import torch
 
 from cemq import __version__
 from cemq.bundle import EVIDENCE, MANIFEST, PRIOR, Manifest, read_bundle, seal, staging, write_pipeline
-from cemq.errors import InputError, ModelError, choose
+from cemq.errors import InputError, ModelError, ReplayError, choose
 from cemq.evaluation import measure_fidelity, run_batch, said_of_steps
-from cemq.models import check_device, default_device, default_dtype, denoisers, locate, open_pipeline, weight_bytes
+from cemq.models import (
+    check_device,
+    default_device,
+    default_dtype,
+    denoisers,
+    locate,
+    open_pipeline,
+    pipeline_class,
+    weight_bytes,
+)
 from cemq.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
 from cemq.placement import format_bytes
 from cemq.planner import Planner, other_step_counts, planning_settings
-from cemq.planning import check_correctable, check_planning
+from cemq.planning import AUTO_BUDGET, check_correctable, check_planning
 from cemq.prior import VIEWS
 from cemq.processes import ALONE, Processes
 from cemq.profiling import profile, record_references
-from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
+from cemq.quantize import RECORDED_BYTES, QuantizationPlan, quantize_pipeline, record_calls
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
 from cemq.runtime import Plan, attached, cache_checked, from_pretrained
+from cemq.runtime.dtypes import as_loaded, tensor_dtypes
 from cemq.sampling import (
     BUILD_LOG,
     Batch,
@@ -37,9 +47,11 @@ from cemq.sampling import (
     check_call,
     check_conditions,
     check_drivable,
+    check_steps,
     condition_argument,
     iterate,
     make_batches,
+    read_call,
     read_conditions,
     run,
     split_conditions,
@@ -64,6 +76,9 @@ def resolve_recipe(model: str | None, recipe: str | None, settings: dict[str, An
     if model:
         given["model"] = model
     resolved = make_recipe(base | given)
+    for name in ("tolerance", "target_psnr"):
+        if name in given and resolved.budget != AUTO_BUDGET:
+            raise InputError(f"{name}: only budget=auto looks at it, found budget={resolved.budget}: leave one out")
     if not resolved.model:
         raise InputError("no model: name builtin:NAME, a pipeline folder or a Hub id, or a recipe that names one")
     return resolved
@@ -127,11 +142,15 @@ def quantize_and_schedule(
     with staging(Path(output), overwrite=overwrite) if processes.is_main else nullcontext() as folder:
         processes.agree("settings", (settled.model_dump(), _library_versions(), torch.get_num_threads()))
         pipe = open_pipeline(source.folder, dtype=dtype, device=place)
+        opened = tensor_dtypes(pipe)
         pipe.set_progress_bar_config(disable=True)
         steps = settled.steps or _default_steps(pipe)
         check_planning(**planning_settings(settled), budget=settled.budget, steps=steps)
-        check_call(pipe, settled.call)
+        check_call(type(pipe), settled.call)
+        read = read_call(type(pipe), settled.call)
+        settled = make_recipe(settled.model_dump(exclude_unset=True) | {"call": read})
         check_drivable(pipe)
+        check_steps(pipe, steps, *other_step_counts(settled, steps))
         check_correctable(settled.corrector, settled.cache, pipe.scheduler, steps)
         quantization.check_pipeline(pipe)
         profiled, held_out = _conditions(pipe, settled)
@@ -153,11 +172,13 @@ def quantize_and_schedule(
                 logging.getLogger(BUILD_LOG).info(said)
 
         # Every process quantizes, from all calls: as long a wait as for one that does, and nothing to send afterwards.
-        recorded: list[dict[str, Any]] = []
-        every = _stride(len(batches) * steps)
+        recorded: list[dict[str, Any] | ReplayError] = []
+        every, limit = _stride(len(batches) * steps), RECORDED_BYTES // (len(batches) * len(denoisers(pipe)))
 
         def watch(batch: Batch) -> Any:
-            return _recorded_calls(pipe, quantization, recorded, every=every, before=batches.index(batch) * steps)
+            return _recorded_calls(
+                pipe, quantization, recorded, every=every, before=batches.index(batch) * steps, limit_bytes=limit
+            )
 
         shares = [processes.share(each) for each in (batches, planning, check)]
         references = record_references(
@@ -171,8 +192,14 @@ def quantize_and_schedule(
         wanted = _outcomes(pipe, shares[2], "full-precision check", steps, settled, progress)
         reference_bytes = weight_bytes(pipe)
 
-        calls = _in_one(processes.gather(recorded))
+        gathered = processes.gather(recorded)
         recorded.clear()
+        if failed := next((each for each in gathered if isinstance(each, ReplayError)), None):
+            quantization = quantization.without_calls(failed)
+            if processes.is_main:
+                logging.getLogger(BUILD_LOG).warning("%s: weights are rounded to nearest", failed)
+        calls = {} if failed else _in_one(gathered)
+        del gathered
         quantize_pipeline(pipe, quantization, calls, progress)
         del calls
         if processes.count > 1:
@@ -228,6 +255,7 @@ def quantize_and_schedule(
             libraries=_library_versions(),
             recipe=settled.model_dump(exclude_unset=True),
             other_runs=tuple(run for run, _ in others),
+            dtypes=as_loaded(opened, tensor_dtypes(pipe)),
         )
         if folder is not None:
             write_pipeline(pipe, folder, source.folder)
@@ -288,13 +316,14 @@ def generate_sample(
 ) -> Sample:
     """`generate` as a `cemq.outputs.Sample`, which knows how to save itself; ``output`` is checked beforehand."""
     manifest = read_bundle(Path(bundle))
-    arguments = manifest.call | (call or {})
+    kind = pipeline_class(manifest.pipeline_class)
+    check_call(kind, call or {})
+    arguments = manifest.call | read_call(kind, call or {})
     pipe = from_pretrained(
         bundle, device=device, budget=budget, vram=vram, call=arguments, offload_folder=offload_folder
     )
     if output is not None:
         check_path(output, output_kind(pipe))
-    check_call(pipe, arguments)
     batch = Batch(conditions=check_conditions(pipe, [condition]), seeds=(seed,))
     steps = steps or manifest.num_inference_steps
     values = as_array(run(pipe, batch, steps=steps, call=arguments))
@@ -340,17 +369,40 @@ def _stride(steps: int) -> int:
 
 @contextmanager
 def _recorded_calls(
-    pipe: Any, quantization: QuantizationPlan, found: list[dict[str, Any]], *, every: int, before: int
+    pipe: Any,
+    quantization: QuantizationPlan,
+    found: list[dict[str, Any] | ReplayError],
+    *,
+    every: int,
+    before: int,
+    limit_bytes: int,
 ) -> Iterator[None]:
-    """Add to ``found`` each ``every``-th call of a run, by denoiser; ``before`` steps were run in earlier batches."""
-    with ExitStack() as recording:
-        calls = {
-            name: recording.enter_context(record_calls(denoiser, every=every, first=-before % every))
-            for name, denoiser in denoisers(pipe)
-            if quantization.needs_calls(denoiser)
-        }
+    """Add to ``found`` each ``every``-th call of a run, by denoiser; ``before`` steps were run in earlier batches.
+
+    Calls that cannot be replayed are none: what there is of each batch is why, and nothing is recorded from there on.
+
+    Raises:
+        ReplayError: Nor can be done without.
+    """
+    if found and isinstance(found[-1], ReplayError):
         yield
-    found.append(calls)
+        found.append(found[-1])
+        return
+    try:
+        with ExitStack() as recording:
+            calls = {
+                name: recording.enter_context(
+                    record_calls(denoiser, every=every, first=-before % every, limit_bytes=limit_bytes)
+                )
+                for name, denoiser in denoisers(pipe)
+                if quantization.needs_calls(denoiser)
+            }
+            yield
+    except ReplayError as error:
+        quantization.without_calls(error)  # now, and not after the other runs
+        found[:] = [error] * (len(found) + 1)
+    else:
+        found.append(calls)
 
 
 def _in_one(recorded: list[dict[str, Any]]) -> dict[str, list[Any]]:

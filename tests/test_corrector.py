@@ -194,11 +194,11 @@ def watched(pipe, batch, call):
     """What the denoiser predicted at each step (after guidance), and the sample before the run and after each step."""
     outputs, samples = [], []
 
-    def step(original, **arguments):
+    def step(original, call):
         if not samples:
-            samples.append(arguments["sample"].clone())
-        outputs.append(arguments["model_output"].clone())
-        result = original(**arguments)
+            samples.append(call.get("sample").clone())
+        outputs.append(call.get("model_output").clone())
+        result = original(*call.args, **call.kwargs)
         samples.append(next_sample(result).clone())
         return result
 

@@ -326,11 +326,12 @@ def numbered_correction(steps=STEPS, channels=4):
 def test_what_the_sampler_consumes_is_corrected_on_full_and_skipped_steps(dit, schedule):
     fix = numbered_correction()
 
-    def by_hand(original, **arguments):
-        index = len(seen)
-        seen.append(arguments["model_output"])
+    def by_hand(original, call):
+        index, output = len(seen), call.get("model_output")
+        seen.append(output)
         table = [torch.tensor(x[index], dtype=torch.float32).view(1, 4, 1, 1) for x in (fix.gain, fix.offset)]
-        return original(**arguments | {"model_output": arguments["model_output"] * table[0] + table[1]})
+        call = call.replaced(model_output=output * table[0] + table[1])
+        return original(*call.args, **call.kwargs)
 
     seen = []
     with attached(dit, plan_of(dit, schedule)), intercepted(dit.scheduler, "step", by_hand):

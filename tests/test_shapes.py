@@ -266,9 +266,9 @@ def drawn(pipe, schedule=None, *, cache="output", at=(), change=None):
     """The final latents, the samples and predictions that went into `step`, and how many steps were computed."""
     taken = []
 
-    def watch(original, **arguments):
-        result = original(**arguments)
-        taken.append((arguments["sample"].clone(), arguments["model_output"].clone(), next_sample(result).clone()))
+    def watch(original, call):
+        result = original(*call.args, **call.kwargs)
+        taken.append((call.get("sample").clone(), call.get("model_output").clone(), next_sample(result).clone()))
         return result
 
     def callback(pipe, step, timestep, given):

@@ -13,6 +13,8 @@ GROUP_SIZE = 64
 # Triton decides when it is imported whether it interprets, and here something else has imported it long ago
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+BLOCKS = {8: kernels._w8_kernel.configs, 4: kernels._w4_kernel.configs}
+
 needs_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 on_each_device = pytest.mark.parametrize(
     "device", ["cpu" if INTERPRETED else pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
@@ -81,6 +83,13 @@ def assert_close(output: torch.Tensor, values: torch.Tensor, weight, weight_scal
     assert ((output.cpu().double() - expected).abs() <= slack).all()
 
 
+@pytest.fixture(autouse=True)
+def _untuned(monkeypatch):
+    """One block shape: tuning compiles seven for each kind of layer, minutes for all that is drawn here."""
+    for kernel in (kernels._w8_kernel, kernels._w4_kernel):
+        monkeypatch.setattr(kernel, "configs", kernel.configs[-1:])
+
+
 @on_each_device
 @few
 @given(sizes, dtypes, seeds)
@@ -126,6 +135,26 @@ def test_w4_accumulators_are_exact(device, size, seed, group_size):
         (tokens.to(device), unread, unread), packed.to(device), group_scale.to(device), unread, unread, None,
         group_size, torch.int32,
     )  # fmt: skip
+    assert torch.equal(product.cpu().long(), tokens.long() @ weight.long().t())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("number", range(len(BLOCKS[8])))
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_block_shape_is_exact(bits, number, monkeypatch):
+    m, n, k = 300, 400, 1000
+    kernel = (kernels._w8_kernel, kernels._w4_kernel)[bits == 4]
+    monkeypatch.setattr(kernel, "configs", BLOCKS[bits][number : number + 1])
+    tokens, unread = some_int8(m, k, low=-128, seed=0), torch.empty(0, device="cuda")
+    quantized = tokens.cuda(), unread, unread
+    if bits == 8:
+        weight = some_int8(n, k, low=-127, seed=1)
+        product = kernels._multiply_w8(quantized, weight.cuda(), unread, unread, None, torch.int32)
+    else:
+        packed, group_scale, weight = some_int4(n, k, 1)
+        operands = packed.cuda(), group_scale.cuda(), unread, unread, None, GROUP_SIZE
+        product = kernels._multiply_w4(quantized, *operands, torch.int32)
     assert torch.equal(product.cpu().long(), tokens.long() @ weight.long().t())
 
 
@@ -216,8 +245,7 @@ def test_compiles_to_int8_tensor_cores(name, capability, product, monkeypatch, t
     from triton.compiler import ASTSource, compile
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(kernels, name)
-    config = kernel.configs[0]
+    kernel, config = getattr(kernels, name), BLOCKS[4 if name == "_w4_kernel" else 8][0]
     constants = config.kwargs | ({"WORDS": GROUP_SIZE // 8} if name == "_w4_kernel" else {})
     pointers = {
         "tokens": "*i8", "weight": "*i8", "words": "*i32", "group_scale": "*i8", "scale": "*fp32",

@@ -37,7 +37,7 @@ class Architecture:
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
 
         return INPUTS[self.model_class](self, batch, draw)
 
@@ -46,13 +46,13 @@ def _square(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
     """What DiT, PixArt and SD3 have in common."""
     config = architecture.config
     sample = draw(batch, config["in_channels"], config["sample_size"], config["sample_size"])
-    return {"hidden_states": sample, "timestep": torch.full((batch,), 500, device=sample.device)}
+    return {"hidden_states": sample, "timestep": torch.full((batch,), 500, dtype=torch.int64, device=sample.device)}
 
 
 def _dit(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
     inputs = _square(architecture, batch, draw)
-    classes = torch.arange(batch, device=inputs["timestep"].device) % architecture.config["num_embeds_ada_norm"]
-    return inputs | {"class_labels": classes}
+    classes = torch.arange(batch, dtype=torch.int64, device=inputs["timestep"].device)
+    return inputs | {"class_labels": classes % architecture.config["num_embeds_ada_norm"]}
 
 
 def _pixart(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
@@ -74,7 +74,8 @@ def _sd3(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
 def _flux(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
     config, sizes = architecture.config, architecture.sizes
     sample = draw(batch, sizes["height"] * sizes["width"], config["in_channels"])
-    rows, columns = torch.meshgrid(torch.arange(sizes["height"]), torch.arange(sizes["width"]), indexing="ij")
+    places = (torch.arange(sizes[side], dtype=torch.int64, device=sample.device) for side in ("height", "width"))
+    rows, columns = torch.meshgrid(*places, indexing="ij")
     positions = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
     return {
         "hidden_states": sample,
@@ -83,7 +84,7 @@ def _flux(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
         "timestep": torch.full((batch,), 0.5, device=sample.device, dtype=sample.dtype),
         "img_ids": positions.to(sample),
         "txt_ids": torch.zeros(sizes["text_tokens"], 3, device=sample.device, dtype=sample.dtype),
-        "guidance": torch.full((batch,), 3.5, device=sample.device),
+        "guidance": torch.full((batch,), 3.5, dtype=torch.float32, device=sample.device),
     }
 
 
@@ -92,8 +93,20 @@ def _wan(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
     sample = draw(batch, config["in_channels"], sizes["frames"], sizes["height"], sizes["width"])
     return {
         "hidden_states": sample,
-        "timestep": torch.full((batch,), 500, device=sample.device),
+        "timestep": torch.full((batch,), 500, dtype=torch.int64, device=sample.device),
         "encoder_hidden_states": draw(batch, sizes["text_tokens"], config["text_dim"]),
+    }
+
+
+def _qwen_image(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
+    config, sizes = architecture.config, architecture.sizes
+    sample = draw(batch, sizes["height"] * sizes["width"], config["in_channels"])
+    return {
+        "hidden_states": sample,
+        "encoder_hidden_states": draw(batch, sizes["text_tokens"], config["joint_attention_dim"]),
+        "encoder_hidden_states_mask": torch.ones(batch, sizes["text_tokens"], dtype=torch.bool, device=sample.device),
+        "timestep": torch.full((batch,), 0.5, device=sample.device, dtype=sample.dtype),
+        "img_shapes": [[(1, sizes["height"], sizes["width"])]] * batch,
     }
 
 
@@ -103,6 +116,7 @@ INPUTS: dict[str, Callable[[Architecture, int, Draw], Inputs]] = {
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
     "WanTransformer3DModel": _wan,
+    "QwenImageTransformer2DModel": _qwen_image,
 }
 
 _DIT = {"in_channels": 4, "out_channels": 8, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000}
@@ -159,6 +173,26 @@ ARCHITECTURES = {
             batch=2,
             sizes={"text_tokens": 333},
         ),
+        Architecture(  # stabilityai/stable-diffusion-3.5-medium: half of its blocks attend to the picture alone besides
+            name="sd3.5-medium",
+            model_class="SD3Transformer2DModel",
+            config={
+                "sample_size": 128,
+                "patch_size": 2,
+                "in_channels": 16,
+                "num_layers": 24,
+                "attention_head_dim": 64,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 4096,
+                "caption_projection_dim": 1536,
+                "pooled_projection_dim": 2048,
+                "pos_embed_max_size": 384,
+                "dual_attention_layers": tuple(range(13)),
+                "qk_norm": "rms_norm",
+            },
+            batch=2,
+            sizes={"text_tokens": 333},
+        ),
         Architecture(  # black-forest-labs/FLUX.1-dev at 1024 x 1024; guidance is an input, not a second branch
             name="flux-dev",
             model_class="FluxTransformer2DModel",
@@ -189,6 +223,35 @@ ARCHITECTURES = {
             },
             batch=1,
             sizes={"frames": 5, "height": 60, "width": 104, "text_tokens": 512},
+        ),
+        Architecture(  # Wan-AI/Wan2.1-T2V-14B-Diffusers, the same clip
+            name="wan-14b",
+            model_class="WanTransformer3DModel",
+            config={
+                "num_attention_heads": 40,
+                "attention_head_dim": 128,
+                "in_channels": 16,
+                "out_channels": 16,
+                "text_dim": 4096,
+                "ffn_dim": 13824,
+                "num_layers": 40,
+            },
+            batch=1,
+            sizes={"frames": 5, "height": 60, "width": 104, "text_tokens": 512},
+        ),
+        Architecture(  # Qwen/Qwen-Image at 1024 x 1024; both branches one after the other
+            name="qwen-image",
+            model_class="QwenImageTransformer2DModel",
+            config={
+                "in_channels": 64,
+                "out_channels": 16,
+                "num_layers": 60,
+                "attention_head_dim": 128,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 3584,
+            },
+            batch=1,
+            sizes={"height": 64, "width": 64, "text_tokens": 256},
         ),
     )
 }

@@ -98,7 +98,7 @@ def _compile(subject: Subject) -> str:
     if found != OK:
         return found
     layers = model.transformer_blocks[0].ff
-    values = torch.randn(1, _ROWS, model.inner_dim).to(subject.output)
+    values = torch.randn(1, _ROWS, model.inner_dim, dtype=torch.float32, device="cpu").to(subject.output)
     with torch.no_grad():
         error = relative_error(layers(values), torch.compile(layers, fullgraph=True)(values))
     return OK if error <= _COMPILED_ERROR else f"another output: relative difference {error:.2g}"

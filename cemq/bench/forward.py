@@ -82,7 +82,10 @@ def bench_architecture(
         if progress:
             progress(stage, done / total)
 
-    inputs = architecture.inputs(batch, dtype=kind, device=place)
+    try:
+        inputs = architecture.inputs(batch, dtype=kind, device=place)
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:  # torch has all of them for a huge size
+        raise InputError(f"batch={batch}: inputs of that size cannot be made: {first_line(error)}") from error
     notes, reference = [], None
     exact_fits = planned_bytes(empty, torch.float32) <= _USABLE * free
     if exact_fits and not (full_precision and kind == torch.float32):

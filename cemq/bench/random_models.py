@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from cemq.bench.architectures import Architecture
 from cemq.errors import SchemeError
+from cemq.families import BLOCK_LISTS
 from cemq.quantize import NO_SCHEME, CemqConfig, QuantizationPlan, check_scheme, quantize_calibrated
 from cemq.quantize.allocate import layer_bytes
 from cemq.quantize.calibrate import Call
@@ -26,6 +28,16 @@ def empty_model(architecture: Architecture) -> Any:
     """The model with its parameters on the meta device; its tables of positions are real."""
     with init_empty_weights(include_buffers=False):
         return getattr(diffusers, architecture.model_class)(**architecture.config).eval().requires_grad_(False)
+
+
+def share_blocks(model: nn.Module) -> None:
+    """Have blocks of one shape be one and the same block: a forward costs as much, and the model a few blocks."""
+    for name, blocks in model.named_children():
+        if isinstance(blocks, nn.ModuleList) and any(fnmatchcase(name, pattern) for pattern in BLOCK_LISTS):
+            first: dict[tuple, nn.Module] = {}
+            for index, block in enumerate(blocks):
+                shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+                blocks[index] = first.setdefault((type(block), shapes), block)
 
 
 def parse_scheme(text: str) -> tuple[str, str]:
@@ -78,14 +90,18 @@ def random_model(
     config: CemqConfig | None = None,
     weights_rounded_to: torch.dtype | None = None,
     batch: int = 1,
+    shared_blocks: bool = False,
 ) -> Any:
     """A model whose weights depend on their names and the device alone, quantized by ``config`` (4 bits to nearest).
 
     Args:
         weights_rounded_to: Round the weights to this dtype before they are kept in ``dtype``.
         batch: Of the one call that backends with fixed activation scales are calibrated with.
+        shared_blocks: See `share_blocks`.
     """
     model = empty_model(architecture)
+    if shared_blocks:
+        share_blocks(model)
     place, rounding = torch.device(device), weights_rounded_to or dtype
 
     def draw(module: nn.Module, prefix: str) -> None:
@@ -127,7 +143,7 @@ def _draw(name: str, shape: torch.Size, embedding: bool, device: torch.device) -
     """Normal, scaled so that products keep the size of their inputs; the weights of norms are ones."""
     bias = name.endswith("bias")
     if len(shape) == 1 and not bias:
-        return torch.ones(shape, device=device)
+        return torch.ones(shape, dtype=torch.float32, device=device)
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     scale = _SMALL if bias or embedding else prod(shape[1:]) ** -0.5
-    return torch.randn(shape, generator=generator, device=device).mul_(scale)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).mul_(scale)

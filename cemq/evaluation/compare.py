@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cemq.bundle import read_bundle
-from cemq.errors import InputError
+from cemq.bundle import MANIFEST, read_bundle
+from cemq.errors import InputError, ModelError
 from cemq.evaluation.metrics import psnr_db, relative_l2, ssim
+from cemq.files import absolute, check_writable, written_whole
 from cemq.models import default_device, locate, open_pipeline, weight_bytes
 from cemq.outputs import as_array, as_levels, as_pictures
 from cemq.prior import SamplerFingerprint
@@ -195,10 +196,18 @@ def evaluate(
         raise InputError(f"seed {min(used)} was used to profile this bundle: choose another --seed")
     if picture is not None:
         check_picture_path(Path(picture))
+        picture = absolute(picture)
     place = device or default_device()
     source = locate(reference or manifest.model)
+    if (source.folder / MANIFEST).is_file():
+        raise ModelError(f"reference '{source.name}' is a cemq bundle: give the full-precision model")
     scheduled = from_pretrained(bundle, device=place, budget=budget)
     original = open_pipeline(source.folder, dtype=manifest.dtype, device=place)
+    if type(original) is not type(scheduled):
+        raise ModelError(
+            f"reference '{source.name}' is a {type(original).__name__}, the bundle was made from a "
+            f"{manifest.pipeline_class}: give the model that it was made from"
+        )
     for pipe in (scheduled, original):
         pipe.set_progress_bar_config(disable=True)
 
@@ -210,7 +219,7 @@ def evaluate(
     fidelity = measure_fidelity(references, outcomes, processes)
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
     if picture is not None and processes.is_main:
-        write_side_by_side(Path(picture), references[0].images, outcomes[0].images)
+        write_side_by_side(picture, references[0].images, outcomes[0].images)
     if note := said_of_steps(schedule_hook(scheduled).schedule, fidelity.num_steps, fidelity.full_steps):
         warnings.warn(f"cemq: {note}", stacklevel=2)
     return Evaluation(
@@ -225,12 +234,11 @@ def evaluate(
     )
 
 
-def check_picture_path(path: Path) -> None:
+def check_picture_path(path: Path, what: str = "picture") -> None:
     """Raises InputError unless a PNG can be written there."""
     if path.suffix.lower() != ".png":
-        raise InputError(f"picture '{path}': the name must end in .png")
-    if not path.parent.is_dir():
-        raise InputError(f"picture '{path}': the folder '{path.parent}' does not exist")
+        raise InputError(f"{what} '{path}': the name must end in .png")
+    check_writable(path, what)
 
 
 def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, rows: int = 4) -> None:
@@ -245,7 +253,8 @@ def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, r
         lines.append(np.concatenate([left, np.ones((left.shape[0], gap, 3)), right], axis=1))
         lines.append(np.ones((gap, lines[0].shape[1], 3)))
     sheet = np.concatenate(lines[:-1])
-    Image.fromarray((sheet * 255).round().astype(np.uint8)).save(path)
+    with written_whole(path, "picture") as partial:
+        Image.fromarray((sheet * 255).round().astype(np.uint8)).save(partial)
 
 
 def _in_a_row(pictures: np.ndarray, most: int = 4) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from cemq.quantize.allocate import choose_eight_bit, stored_bits
 from cemq.quantize.build import QuantizationPlan, quantize_pipeline
-from cemq.quantize.calibrate import quantize_calibrated, record_calls
+from cemq.quantize.calibrate import RECORDED_BYTES, quantize_calibrated, record_calls
 from cemq.quantize.linear import InputStatistics, NativeLinear, QuantizedLinear
 from cemq.quantize.quantizer import CemqConfig, quantize_in_place
 from cemq.quantize.schemes import BACKENDS, NO_SCHEME, SCHEMES, Backend, Scheme, check_scheme, installed
@@ -10,6 +10,7 @@ from cemq.quantize.schemes import BACKENDS, NO_SCHEME, SCHEMES, Backend, Scheme,
 __all__ = [
     "BACKENDS",
     "NO_SCHEME",
+    "RECORDED_BYTES",
     "SCHEMES",
     "Backend",
     "CemqConfig",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from cemq.errors import InputError, SchemeError, choose
+from cemq.errors import InputError, ReplayError, SchemeError, choose
 from cemq.families import DENOISERS, EIGHT_BIT, full_precision_patterns
 from cemq.models import denoisers
 from cemq.quantize.allocate import choose_eight_bit, least_bits
@@ -85,6 +85,18 @@ class QuantizationPlan:
             config.layer_class(scheme).needs_largest and scheme.activation_bits == 8
             for _, _, scheme in quantizable(denoiser, config)
         )
+
+    def without_calls(self, reason: ReplayError) -> QuantizationPlan:
+        """The same, rounded to nearest: for a denoiser whose calls cannot be replayed.
+
+        Raises:
+            ReplayError: The backend or the bits budget cannot do without; ``reason``, and what to do.
+        """
+        if self.backend != "native":
+            raise ReplayError(f"{reason}, and {self.backend} is fitted to calls: take --backend native") from reason
+        if self.bits_budget is not None:
+            raise ReplayError(f"{reason}, and a bits budget is spent by replaying calls: leave it out") from reason
+        return replace(self, gptq=False, smoothed=False)
 
     def check_pipeline(self, pipe: Any) -> None:
         """Raises InputError for a component that the pipeline lacks or that stays, or a budget that cannot be kept."""

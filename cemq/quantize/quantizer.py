@@ -6,12 +6,13 @@ folder bit for bit, and ``from_pretrained(..., quantization_config=CemqConfig(sc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.quantizers import auto
@@ -156,6 +157,29 @@ def refuse_adapters(model: nn.Module) -> None:
         )
 
 
+# Methods of diffusers' and transformers' models that take float weights apart or put others beside them, and what to do
+# instead. PEFT finds out at the first quantized layer, and leaves those before it on the meta device: every picture is
+# NaN from then on.
+_ADAPTERS = "call load_lora_weights(), fuse_lora() and unload_lora_weights() before quantizing it"
+_OF_FLOAT_MODELS = {
+    "load_lora_adapter": _ADAPTERS,
+    "load_adapter": _ADAPTERS,
+    "add_adapter": _ADAPTERS,
+    "fuse_qkv_projections": "leave the projections as they are, or fuse them before quantizing it",
+}
+
+
+def refuse_float_methods(model: nn.Module) -> None:
+    """Have a quantized model refuse, in one line, what would break it half-way."""
+    for method, advice in _OF_FLOAT_MODELS.items():
+        if hasattr(model, method):
+            setattr(model, method, functools.partial(_refuse, type(model).__name__, method, advice))
+
+
+def _refuse(model: str, method: str, advice: str, *_: Any, **__: Any) -> NoReturn:
+    raise ModelError(f"{method}() works on float weights, and this {model} is quantized: {advice}")
+
+
 def nothing_to_quantize(model: nn.Module) -> SchemeError:
     return SchemeError(
         f"{type(model).__name__} has no linear layer outside the full-precision patterns: nothing to quantize"
@@ -168,12 +192,13 @@ def mark_quantized(model: nn.Module, config: CemqConfig) -> None:
     quantizer = CemqQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method, model.hf_quantizer = True, config.quant_method, quantizer
     model.register_to_config(quantization_config=config)
+    refuse_float_methods(model)
 
 
 class CemqQuantizer(DiffusersQuantizer):
     """The glue diffusers calls while it loads a model."""
 
-    use_keep_in_fp32_modules = False
+    use_keep_in_fp32_modules = True  # what a model keeps in float32 is so when it is measured, and when it is loaded
     is_serializable = True
     is_trainable = False
     is_compileable = True
@@ -244,6 +269,10 @@ class CemqQuantizer(DiffusersQuantizer):
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise BundleError(f"{type(model).__name__} lacks {len(missing)} tensors ({shown}): write the bundle again")
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.answer_in_compute_dtype()  # biases may have come after weights
+        refuse_float_methods(model)
         return model
 
 

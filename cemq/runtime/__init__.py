@@ -2,7 +2,16 @@
 
 from cemq.runtime.apply import apply_schedule
 from cemq.runtime.caches import CacheMemory, cache_checked
-from cemq.runtime.hook import ScheduleHook, attach, attached, detach, find_hook, schedule_hook, set_budget
+from cemq.runtime.hook import (
+    ScheduleHook,
+    attach,
+    attached,
+    detach,
+    find_hook,
+    for_request,
+    schedule_hook,
+    set_budget,
+)
 from cemq.runtime.load import from_pretrained
 from cemq.runtime.plan import Plan
 
@@ -16,6 +25,7 @@ __all__ = [
     "cache_checked",
     "detach",
     "find_hook",
+    "for_request",
     "from_pretrained",
     "schedule_hook",
     "set_budget",

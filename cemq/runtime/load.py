@@ -11,10 +11,12 @@ from typing import Any
 from cemq.bundle import PRIOR, Manifest, OtherRun, read_bundle
 from cemq.correction import Correction, make_correction
 from cemq.errors import BundleError, CemqError, PlacementError, choose
+from cemq.files import absolute
 from cemq.footprint import plan_memory
 from cemq.hub import find_bundle
 from cemq.models import DTYPES, check_device, default_device, open_pipeline
 from cemq.prior import ErrorPrior
+from cemq.runtime.dtypes import check_dtypes, tensor_dtypes
 from cemq.runtime.hook import attach
 from cemq.runtime.place import disk_folder, free_host_memory, place
 from cemq.runtime.plan import Plan
@@ -55,14 +57,15 @@ def from_pretrained(
         verify: Compare the checksums of all files first.
 
     Raises:
-        BundleError: The bundle is incomplete, damaged or of another format.
+        BundleError: The bundle is incomplete, damaged or of another format, or a tensor has not the dtype in which it
+            was measured.
         InfeasibleBudgetError: The budget is out of range.
         PlacementError: No placement fits in ``vram``, and how much the least one needs; or it would keep weights on
             disk that ``torch_dtype`` converts in memory.
         HubError: There is no such folder, and nothing of that name can be fetched.
         InputError: Unknown dtype or device, or ``vram`` is no size.
     """
-    folder = find_bundle(path, revision)
+    folder = absolute(find_bundle(path, revision))  # the pipeline outlives a change of the working folder
     manifest = read_bundle(folder, verify=verify)
     prior = ErrorPrior.load(folder / PRIOR)
     asked = manifest.recipe or {}
@@ -95,14 +98,16 @@ def from_pretrained(
             )
     offloads = memory is not None and memory.chosen.placement.unit != "nothing"
     try:
-        pipe = open_pipeline(folder, dtype=dtype, device="cpu" if offloads else str(where), align=not offloads)
+        pipe = open_pipeline(folder, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
     except BundleError as error:
         raise BundleError(f"bundle '{folder}': {error}") from error
     if type(pipe).__name__ != manifest.pipeline_class:
         raise CemqError(f"bundle '{folder}' loaded as {type(pipe).__name__}, expected {manifest.pipeline_class}")
+    if dtype == manifest.dtype:  # else it is what diffusers makes of it in another
+        check_dtypes(pipe, folder, manifest)
     if memory is not None:
         root = Path(offload_folder) if offload_folder is not None else None
-        place(pipe, memory, device=where, offload_folder=disk_folder(folder, memory, dtype, root))
+        place(pipe, memory, device=where, offload_folder=disk_folder(folder, memory, tensor_dtypes(pipe), root))
         pipe.cemq_memory_plan = memory
         logging.getLogger("cemq").info("%s: %s", folder, memory.summary())
     attach(pipe, plan)

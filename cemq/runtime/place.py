@@ -23,12 +23,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cemq.bundle import MANIFEST
-from cemq.errors import PlacementError
+from cemq.errors import PlacementError, first_line
 from cemq.families import DENOISERS
+from cemq.files import absolute
 from cemq.memory import give_back, map_large_allocations
+from cemq.models import ALIGNMENT, align
 from cemq.placement import MemoryPlan
+from cemq.runtime.dtypes import Dtypes
 
 _COMPLETE = "complete.json"
+_LAYOUT = "2"  # of the files that weights rest in; raised when what was written before is not to be read
+_WRITERS = ("diffusers", "accelerate", "transformers")
 
 
 def free_host_memory() -> int | None:
@@ -87,7 +92,7 @@ def _in_groups(name: str, model: nn.Module, plan: MemoryPlan, device: torch.devi
     placement, component = plan.chosen.placement, next(c for c in plan.components if c.name == name)
     _check_leaves(name, model, placement.unit == "block" and name in DENOISERS)
     if not component.groups:
-        model.to(device)
+        align(model.to(device))
         return
     # only the denoiser is worth prefetching, and only there the order of layers is traced: decoding is no forward
     blocks = placement.unit == "block" and name in DENOISERS
@@ -113,11 +118,65 @@ def _check_leaves(name: str, model: nn.Module, blocks: bool) -> None:
 def _to_disk(name: str, model: nn.Module, plan: MemoryPlan, device: torch.device, folder: Path) -> None:
     component = next(c for c in plan.components if c.name == name)
     if plan.chosen.placement.hooks == "groups" or (name not in DENOISERS and component.groups):
+        _untie(model)
         with _GivenBack():
             _in_groups(name, model, plan, device, offload_to_disk_path=str(folder))
+        if device.type == "cpu":  # where layers run on the mapped files themselves
+            for file in folder.glob("*.safetensors"):
+                _align_file(file)
     else:
         _write_weights(model, folder)
         accelerate.disk_offload(model, folder, execution_device=device)
+
+
+def _untie(model: nn.Module) -> None:
+    """Give modules that share a tensor (T5's embeddings) one each, over the same memory.
+
+    diffusers writes the weights of one group after the other and puts empty tensors in their place: of a tensor that
+    two groups share, the second one's file would hold whatever lay in that memory.
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) in seen:
+                    own = tensor.detach()
+                    tensors[name] = nn.Parameter(own, tensor.requires_grad) if tensors is module._parameters else own
+                seen.add(id(tensors[name]))
+
+
+def _align_file(path: Path) -> None:
+    """Have every tensor of a safetensors file begin at a multiple of `ALIGNMENT`, with zeros between where needed.
+
+    Layers run on the mapped file itself, and other alignments run other kernels: see `cemq.models.align`.
+    """
+    with path.open("rb") as old:
+        size = int.from_bytes(old.read(8), "little")
+        tensors = json.loads(old.read(size))
+        tensors.pop("__metadata__", None)
+        spans = [entry["data_offsets"] for entry in tensors.values()]
+        if not any((8 + size + start) % ALIGNMENT for start, _ in spans):
+            return
+        header, offset = {}, 0
+        for name, entry in tensors.items():
+            start, end = entry["data_offsets"]
+            header[name] = entry | {"data_offsets": [offset, offset + end - start]}
+            offset += end - start
+            if gap := -offset % ALIGNMENT:  # the format allows none but that of another tensor
+                header[f"after {name}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
+                offset += gap
+        text = json.dumps(header).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as new:
+            new.write(len(text).to_bytes(8, "little") + text)
+            for start, end in spans:
+                old.seek(8 + size + start)
+                new.write(old.read(end - start))
+                new.write(bytes((start - end) % ALIGNMENT))
+    partial.replace(path)
 
 
 class _GivenBack(TorchFunctionMode):
@@ -146,26 +205,29 @@ def _write_weights(model: nn.Module, folder: Path) -> None:
     save_offload_index(index, folder)
 
 
-def disk_folder(bundle: Path, plan: MemoryPlan, dtype: str, root: Path | None = None) -> Path:
+def disk_folder(bundle: Path, plan: MemoryPlan, dtypes: Dtypes, root: Path | None = None) -> Path:
     """Where the weights of a bundle rest when they are offloaded to disk.
 
     Its name is a hash of everything that decides what the files hold: diffusers takes any file that lies there for its
     own, whatever model wrote it.
 
     Args:
+        dtypes: Of the pipeline as it was loaded.
         root: None takes ``cemq/offload`` in the user's cache folder.
     """
     checksum = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))["checksum"]
-    parts = (checksum, dtype, plan.chosen.placement.name, version("diffusers"), version("accelerate"))
+    kinds = json.dumps(dtypes, sort_keys=True)
+    parts = (_LAYOUT, checksum, kinds, plan.chosen.placement.name, *map(version, _WRITERS))
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (root or cache / "cemq" / "offload").expanduser().absolute() / key
+    return absolute(root or cache / "cemq" / "offload") / key
 
 
 @contextmanager
 def _written(folder: Path) -> Iterator[Path]:
     """A folder that is either whole or begun anew; one process at a time writes it."""
     from filelock import FileLock
+    from safetensors import SafetensorError  # of a full disk; it is no OSError
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -176,10 +238,9 @@ def _written(folder: Path) -> Iterator[Path]:
             yield folder
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
             (folder / _COMPLETE).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise PlacementError(
-            f"offload folder '{folder.parent}' cannot be written: {error.strerror or error}"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise PlacementError(f"offload folder '{folder.parent}' cannot be written: {reason}") from error
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -9,10 +9,12 @@ import types
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cemq.bundle import MANIFEST, Manifest, seal, staging, write_pipeline
 from cemq.errors import BundleError
+from cemq.runtime.dtypes import differing, tensor_dtypes
 from cemq.runtime.hook import find_hook
 
 _LEFT_TO_OTHERS = ("README.md", MANIFEST, "model_index.json")
@@ -44,12 +46,20 @@ def write_again(pipe: Any, output: Path, origin: Path, manifest: Manifest, *, dt
         BundleError: The pipeline is not what the bundle's fidelity was measured on, its weights lie elsewhere, or the
             output cannot be written.
     """
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and any(hasattr(module, "lora_A") for module in part.modules()):
+            raise BundleError(f"{name} holds LoRA layers, and its bundle none: call unload_lora_weights() to save it")
     hook = find_hook(pipe)
     changed = []
     if hook is not None and hook.plan.schedule != manifest.schedule:
         changed.append(f"follows {hook.plan.schedule.budget} full-compute steps instead of {manifest.schedule.budget}")
     if dtype != manifest.dtype:
         changed.append(f"was loaded in {dtype} instead of {manifest.dtype}")
+    else:
+        for component, tensor, expected, found in differing(tensor_dtypes(pipe), manifest):
+            if not _holds(found, expected):  # a wider one does: some pipelines cast their autoencoder to decode
+                changed.append(f"has '{tensor}' of {component} in {found} instead of {expected}")
+                break
     if changed:
         raise BundleError(
             f"this pipeline {' and '.join(changed)}, and the fidelity in its bundle was measured otherwise: "
@@ -60,15 +70,18 @@ def write_again(pipe: Any, output: Path, origin: Path, manifest: Manifest, *, dt
             raise BundleError(f"the weights of {name} are offloaded: load the bundle without vram= to save it")
     if not (origin / MANIFEST).is_file():
         raise BundleError(f"the bundle '{origin}' that this pipeline came from is gone, and its prior with it")
-    output = output.expanduser().absolute()
-    if output.is_dir() and not any(output.iterdir()):
-        output.rmdir()
     with staging(output, overwrite=True) as folder:
         write_pipeline(pipe, folder, origin)
         for path in origin.iterdir():
             if path.is_file() and path.name not in _LEFT_TO_OTHERS:
                 shutil.copyfile(path, folder / path.name)
         seal(folder, manifest)
+
+
+def _holds(found: str, expected: str) -> bool:
+    """Whether every number of one dtype is one of the other."""
+    wide, narrow = getattr(torch, found, None), getattr(torch, expected)
+    return wide is not None and torch.promote_types(wide, narrow) == wide
 
 
 def _weights_are_elsewhere(pipe: Any, model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from cemq.predict import (
     integrated_matrix,
     serving_matrix,
 )
+
+MOST_STEPS = 10_000  # what serves what is a table of steps by steps, then of 0.8 GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,10 @@ class CacheSchedule:
     def __post_init__(self) -> None:
         steps = tuple(self.full_steps)
         object.__setattr__(self, "full_steps", steps)
+        if not all(isinstance(number, Integral) for number in (self.num_steps, *steps)):
+            raise InputError("cache schedule: num_steps and full_steps must be whole numbers")
+        if self.num_steps > MOST_STEPS:
+            raise InputError(f"cache schedule: num_steps is {self.num_steps}, at most {MOST_STEPS} can be planned")
         if not steps or steps[0] != 0:
             raise InputError(f"cache schedule: the first full-compute step must be 0, found {steps[:1] or 'none'}")
         if list(steps) != sorted(set(steps)) or steps[-1] >= self.num_steps:
@@ -97,6 +104,18 @@ class CacheSchedule:
             full_steps=tuple(self.full_steps[index] for index in kept),
             predictor=tuple(self.predictors[index] for index in kept),
             solver=self.solver,
+        )
+
+    def from_step(self, first: int) -> CacheSchedule:
+        """What a run follows that begins late, at step ``first`` of this schedule: it is computed in full."""
+        later = [index for index, step in enumerate(self.full_steps) if step > first]
+        begun = self.predictors[len(self.full_steps) - len(later) - 1]
+        return dataclasses.replace(
+            self,
+            num_steps=self.num_steps - first,
+            full_steps=(0, *(self.full_steps[index] - first for index in later)),
+            predictor=(begun, *(self.predictors[index] for index in later)),
+            branch_steps=tuple(step - first for step in self.branch_steps if step > first),
         )
 
     @property

@@ -39,7 +39,7 @@ class TorchaoLinear(QuantizedLinear):
         if dtype == torch.float16:  # torchao rounds to it before it multiplies with the weight scale, and overflows
             values = values.float()
         block = [1, self.in_features]
-        weight = Int8Tensor(self.weight, self.weight_scale, block, values.dtype, act_quant_kwargs=_ACTIVATIONS)
+        weight = Int8Tensor(self.integers, self.weight_scale, block, values.dtype, act_quant_kwargs=_ACTIVATIONS)
         return F.linear(values.contiguous(), weight, self.bias).to(dtype)
 
 
@@ -52,4 +52,4 @@ def _int8_tensor(weight: torch.Tensor) -> Int8Tensor:
 
 
 # how torchao quantizes activations under that config
-_ACTIVATIONS = _int8_tensor(torch.ones(1, 1)).act_quant_kwargs
+_ACTIVATIONS = _int8_tensor(torch.ones(1, 1, dtype=torch.float32, device="cpu")).act_quant_kwargs

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,7 +45,9 @@ def integer_linear(
     if torch.compiler.is_compiling() and values.device.type == "cpu":
         return _integer_linear_op(values, weight, group_scale, weight_scale, weight_sum, bias, smooth, gelu)
     values, bias = values.contiguous(), _as(bias, values.dtype)
-    if values.is_cuda and (fused := _triton()):
+    if values.is_cuda and _has_triton():
+        from cemq.quantize.kernels import triton_cuda as fused
+
         if smooth is not None:
             values = (values * smooth).to(values.dtype)
         if group_scale is None:
@@ -131,11 +132,16 @@ for _op in (_integer_linear_op, _weight_only_linear_op):
     _op.register_fake(_rows_by_outputs)
 
 
-@functools.cache
-def _triton() -> ModuleType | None:
-    """The Triton kernels, on NVIDIA devices from Ampere on: older ones have no int8 product that Triton can reach."""
-    if find_spec("triton") is None or torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
-        return None
-    from cemq.quantize.kernels import triton_cuda
+@torch.compiler.assume_constant_result  # a trace cannot follow it
+def _has_triton() -> bool:
+    """Whether the Triton kernels run: on NVIDIA devices from Ampere on, older ones have no int8 product they reach."""
+    return _probe_triton()
 
-    return triton_cuda
+
+@functools.cache
+def _probe_triton() -> bool:
+    if find_spec("triton") is None or torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        return False
+    from cemq.quantize.kernels import triton_cuda  # noqa: F401  registers its operators before any trace
+
+    return True
