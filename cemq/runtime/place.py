@@ -31,6 +31,7 @@ from cemq.placement import MemoryPlan
 
 _COMPLETE = "complete.json"
 _LAYOUT = "2"  # of the files that weights rest in; raised when what was written before is not to be read
+_GAP = "after "
 _WRITERS = ("diffusers", "accelerate", "transformers")
 
 
@@ -150,8 +151,8 @@ def _align_file(path: Path) -> None:
     """
     with path.open("rb") as old:
         size = int.from_bytes(old.read(8), "little")
-        tensors = json.loads(old.read(size))
-        tensors.pop("__metadata__", None)
+        header = json.loads(old.read(size))
+        tensors = {name: entry for name, entry in header.items() if not name.startswith(("__", _GAP))}
         spans = [entry["data_offsets"] for entry in tensors.values()]
         if not any((8 + size + start) % ALIGNMENT for start, _ in spans):
             return
@@ -161,7 +162,7 @@ def _align_file(path: Path) -> None:
             header[name] = entry | {"data_offsets": [offset, offset + end - start]}
             offset += end - start
             if gap := -offset % ALIGNMENT:  # the format allows none but that of another tensor
-                header[f"after {name}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
+                header[_GAP + name] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
                 offset += gap
         text = json.dumps(header).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
