@@ -33,6 +33,7 @@ from cemq.runtime.dtypes import Dtypes
 
 _COMPLETE = "complete.json"
 _LAYOUT = "2"  # of the files that weights rest in; raised when what was written before is not to be read
+_GAP = "after "
 _WRITERS = ("diffusers", "accelerate", "transformers")
 
 
@@ -154,8 +155,8 @@ def _align_file(path: Path) -> None:
     """
     with path.open("rb") as old:
         size = int.from_bytes(old.read(8), "little")
-        tensors = json.loads(old.read(size))
-        tensors.pop("__metadata__", None)
+        header = json.loads(old.read(size))
+        tensors = {name: entry for name, entry in header.items() if not name.startswith(("__", _GAP))}
         spans = [entry["data_offsets"] for entry in tensors.values()]
         if not any((8 + size + start) % ALIGNMENT for start, _ in spans):
             return
@@ -165,7 +166,7 @@ def _align_file(path: Path) -> None:
             header[name] = entry | {"data_offsets": [offset, offset + end - start]}
             offset += end - start
             if gap := -offset % ALIGNMENT:  # the format allows none but that of another tensor
-                header[f"after {name}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
+                header[_GAP + name] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
                 offset += gap
         text = json.dumps(header).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
