@@ -350,7 +350,7 @@ def test_ctrl_c_in_the_middle_is_one_line_and_leaves_nothing(command, files, tmp
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    where = "diffusers.DiTTransformer2DModel.forward" if command in RUNS else "cemq.bundle._checksum"
+    where = "diffusers.DiTTransformer2DModel.forward" if command in RUNS else "cemq.bundle.manifest._checksum"
     monkeypatch.setattr("cemq.bench.examine" if command == "doctor" else where, interrupted)
     result = CliRunner().invoke(cli.app, [command, *arguments])
     assert result.exit_code == 130, (result.output, result.exception)

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 import cemq
 from cemq import cli
-from cemq.bundle import MANIFEST, read_bundle
+from cemq.bundle.manifest import MANIFEST, read_bundle
+from cemq.bundle.schedule_file import _cache_dit, read_schedule
 from cemq.errors import BundleError, HubError, InputError, ModelError
-from cemq.exporting import _cache_dit, read_schedule
+from cemq.pipelines.batches import Batch, run
 from cemq.runtime import schedule_hook
-from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
@@ -346,7 +346,7 @@ def test_a_pushed_bundle_loads_from_the_hub(bundle, hub):
 
 
 def test_the_card_keeps_a_base_model_that_the_hub_knows():
-    from cemq.hub import _card
+    from cemq.bundle.hub import _card
 
     text = '---\nbase_model: "owner/base"\ntags: [cemq]\n---\ncemq.from_pretrained("this-folder")\n'
     assert _card(text, "a/b", "owner/base") == text.replace("this-folder", "a/b")

@@ -12,7 +12,7 @@ from bitsandbytes import matmul_4bit
 from torch.overrides import TorchFunctionMode
 
 from cemq.quantize.backends import refuse_one_feature
-from cemq.quantize.linear import InputStatistics, Layout, QuantizedLinear
+from cemq.quantize.layers import InputStatistics, Layout, QuantizedLinear
 from cemq.quantize.schemes import Scheme
 
 OUTLIER = 6.0  # inputs from here on are multiplied in floats, the paper's threshold

@@ -21,7 +21,7 @@ from optimum.quanto.tensor.packed import PackedTensor
 
 from cemq.errors import SchemeError
 from cemq.quantize.backends import refuse_one_feature
-from cemq.quantize.linear import InputStatistics, Layout, QuantizedLinear
+from cemq.quantize.layers import InputStatistics, Layout, QuantizedLinear
 from cemq.quantize.schemes import Scheme
 
 MOMENTUM = 0.9  # of the input scale, quanto's default

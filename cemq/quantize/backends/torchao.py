@@ -8,7 +8,7 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, quantize_
 
 from cemq.quantize.backends import refuse_one_feature
-from cemq.quantize.linear import InputStatistics, Layout, QuantizedLinear
+from cemq.quantize.layers import InputStatistics, Layout, QuantizedLinear
 from cemq.quantize.schemes import Scheme
 
 
