@@ -24,6 +24,7 @@ from torch import nn
 
 import cemq
 from cemq.bundle.generate import generate_sample
+from cemq.errors import PipelineError
 from cemq.evaluation import measure_fidelity
 from cemq.pipelines.batches import Batch, make_batches, run
 from cemq.pipelines.opening import denoisers, open_pipeline
@@ -274,7 +275,7 @@ def _takes(family: Family, put_on: Callable[[Any], None]) -> bool:
     put_on(pipe)
     try:
         draw(pipe, family)
-    except RuntimeError as error:
+    except PipelineError as error:
         if "device meta" not in str(error):
             raise
         return False
