@@ -320,8 +320,8 @@ def test_what_can_be_planned_passes(changes):
 
 
 def test_the_search_takes_some_of_the_samples_and_the_finals_all(monkeypatch):
-    for constant, value in {"closed_search.SEARCHED": 2, "planning.SEARCHED": 2, "closed_loop._LESSON": 1}.items():
-        monkeypatch.setattr(f"cemq.{constant}", value)
+    for constant, value in {"explore.SEARCHED": 2, "choose.SEARCHED": 2, "trials._LESSON": 1}.items():
+        monkeypatch.setattr(f"cemq.search.{constant}", value)
     loop = ClosedLoop(**prepared(batch_size=1))
     found = plan(loop, BUDGET, effort="thorough", correction="none")
     searched = [trial for trial in loop.trials if trial.samples < loop.samples and trial.lesson_from is None]
