@@ -126,7 +126,7 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from cemq.sampling import BUILD_LOG
+    from cemq.pipelines.batches import BUILD_LOG
 
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -243,8 +243,8 @@ def quantize_and_schedule(
 
     Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
     """
-    from cemq import workflow
-    from cemq.processes import launched
+    from cemq.build import quantize_and_schedule as build
+    from cemq.parallel import launched
 
     with launched() as processes:
         settings = {
@@ -259,7 +259,7 @@ def quantize_and_schedule(
         }  # fmt: skip
         _quiet()
         with _progress() as progress:
-            manifest = workflow.quantize_and_schedule(
+            manifest = build(
                 model, output, recipe=recipe, device=device, overwrite=overwrite, progress=progress,
                 processes=processes, **settings,
             )  # fmt: skip
@@ -301,13 +301,13 @@ def generate(
     if (prompt is None) == (label is None):
         raise InputError("give either --prompt or --label")
     arguments = _call_arguments(call)
-    from cemq import workflow
-    from cemq.outputs import check_path
+    from cemq.bundle.generate import generate_sample
+    from cemq.pipelines.outputs import check_path
 
     check_path(output)
     _quiet()
     condition = label if prompt is None else prompt
-    workflow.generate_sample(
+    generate_sample(
         bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device, vram=vram,
         offload_folder=offload_folder, output=output,
     ).save(output)  # fmt: skip
@@ -334,7 +334,7 @@ def evaluate(
     Example: cemq evaluate digits --samples 16 --picture side-by-side.png
     """
     from cemq import evaluate as run_evaluation
-    from cemq.processes import launched
+    from cemq.parallel import launched
 
     with launched() as processes:
         _quiet()
@@ -399,21 +399,24 @@ def analyze(
 
     Example: cemq analyze digits --schedules 60
     """
-    from cemq.analysis import analyze as run_analysis
-    from cemq.analysis import draw
+    from cemq.build import bundle_of
+    from cemq.evaluation.analysis import analyze as run_analysis
+    from cemq.evaluation.analysis import check_analysis, draw
     from cemq.evaluation.compare import check_picture_path
-    from cemq.processes import launched
+    from cemq.parallel import launched
 
     with launched() as processes:
         if plot:
             check_picture_path(plot, "plot")
         _quiet()
         with _progress() as progress:
-            found = run_analysis(
-                bundle, scheme=scheme, recipe=recipe, schedules=schedules, predictors=_names(predictors),
-                samples=samples, seed=seed, budget=budget, corrector=corrector, device=device, progress=progress,
-                processes=processes,
-            )  # fmt: skip
+            asked = {
+                "schedules": schedules, "predictors": _names(predictors), "budget": budget, "corrector": corrector,
+            }  # fmt: skip
+            shared = {"device": device, "progress": progress, "processes": processes}
+            check = functools.partial(check_analysis, **asked)
+            with bundle_of(bundle, check=check, scheme=scheme, recipe=recipe, **shared) as folder:
+                found = run_analysis(folder, samples=samples, seed=seed, **asked, **shared)
         if plot and processes.is_main:
             draw(found, plot)
         if as_json:
@@ -534,8 +537,8 @@ def plan_memory(
 
     Example: cemq plan-memory digits --vram 8GiB --call height=1024
     """
-    from cemq.footprint import plan_memory as run_plan
-    from cemq.placement import format_bytes
+    from cemq.bundle.plan_memory import plan_memory as run_plan
+    from cemq.memory.placement import format_bytes
 
     _quiet()
     plan = run_plan(
@@ -578,7 +581,7 @@ def export(
 
     Example: cemq export digits --format cache-dit -o digits.yaml
     """
-    from cemq.exporting import export as run_export
+    from cemq.bundle.schedule_file import export as run_export
 
     text = run_export(bundle, format)
     if output is None:
@@ -606,7 +609,7 @@ def push(
 
     Example: cemq push digits someone/digits-w8a8
     """
-    from cemq.hub import push_to_hub
+    from cemq.bundle.hub import push_to_hub
 
     print(
         push_to_hub(bundle, repository, private=private, revision=revision, create_pr=create_pr, commit_message=message)

@@ -206,7 +206,7 @@ def files(tmp_path_factory):
     make_dit().save_pretrained(root / "pipeline")
     (root / "labels.txt").write_text("1\n2\n3\n")
     cemq.quantize_and_schedule(
-        str(root / "pipeline"), root / "bundle", calib=str(root / "labels.txt"), steps=4, budget=2, samples=1,
+        str(root / "pipeline"), root / "bundle", calib=str(root / "labels.txt"), steps=6, budget=3, samples=1,
         planning_samples=1, effort="quick", solver="uniform", correction="none", rounding="nearest", device="cpu",
     )  # fmt: skip
     texts = {
@@ -325,3 +325,36 @@ def test_what_the_system_refuses_is_one_line_and_a_bug_of_ours_is_not():
     for error in (ZeroDivisionError(), KeyError("name"), AssertionError()):
         with pytest.raises(type(error)):
             fail(error)()
+
+
+RUNS = {  # of a model's forward
+    "quantize-and-schedule": [*BUILD, "--steps", "4"],
+    "generate": ["BUNDLE", *LABEL],
+    "evaluate": ["BUNDLE", "--picture", "a.png"],
+    "analyze": ["BUNDLE", "--schedules", "5", "--budget", "3", "--plot", "a.png"],
+    "bench": ["BUNDLE", "-o", "a.json"],
+}
+READS = {  # a bundle
+    "inspect": ["BUNDLE"],
+    "plan-memory": ["BUNDLE", "--vram", "8GiB"],
+    "export": ["BUNDLE", "-o", "a.json"],
+    "push": ["BUNDLE", "owner/name"],
+}
+
+
+@pytest.mark.parametrize("command", [*RUNS, *READS, "doctor"])
+def test_ctrl_c_in_the_middle_is_one_line_and_leaves_nothing(command, files, tmp_path, monkeypatch):
+    arguments = spelled((RUNS | READS).get(command, []), files)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    where = "diffusers.DiTTransformer2DModel.forward" if command in RUNS else "cemq.bundle.manifest._checksum"
+    monkeypatch.setattr("cemq.bench.examine" if command == "doctor" else where, interrupted)
+    result = CliRunner().invoke(cli.app, [command, *arguments])
+    assert result.exit_code == 130, (result.output, result.exception)
+    assert result.stdout == ""
+    assert result.stderr.strip().splitlines()[-1] == "cemq: interrupted; nothing was written"
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())

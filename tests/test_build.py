@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Qwen3ForCausalLM
 
 import cemq
-from cemq.bundle import read_bundle
+from cemq.bundle.manifest import read_bundle
 from cemq.errors import InputError, ReplayError, SchemeError
 from cemq.families import EIGHT_BIT, FULL_PRECISION
 from cemq.quantize import QuantizationPlan, QuantizedLinear, quantize_pipeline, record_calls, schemes

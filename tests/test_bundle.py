@@ -10,14 +10,15 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from safetensors import safe_open
 
 import cemq
-from cemq.bundle import EVIDENCE, FORMAT_VERSION, MANIFEST, PRIOR, _checksum, read_bundle, staging
-from cemq.correction import make_correction
+from cemq.bundle.manifest import EVIDENCE, FORMAT_VERSION, MANIFEST, PRIOR, _checksum, read_bundle, staging
 from cemq.errors import BundleError, InfeasibleBudgetError
-from cemq.prior import ErrorPrior
+from cemq.pipelines.batches import Batch, run
+from cemq.prior.error_prior import ErrorPrior
 from cemq.recipe import make_recipe
-from cemq.runtime import Plan, attached, detach, schedule_hook
-from cemq.sampling import Batch, run
+from cemq.runtime import attached, detach, schedule_hook
 from cemq.schedule import plan_schedule
+from cemq.schedule.plan import Plan
+from cemq.schedule.rectify import make_correction
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 SETTINGS = {

@@ -13,14 +13,15 @@ from tiny_pipelines import FAMILIES
 
 import cemq
 from cemq.bench.bundle import bench_bundle
-from cemq.bundle import CARD, EVIDENCE, read_bundle
-from cemq.closed_loop import Trial
-from cemq.closed_search import _affordable
-from cemq.evaluation import said_of_steps
+from cemq.bundle.manifest import CARD, EVIDENCE, read_bundle
 from cemq.evaluation.report import describe, print_description
-from cemq.runtime import Plan, attached
-from cemq.sampling import BUILD_LOG, Batch, run
+from cemq.pipelines.batches import BUILD_LOG, Batch, run
+from cemq.runtime import attached
+from cemq.runtime.outcome import said_of_steps
 from cemq.schedule import CacheSchedule
+from cemq.schedule.plan import Plan
+from cemq.search.explore import _affordable
+from cemq.search.trials import Trial
 
 # On the last two of six steps SD3 calls its denoiser once more, for guidance by one that lacks a layer. Of that call no
 # earlier step was kept, so that it is computed on both: half of two steps that are skipped.

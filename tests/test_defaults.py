@@ -14,13 +14,13 @@ from test_calibrate import Toy, toy_calls
 from torch import nn
 
 import cemq
-from cemq.evaluation.metrics import ssim
-from cemq.outputs import as_pictures
+from cemq.metrics import ssim
+from cemq.pipelines.noise_scheduler import responses
+from cemq.pipelines.outputs import as_pictures
 from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, InputStatistics, installed, integers, quantize_calibrated
 from cemq.quantize import quantize_in_place as quantize
 from cemq.quantize.calibrate import replay
 from cemq.quantize.kernels import cpu
-from cemq.sampler import responses
 
 
 @contextmanager

@@ -12,18 +12,18 @@ from tiny_pipelines import FAMILIES, STEPS, small_hidream
 from torch import nn
 
 import cemq
-from cemq import bundle as bundles
-from cemq import workflow
-from cemq.bundle import MANIFEST, ComponentDtypes, read_bundle, write_pipeline
+import cemq.build
+from cemq.bundle import manifest as bundles
+from cemq.bundle.dtypes import as_loaded, tensor_dtypes
+from cemq.bundle.manifest import MANIFEST, ComponentDtypes, read_bundle, write_pipeline
 from cemq.errors import BundleError
-from cemq.models import denoisers, open_pipeline
-from cemq.outputs import as_array
+from cemq.pipelines.batches import run
+from cemq.pipelines.opening import denoisers, open_pipeline
+from cemq.pipelines.outputs import as_array
 from cemq.quantize import BACKENDS, QuantizationPlan, quantize_pipeline
-from cemq.quantize.quantizer import CemqQuantizer
+from cemq.quantize.in_diffusers import CemqQuantizer
 from cemq.quantize.schemes import installed
 from cemq.runtime import attached, schedule_hook
-from cemq.runtime.dtypes import as_loaded, tensor_dtypes
-from cemq.sampling import run
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",  # diffusers' own names, in Chroma and the ControlNets
@@ -128,7 +128,7 @@ def build(family, root, dtype, monkeypatch, **settings):
         saved.append(pipe)
         write_pipeline(pipe, *arguments)
 
-    monkeypatch.setattr(workflow, "write_pipeline", write)
+    monkeypatch.setattr(cemq.build, "write_pipeline", write)
     family.pipeline().save_pretrained(root / "pipeline")
     (root / "conditions.txt").write_text("\n".join(map(str, family.conditions)), encoding="utf-8")
     with small_hidream():

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import cemq
-from cemq.bundle import MANIFEST, staging
+from cemq.bundle.manifest import MANIFEST, staging
 from cemq.errors import BundleError, InputError, PlacementError
 from cemq.files import check_writable, written_whole
-from cemq.outputs import Sample
-from cemq.runtime.place import _written
+from cemq.memory.offload import _written
+from cemq.pipelines.outputs import Sample
 
 SETTINGS = {
     "steps": 4, "budget": 2, "samples": 1, "planning_samples": 1, "effort": "quick", "solver": "uniform",
@@ -136,7 +136,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from cemq.bundle import staging
+from cemq.bundle.manifest import staging
 from cemq.errors import BundleError
 try:
     with staging(Path(sys.argv[1])) as folder:

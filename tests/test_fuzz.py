@@ -19,11 +19,12 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from tiny_pipelines import SD3_TRANSFORMER, flow_euler, flux_autoencoder, seeded
 
-from cemq.predict import CORRECTORS, NO_CORRECTOR
-from cemq.prior import ErrorPrior, PriorMetadata
-from cemq.runtime import Plan, attached, schedule_hook, set_budget
-from cemq.sampler import fingerprint
+from cemq.pipelines.noise_scheduler import fingerprint
+from cemq.predict.correctors import CORRECTORS, NO_CORRECTOR
+from cemq.prior.error_prior import ErrorPrior, PriorMetadata
+from cemq.runtime import attached, schedule_hook, set_budget
 from cemq.schedule import CacheSchedule
+from cemq.schedule.plan import Plan
 
 STEPS, OTHER = 5, 4
 BOTH = ("latents", "prompt_embeds", "pooled_prompt_embeds")

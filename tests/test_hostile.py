@@ -19,14 +19,14 @@ from family_checks import abort, caches_outputs, counted_blocks, draw, every_ste
 from tiny_pipelines import FAMILIES, FLUX_CALL, NEGATIVE, PROMPT, STEPS, autoencoder, picture
 
 from cemq.errors import InputError, ModelError, PipelineError
-from cemq.models import denoisers, open_pipeline
-from cemq.outputs import as_array
-from cemq.profiling import profile, record_references
+from cemq.pipelines.batches import Batch, check_drivable, run
+from cemq.pipelines.noise_scheduler import fingerprint
+from cemq.pipelines.opening import denoisers, open_pipeline
+from cemq.pipelines.outputs import as_array
+from cemq.pipelines.trajectory import record
+from cemq.prior.profile import profile, record_references
 from cemq.runtime import attach, attached
-from cemq.sampler import fingerprint
-from cemq.sampling import Batch, check_drivable, run
 from cemq.schedule import CacheSchedule, plan_schedule
-from cemq.trajectory import record
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
@@ -669,8 +669,8 @@ def test_lora_on_a_quantized_denoiser_is_refused_by_name():
 
 
 def test_a_pipeline_with_an_adapter_is_not_saved_as_a_bundle(flux, tmp_path):
+    from cemq.bundle.save import save_as_bundle
     from cemq.errors import BundleError
-    from cemq.runtime.save import save_as_bundle
 
     pytest.importorskip("peft")
     flux.load_lora_weights(lora_weights(flux.transformer))
@@ -681,7 +681,7 @@ def test_a_pipeline_with_an_adapter_is_not_saved_as_a_bundle(flux, tmp_path):
 
 
 def test_lora_on_a_quantized_text_encoder_is_refused():
-    from cemq.quantize.text_encoders import TextEncoderConfig, quantize_text_encoder
+    from cemq.quantize.in_transformers import TextEncoderConfig, quantize_text_encoder
 
     encoder = FLUX.pipeline().text_encoder
     quantize_text_encoder(encoder, TextEncoderConfig())

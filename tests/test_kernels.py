@@ -4,6 +4,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,19 @@ def test_rows_need_not_be_contiguous():
             integer_linear(values, *arguments, sums, None), integer_linear(dense, *arguments, sums, None)
         )
         assert torch.equal(weight_only_linear(values, *arguments, None), weight_only_linear(dense, *arguments, None))
+
+
+def test_threads_that_share_layers_do_not_disturb_each_other():
+    layers = [NativeLinear.from_linear(nn.Linear(128, 96), SCHEMES[scheme]) for scheme in ("w8a8", "w4a8")]
+    inputs = [torch.randn(rows, 128) for rows in (3, 40)]
+
+    def outputs(_=None):
+        return [layer(values) for layer in layers for values in inputs]
+
+    expected = outputs()
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(outputs, range(60)):
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @dtypes

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 import cemq
 from cemq import cli
 from cemq.errors import ModelError
-from cemq.placement import format_bytes
+from cemq.memory.placement import format_bytes
+from cemq.pipelines.batches import Batch, run
 from cemq.runtime import attach, attached, cache_checked, schedule_hook
+from cemq.runtime.cached.modules import ModuleCache, Part, find_parts
 from cemq.runtime.history import Weighted, summed
-from cemq.runtime.modules import ModuleCache, Part, find_parts
-from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own names

@@ -11,15 +11,17 @@ from conftest import FLUX_CALL, make_dit, make_flux
 from diffusers import HeunDiscreteScheduler
 
 import cemq
-from cemq.bundle import CARD, EVIDENCE, MANIFEST, PRIOR, BundleError, Manifest, OtherRun, read_bundle, seal
-from cemq.correction import make_correction
+from cemq.bundle.manifest import CARD, EVIDENCE, MANIFEST, PRIOR, BundleError, Manifest, OtherRun, read_bundle, seal
 from cemq.errors import InputError
-from cemq.planner import other_step_counts
-from cemq.prior import ErrorPrior, SamplerFingerprint
+from cemq.pipelines.batches import BUILD_LOG, Batch, run
+from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.prior.error_prior import ErrorPrior
 from cemq.recipe import make_recipe
-from cemq.runtime import Plan, schedule_hook
-from cemq.sampling import BUILD_LOG, Batch, run
+from cemq.runtime import schedule_hook
 from cemq.schedule import CacheSchedule
+from cemq.schedule.plan import Plan
+from cemq.schedule.rectify import make_correction
+from cemq.search.planner import other_step_counts
 
 STEPS, OTHER = 10, 6
 CALL = {"guidance_scale": 2.0}

@@ -21,9 +21,9 @@ from cemq import cli
 from cemq.bench.architectures import ARCHITECTURES
 from cemq.bench.random_models import empty_model
 from cemq.errors import BundleError, InputError, ModelError, PlacementError
-from cemq.footprint import read_footprint
-from cemq.models import locate, open_pipeline
-from cemq.placement import (
+from cemq.memory.footprint import read_footprint
+from cemq.memory.offload import place
+from cemq.memory.placement import (
     ComponentMemory,
     estimate,
     parse_bytes,
@@ -31,10 +31,10 @@ from cemq.placement import (
     transformer_activation_bytes,
     vae_activation_bytes,
 )
+from cemq.pipelines.batches import Batch, check_conditions, run
+from cemq.pipelines.opening import locate, open_pipeline
 from cemq.recipe import load_recipe
 from cemq.runtime import attached, schedule_hook
-from cemq.runtime.place import place
-from cemq.sampling import Batch, check_conditions, run
 from cemq.schedule import CacheSchedule
 
 CPU = torch.device("cpu")
@@ -207,10 +207,11 @@ def no_scores(monkeypatch):
 
 
 ROWS = {  # tokens of one input
-    "dit-small": 256, "dit-xl-2": 256, "pixart-sigma": 4096, "sd3-medium": 4096 + 333, "flux-dev": 4096 + 512,
-    "wan-1.3b": 5 * 30 * 52,
+    "dit-small": 256, "dit-xl-2": 256, "pixart-sigma": 4096, "sd3-medium": 4096 + 333, "sd3.5-medium": 4096 + 333,
+    "flux-dev": 4096 + 512, "wan-1.3b": 5 * 30 * 52, "wan-14b": 5 * 30 * 52, "qwen-image": 4096 + 256,
 }  # fmt: skip
-WIDEST = {"flux-dev": 5 * 3072, "wan-1.3b": 8960}  # FLUX's single blocks: attention and feed-forward side by side
+# FLUX's single blocks: attention and feed-forward side by side
+WIDEST = {"flux-dev": 5 * 3072, "wan-1.3b": 8960, "wan-14b": 13824}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -411,7 +412,7 @@ def test_one_picture_within_a_limit(bundle, tmp_path):
     assert str(alone.value) == str(loaded.value)
     with pytest.raises(PlacementError, match="nothing fits"):  # planned for what will be drawn
         cemq.generate(bundle, "a bold seven", call={"height": 4096, "width": 4096}, vram=least, **options)
-    with pytest.raises(InputError, match="height='tall' is no number"):
+    with pytest.raises(InputError, match="height='tall': StableDiffusion3Pipeline takes a number there"):
         cemq.plan_memory(bundle, "8GiB", call={"height": "tall"})
 
 
@@ -534,8 +535,7 @@ def test_a_placement_gives_the_picture_of_the_weights_on_the_device_bit_for_bit(
             pipe = load(flux_bundle, torch_dtype=dtype)
             place(pipe, dataclasses.replace(plan, chosen=chosen), device=CPU, offload_folder=tmp_path / placement.name)
             names.append(placement.name)
-            for _ in range(2):
-                assert np.array_equal(picture(pipe), expected), placement.name
+            assert np.array_equal(picture(pipe), expected), placement.name
     assert names == [
         "group offload to disk, block level", "group offload to disk, leaf level", "sequential offload to disk",
         "on device", "model offload", "group offload, block level", "group offload, leaf level",
@@ -552,11 +552,8 @@ def test_weights_on_disk_lie_where_those_in_memory_do(flux_bundle, tmp_path):
     found = []
     for file in transformer.glob("*.safetensors"):
         for name, value in load_file(file).items():
-            assert value.data_ptr() % 64 == 0
-            if name.startswith("after"):
-                assert value.dtype == torch.uint8
-                assert not value.any()
-            else:
+            if not name.startswith("after"):  # the zeros between
+                assert value.data_ptr() % 64 == 0
                 found.append((str(value.dtype), tuple(value.shape), float(value.double().sum())))
     assert sorted(found) == expected
 

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 from conftest import make_dit
 
-from cemq import closed_search
-from cemq.closed_loop import FULL, ClosedLoop, Trial
-from cemq.closed_search import SEARCHED, Search, Wanted
-from cemq.correction import METHODS
 from cemq.errors import InfeasibleBudgetError, InputError
-from cemq.evaluation import run_batch
-from cemq.planning import EFFORTS, check_planning, plan
-from cemq.prior import ErrorPrior
-from cemq.profiling import profile, record_references
-from cemq.propagation import Fit, sample_schedules
+from cemq.pipelines.batches import make_batches
+from cemq.prior.error_prior import ErrorPrior
+from cemq.prior.profile import profile, record_references
 from cemq.quantize import CemqConfig, quantize_in_place
-from cemq.runtime import Plan, attached
-from cemq.sampling import make_batches
+from cemq.runtime import attached
+from cemq.runtime.outcome import run_batch
 from cemq.schedule import CacheSchedule, plan_schedule
+from cemq.schedule.plan import Plan
+from cemq.schedule.rectify import METHODS
+from cemq.search import explore as closed_search
+from cemq.search.choose import EFFORTS, check_planning, plan
+from cemq.search.explore import SEARCHED, Search, Wanted
+from cemq.search.propagation import Fit, sample_schedules
+from cemq.search.trials import FULL, ClosedLoop, Trial
 
 STEPS, BUDGET = 6, 3
 CALL = {"guidance_scale": 2.0}

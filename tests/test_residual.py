@@ -20,15 +20,16 @@ from typer.testing import CliRunner
 
 import cemq
 from cemq import cli
-from cemq.bundle import MANIFEST, _checksum, read_bundle
+from cemq.bundle.manifest import MANIFEST, _checksum, read_bundle
 from cemq.errors import InputError, ModelError
-from cemq.runtime import Plan, attach, attached, cache_checked, detach, schedule_hook
-from cemq.runtime.hook import HOOK
-from cemq.runtime.inner import block_stack
-from cemq.runtime.modules import find_parts
-from cemq.runtime.residual import ResidualCache
-from cemq.sampling import Batch, run
+from cemq.pipelines.batches import Batch, run
+from cemq.runtime import attach, attached, cache_checked, detach, schedule_hook
+from cemq.runtime.attach import HOOK
+from cemq.runtime.cached.inner import block_stack
+from cemq.runtime.cached.modules import find_parts
+from cemq.runtime.cached.residual import ResidualCache
 from cemq.schedule import CacheSchedule
+from cemq.schedule.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own names
 CPU = torch.device("cpu")

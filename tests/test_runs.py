@@ -17,13 +17,13 @@ from diffusers.hooks import ModelHook, apply_group_offloading
 
 import cemq
 from cemq.errors import ModelError
-from cemq.profiling import record_references
+from cemq.pipelines.batches import Batch, run
+from cemq.pipelines.noise_scheduler import fingerprint, intercepted
+from cemq.pipelines.trajectory import force, record
+from cemq.prior.profile import record_references
 from cemq.runtime import attach, attached, detach, for_request, schedule_hook, set_budget
-from cemq.runtime.hook import HOOK
-from cemq.sampler import fingerprint, intercepted
-from cemq.sampling import Batch, run
+from cemq.runtime.attach import HOOK
 from cemq.schedule import CacheSchedule
-from cemq.trajectory import force, record
 
 STEPS = 6
 HALF = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4))

@@ -7,16 +7,17 @@ import torch
 from conftest import FLUX_CALL
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HookRegistry, PNDMScheduler
 
-from cemq.correction import METHODS, Correction, make_correction
 from cemq.errors import InfeasibleBudgetError, InputError, ModelError
-from cemq.predict import PREDICTORS
-from cemq.profiling import profile, record_references
-from cemq.runtime import Plan, attach, attached, detach, schedule_hook, set_budget
-from cemq.runtime.hook import HOOK
-from cemq.sampler import fingerprint, intercepted, landing_lengths, responses
-from cemq.sampling import Batch, make_batches, run
+from cemq.pipelines.batches import Batch, make_batches, run
+from cemq.pipelines.noise_scheduler import fingerprint, intercepted, landing_lengths, responses
+from cemq.pipelines.trajectory import record
+from cemq.predict.predictors import PREDICTORS
+from cemq.prior.profile import profile, record_references
+from cemq.runtime import attach, attached, detach, schedule_hook, set_budget
+from cemq.runtime.attach import HOOK
 from cemq.schedule import CacheSchedule, plan_schedule
-from cemq.trajectory import record
+from cemq.schedule.plan import Plan
+from cemq.schedule.rectify import METHODS, Correction, make_correction
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 CALL = {"guidance_scale": 2.0}

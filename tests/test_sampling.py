@@ -11,8 +11,7 @@ from PIL import Image
 
 import cemq
 from cemq.errors import InputError, ModelError, PipelineError
-from cemq.recipe import make_recipe
-from cemq.sampling import (
+from cemq.pipelines.batches import (
     Batch,
     check_call,
     check_drivable,
@@ -23,6 +22,7 @@ from cemq.sampling import (
     run,
     split_conditions,
 )
+from cemq.recipe import make_recipe
 
 BATCH = Batch(conditions=(1,), seeds=(5,))
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cemq.errors import InfeasibleBudgetError, InputError
-from cemq.predict import PREDICTORS
-from cemq.prior import VIEWS, ErrorPrior
+from cemq.predict.predictors import PREDICTORS
+from cemq.prior.error_prior import VIEWS, ErrorPrior
 from cemq.schedule import (
     AUTO,
     SOLVERS,
@@ -571,7 +571,7 @@ def test_the_work_of_planning_many_steps_is_bounded(steps, budget, corrector, mo
         return final_error(prior, *args, **settings)
 
     prior, final_error = many_steps(steps), ErrorPrior.final_error
-    monkeypatch.setattr("cemq.schedule.plan.segment_costs", costs)
+    monkeypatch.setattr("cemq.schedule.solvers.segment_costs", costs)
     monkeypatch.setattr(ErrorPrior, "final_error", error)
     known = CacheSchedule(
         num_steps=steps, full_steps=uniform_steps(steps, budget), predictor="reuse", corrector=corrector
@@ -590,7 +590,7 @@ def test_the_work_of_planning_many_steps_is_bounded(steps, budget, corrector, mo
 def test_a_plan_of_one_budget_solves_no_smaller_ones(monkeypatch):
     solved = []
     monkeypatch.setattr(
-        "cemq.schedule.plan.segment_costs", lambda *args, **more: solved.append(1) or segment_costs(*args, **more)
+        "cemq.schedule.solvers.segment_costs", lambda *args, **more: solved.append(1) or segment_costs(*args, **more)
     )
     prior = many_steps(130)
     one = plan_schedule(prior, 40, predictor=AUTO)
@@ -950,6 +950,6 @@ def test_a_plan_takes_the_weighter_and_the_gap_rules_asked_for():
 
 
 def test_planning_loads_no_torch():
-    code = "import sys, cemq.schedule, cemq.prior; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    code = "import sys, cemq.schedule; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -13,10 +13,10 @@ from test_residual import PROMPTS
 from tiny_pipelines import FAMILIES, PROMPT
 from torch import nn
 
+from cemq.pipelines.noise_scheduler import intercepted, next_sample
 from cemq.runtime import attached
 from cemq.runtime.corrector import Corrector
 from cemq.runtime.history import History, summed
-from cemq.sampler import intercepted, next_sample
 from cemq.schedule import CacheSchedule
 
 STEPS = 6

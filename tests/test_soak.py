@@ -10,7 +10,7 @@ from family_checks import draw, few_steps, plain_run, quantized
 from test_prior import prior_of
 from tiny_pipelines import FAMILIES
 
-from cemq.models import open_pipeline
+from cemq.pipelines.opening import open_pipeline
 from cemq.runtime import attach
 from cemq.schedule import plan_schedule
 

@@ -5,11 +5,11 @@ from conftest import FLUX_CALL
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
 from cemq.errors import PriorMismatchError
-from cemq.profiling import profile, record_references
+from cemq.pipelines.batches import Batch, make_batches, run
+from cemq.pipelines.noise_scheduler import fingerprint, intercepted, next_sample
+from cemq.pipelines.trajectory import force, record, run_end
+from cemq.prior.profile import profile, record_references
 from cemq.quantize import CemqConfig, quantize_in_place
-from cemq.sampler import fingerprint, intercepted, next_sample
-from cemq.sampling import Batch, make_batches, run
-from cemq.trajectory import force, record, run_end
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 CALL = {"guidance_scale": 2.0}

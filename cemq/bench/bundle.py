@@ -14,15 +14,16 @@ from cemq.bench.forward import FULL_PRECISION
 from cemq.bench.machine import describe_machine
 from cemq.bench.measure import busy_note, make_rows, measure
 from cemq.bench.random_models import tensor_bytes
-from cemq.bundle import read_bundle
+from cemq.bundle.load import from_pretrained
+from cemq.bundle.manifest import read_bundle
 from cemq.errors import ModelError, choose
-from cemq.evaluation import said_of_steps
-from cemq.models import DTYPES, check_device, default_device, denoisers, locate, open_pipeline
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Progress, make_batches, run
+from cemq.pipelines.opening import DTYPES, check_device, default_device, denoisers, locate, open_pipeline
 from cemq.quantize import record_calls
 from cemq.quantize.allocate import replayed_output
 from cemq.quantize.calibrate import Call, replay
-from cemq.runtime import attached, detach, from_pretrained, schedule_hook
-from cemq.sampling import EVALUATION_SEED_OFFSET, Progress, make_batches, run
+from cemq.runtime import attached, detach, schedule_hook
+from cemq.runtime.outcome import said_of_steps
 
 _RECORDED_STEPS = 2  # of the short run that one call of the denoiser is taken from
 

@@ -20,9 +20,9 @@ from cemq.bench.architectures import Architecture, Inputs
 from cemq.bench.machine import compile_obstacle, describe_machine
 from cemq.bench.random_models import quantization_config, random_model
 from cemq.errors import first_line
-from cemq.models import default_dtype
+from cemq.pipelines.batches import Progress
+from cemq.pipelines.opening import default_dtype
 from cemq.quantize import BACKENDS, CemqConfig, installed
-from cemq.sampling import Progress
 
 OK, NOT_TRIED = "ok", "-"
 LARGEST_ERROR = 0.3  # fp4 weights of random models come to half of it

@@ -24,8 +24,8 @@ from cemq.bench.random_models import (
     tensor_bytes,
 )
 from cemq.errors import CemqError, InputError, choose, first_line
-from cemq.models import DTYPES, check_device, default_device
-from cemq.sampling import Progress
+from cemq.pipelines.batches import Progress
+from cemq.pipelines.opening import DTYPES, check_device, default_device
 
 FULL_PRECISION = "full precision"
 _USABLE = 0.9  # of the free memory may go into weights; the rest is for what they work on

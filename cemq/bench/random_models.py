@@ -19,7 +19,7 @@ from cemq.families import BLOCK_LISTS
 from cemq.quantize import NO_SCHEME, CemqConfig, QuantizationPlan, check_scheme, quantize_calibrated
 from cemq.quantize.allocate import layer_bytes
 from cemq.quantize.calibrate import Call
-from cemq.quantize.quantizer import mark_quantized, nothing_to_quantize, quantizable
+from cemq.quantize.in_diffusers import mark_quantized, nothing_to_quantize, quantizable
 
 _SMALL = 0.02  # standard deviation of biases and embeddings
 

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from cemq.bundle import MANIFEST, read_bundle
+from cemq.bundle.load import from_pretrained
+from cemq.bundle.manifest import MANIFEST, read_bundle
 from cemq.errors import InputError, ModelError
-from cemq.evaluation.metrics import psnr_db, relative_l2, ssim
 from cemq.files import absolute, check_writable, written_whole
-from cemq.models import default_device, locate, open_pipeline, weight_bytes
-from cemq.outputs import as_array, as_levels, as_pictures
-from cemq.prior import SamplerFingerprint
-from cemq.processes import ALONE, Processes
-from cemq.runtime import find_hook, from_pretrained, schedule_hook
-from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches, run
-from cemq.schedule import CacheSchedule
-from cemq.trajectory import run_end
+from cemq.metrics import psnr_db, relative_l2, ssim
+from cemq.parallel import ALONE, Processes
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Progress, iterate, make_batches
+from cemq.pipelines.opening import default_device, locate, open_pipeline, weight_bytes
+from cemq.pipelines.outputs import as_levels, as_pictures
+from cemq.runtime import schedule_hook
+from cemq.runtime.outcome import Outcome, run_batch, said_of_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,38 +68,6 @@ class Evaluation:
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
-    """Images, videos or audio (`cemq.outputs` knows the shapes) and latents of one batch, the seconds it took, and the
-    timesteps; and how many steps it made, and of these in full."""
-
-    images: np.ndarray
-    latents: torch.Tensor
-    seconds: float
-    sampler: SamplerFingerprint | None = None
-    num_steps: int = 0
-    full_steps: float = 0.0
-
-
-def run_batch(
-    pipe: Any, batch: Batch, *, steps: int, call: Mapping[str, Any], on_step: Callable[[], None] | None = None
-) -> Outcome:
-    """Run one batch to images, frames or audio, and keep its final latents."""
-    with run_end(pipe) as end:
-        started = time.perf_counter()
-        images = run(pipe, batch, steps=steps, call=call, on_step=on_step)
-        if end.sample.is_cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    values, hook = as_array(images), find_hook(pipe)
-    num_steps, full_steps = (end.num_steps, end.num_steps) if hook is None else hook.steps_run
-    # DiT denoises its samples twice over, for guidance, and decodes the first half
-    return Outcome(
-        images=values, latents=end.sample[: len(values)], seconds=seconds, sampler=end.sampler, num_steps=num_steps,
-        full_steps=full_steps,
-    )  # fmt: skip
-
-
 def measure_fidelity(
     references: Sequence[Outcome], outcomes: Sequence[Outcome], processes: Processes = ALONE
 ) -> Fidelity:
@@ -139,15 +104,6 @@ def _whole(count: float) -> float:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-def said_of_steps(planned: CacheSchedule, num_steps: float, full_steps: float) -> str | None:
-    """What to say where other steps were computed than a schedule has; None where there is nothing to say, nor about
-    runs that it is not for: of these the runtime has warned."""
-    if full_steps == planned.full_count or num_steps != planned.num_steps:
-        return None
-    ran = f"{full_steps:g} of {num_steps:g} steps ran in full"
-    return f"{ran}, {planned.full_count:g} were planned: what is reported is what ran"
-
-
 def _likeness(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """SSIM of each sample: the mean over a video's frames, or over the spectrograms of the channels of audio."""
     left, right = as_pictures(reference), as_pictures(other)
@@ -179,7 +135,7 @@ def evaluate(
         batch_size: Samples run together; None takes that of the bundle's recipe, or 4.
         picture: Write a PNG, full precision on the left and the bundle on the right; four frames of each video, the
             spectrograms of audio.
-        processes: Those that `cemq.processes.launched` gives, to run a share of the samples each; all return the same.
+        processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each; all return the same.
 
     Raises:
         CemqError: The bundle or the reference cannot be used, or a seed was used for profiling.

@@ -8,9 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cemq.bundle import EVIDENCE, PRIOR, read_bundle
-from cemq.evaluation.metrics import psnr_of
-from cemq.prior import ErrorPrior
+from cemq.bundle.manifest import EVIDENCE, PRIOR, read_bundle
+from cemq.metrics import psnr_of
+from cemq.prior.error_prior import ErrorPrior
 
 
 def describe(bundle: Path) -> dict[str, Any]:

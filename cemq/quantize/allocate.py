@@ -11,7 +11,7 @@ from torch import nn
 
 from cemq.errors import InputError
 from cemq.quantize.calibrate import Call, first_tensor, replay
-from cemq.quantize.quantizer import CemqConfig, nothing_to_quantize, quantizable
+from cemq.quantize.in_diffusers import CemqConfig, nothing_to_quantize, quantizable
 from cemq.quantize.schemes import SCHEMES, Scheme
 
 MEASURED_CALLS = 4  # calls, spread over the recorded ones, on which each layer's harm is measured

@@ -15,10 +15,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cemq.errors import ReplayError, first_line
-from cemq.quantize.linear import InputStatistics
-from cemq.quantize.quantizer import CemqConfig, mark_quantized, nothing_to_quantize, quantizable, refuse_adapters
+from cemq.pipelines.batches import BUILD_LOG
+from cemq.quantize.in_diffusers import CemqConfig, mark_quantized, nothing_to_quantize, quantizable, refuse_adapters
+from cemq.quantize.layers import InputStatistics
 from cemq.quantize.schemes import Scheme
-from cemq.sampling import BUILD_LOG
 
 HESSIAN_BYTES = 2 << 30  # of Hessians held at once; layers beyond it wait for another pass over the calls
 RECORDED_BYTES = 8 << 30  # of recorded calls; some pipelines hand their denoiser gigabytes of a ControlNet or a cache

@@ -1,8 +1,6 @@
 """Running a pipeline under a schedule."""
 
-from cemq.runtime.apply import apply_schedule
-from cemq.runtime.caches import CacheMemory, cache_checked
-from cemq.runtime.hook import (
+from cemq.runtime.attach import (
     ScheduleHook,
     attach,
     attached,
@@ -12,21 +10,17 @@ from cemq.runtime.hook import (
     schedule_hook,
     set_budget,
 )
-from cemq.runtime.load import from_pretrained
-from cemq.runtime.plan import Plan
+from cemq.runtime.cached.caches import CacheMemory, cache_checked
 
 __all__ = [
     "CacheMemory",
-    "Plan",
     "ScheduleHook",
-    "apply_schedule",
     "attach",
     "attached",
     "cache_checked",
     "detach",
     "find_hook",
     "for_request",
-    "from_pretrained",
     "schedule_hook",
     "set_budget",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cemq.correction import channel_axis
+from cemq.pipelines.outputs import channel_axis
 from cemq.runtime.history import layout
 from cemq.schedule import CacheSchedule
 
@@ -18,7 +18,7 @@ Where = torch.Tensor | bool  # positions of a sample, or all or none
 
 
 class Corrector:
-    """Adds to the prediction of a step what the steps before it owe the sample (`cemq.predict.correcting_matrix`).
+    """Adds to the prediction of a step what the steps before it owe the sample (`correcting_matrix`).
 
     Sees what the sampler consumes, after guidance, so that two or three latents are all it keeps, and between
     full-compute steps a copy of the sample. What is owed belongs to that sample: positions that hold another one by now

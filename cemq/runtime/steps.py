@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from cemq.errors import ModelError
-from cemq.prior import SamplerFingerprint
+from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.pipelines.noise_scheduler import Call, Interception, fingerprint, intercepted, next_sample, responses, retimed
 from cemq.runtime.callers import Caller, Origin, find_caller
 from cemq.runtime.corrector import Corrector
-from cemq.runtime.plan import Plan
-from cemq.sampler import Call, Interception, fingerprint, intercepted, next_sample, responses, retimed
 from cemq.schedule import CacheSchedule
+from cemq.schedule.plan import Plan
 
 Place = tuple[str | None, int]  # a cache context, and where in the code of its run a call is made
 Stream = tuple[Place, int]

@@ -12,14 +12,8 @@ from typing import Any
 import numpy as np
 
 from cemq.errors import InputError
-from cemq.predict import (
-    NO_CORRECTOR,
-    check_corrector,
-    check_predictor,
-    correcting_matrix,
-    integrated_matrix,
-    serving_matrix,
-)
+from cemq.predict.correctors import NO_CORRECTOR, check_corrector, correcting_matrix, integrated_matrix
+from cemq.predict.predictors import check_predictor, serving_matrix
 
 MOST_STEPS = 10_000  # what serves what is a table of steps by steps, then of 0.8 GB
 
@@ -31,7 +25,7 @@ class CacheSchedule:
     ``predictor`` serves the skipped steps: one name, or one for each full-compute step and the steps that follow it.
 
     ``corrector`` puts right, at each full-compute step, what the skipped steps before it moved the sample by
-    (`cemq.predict.correcting_matrix`).
+    (`cemq.predict.correctors.correcting_matrix`).
 
     ``branch_steps`` are full-compute steps on which a denoiser that is called once for each branch of guidance computes
     the first (conditional) only. What the other adds to it is predicted, from the full-compute steps with both: step 0

@@ -90,7 +90,7 @@ def build(folder: Path, sizes: Sizes, device: str) -> None:
     from cemq.bench.architectures import Architecture
     from cemq.bench.random_models import empty_model, quantization_config, random_model
     from cemq.builtin.training.models import tokenizer
-    from cemq.bundle import MANIFEST, seal
+    from cemq.bundle.manifest import MANIFEST, seal
 
     torch.manual_seed(0)
     tiny, source = models(TINY), folder.with_name(folder.name + "-tiny")
@@ -128,9 +128,9 @@ def build(folder: Path, sizes: Sizes, device: str) -> None:
 def measure(folder: Path, limit: int, device: str, offload: Path) -> dict[str, Any]:
     """One picture within ``limit`` bytes: seconds of each kind of step after the first, and memory."""
     import cemq
-    from cemq.bundle import read_bundle
+    from cemq.bundle.manifest import read_bundle
+    from cemq.pipelines.batches import Batch, run
     from cemq.runtime import schedule_hook
-    from cemq.sampling import Batch, run
 
     cuda = device.startswith("cuda")
     if cuda:

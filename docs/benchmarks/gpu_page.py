@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cemq.bench.machine import one_line
-from cemq.placement import GIB
+from cemq.memory.placement import GIB
 
 Row = Mapping[str, Any]
 

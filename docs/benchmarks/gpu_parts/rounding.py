@@ -9,8 +9,8 @@ from torch import nn
 
 from cemq.bench.architectures import ARCHITECTURES
 from cemq.bench.random_models import empty_model, quantization_config
-from cemq.quantize.linear import InputStatistics
-from cemq.quantize.quantizer import quantizable
+from cemq.quantize.in_diffusers import quantizable
+from cemq.quantize.layers import InputStatistics
 from gpu_parts import Case, Rows, Setting
 from gpu_parts.timing import elapsed
 
