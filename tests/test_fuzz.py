@@ -27,8 +27,6 @@ from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
 
 STEPS, OTHER = 5, 4
-# Whether the denoiser is also called by itself right after a run that was aborted or interrupted.
-DIRECT_AFTER_ABORT = False
 BOTH = ("latents", "prompt_embeds", "pooled_prompt_embeds")
 
 
@@ -256,7 +254,7 @@ def check(pipes, full_steps, predictor, served, operations):
             elif isinstance(operation, Direct):
                 assert torch.equal(operation(pipe), plain(operation))
             elif not check_run(pipe, hook, operation, plain):
-                if DIRECT_AFTER_ABORT and isinstance(operation, Draw):  # after a loop it would be the loop's next step
+                if isinstance(operation, Draw):  # after a loop it would be the loop's next step
                     assert torch.equal(ALONE(pipe), plain(ALONE))
                 check_clean(hook)
         check_clean(hook)

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HookRegistry, 
 
 from cemq.errors import InfeasibleBudgetError, InputError, ModelError
 from cemq.pipelines.batches import Batch, make_batches, run
-from cemq.pipelines.noise_scheduler import fingerprint, intercepted, landing_lengths
+from cemq.pipelines.noise_scheduler import fingerprint, intercepted, landing_lengths, responses
 from cemq.pipelines.trajectory import record
 from cemq.predict.predictors import PREDICTORS
 from cemq.prior.profile import profile, record_references
@@ -252,6 +252,38 @@ def test_another_step_count_follows_a_schedule_of_the_same_compute_ratio(dit, st
     assert carried.budget == round(steps / 2) or (solver != "uniform" and carried.budget < round(steps / 2))
     expected = plan.prior.resampled(plan.carried_over(sampler_of(dit, steps)).sampler)
     assert plan.carried_over(sampler_of(dit, steps)).prior.qv == pytest.approx(expected.qv)
+
+
+def test_what_a_set_of_timesteps_takes_to_plan_is_done_once(dit, caplog, monkeypatch):
+    """However often users go back and forth; with a corrector the sampler is measured once as well."""
+    dit.scheduler = DDIMScheduler(clip_sample=False)
+    prior = profiled(dit)
+    prior = replace(prior, metadata=replace(prior.metadata, corrector="linear"))
+    schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 5), predictor="reuse", corrector="linear")
+    planned, measured, carry_over = [], [], Plan.carried_over
+    monkeypatch.setattr(Plan, "carried_over", lambda plan, found: planned.append(found) or carry_over(plan, found))
+    monkeypatch.setattr("cemq.runtime.steps.responses", lambda *args: measured.append(args[1]) or responses(*args))
+    pictures = {}
+    with attached(dit, plan_of(dit, schedule, prior=prior)) as hook, caplog.at_level("INFO", "cemq.runtime"):
+        for steps in (9, 12, STEPS, 9, 12, 9, STEPS):
+            found = run(dit, BATCH, steps=steps, call=CALL)
+            assert np.array_equal(found, pictures.setdefault(steps, found))
+            assert hook.schedule.num_steps == steps
+    assert [len(found.timesteps) for found in planned] == [9, 12]
+    assert sorted(measured) == [STEPS, 12]  # the plan for 9 corrects nothing
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[0] for line in lines] == [
+        f"planned {steps} steps, {steps // 2} in full, on predictions" for steps in (9, 12)
+    ]
+
+
+def test_a_plan_that_corrects_nothing_carries_no_channels_to_other_step_counts(dit):
+    prior = profiled(dit)
+    plan = plan_of(dit, prior=prior)
+    assert not plan.lean().prior.channel_grams.size
+    assert plan.lean().carried_over(sampler_of(dit, 9)).schedule == plan.carried_over(sampler_of(dit, 9)).schedule
+    corrected = replace(plan, correction=make_correction("affine", prior, HALF))
+    assert corrected.lean().carried_over(sampler_of(dit, 9)).correction.gain.shape == (9, 4)
 
 
 def test_a_rule_without_a_path_at_another_step_count_gives_way_to_segments(dit):

@@ -542,6 +542,74 @@ def test_what_is_planned_on_predictions_is_no_worse_than_any_start(prior, data):
     assert set(whole.predictors) == {"reuse"}
 
 
+def many_steps(steps):
+    """Predictions that turn, faster and faster, and noise."""
+    angles = np.linspace(0, 2, steps)[:, None] ** 2 * np.arange(1, 4)
+    v = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    q = v + 0.05 * np.random.default_rng(0).normal(size=v.shape)
+    return prior_of(q, v, np.full(steps, 1 / steps))
+
+
+@pytest.mark.parametrize(
+    ("steps", "budget", "corrector"),
+    [
+        *((steps, budget, "none") for steps, budget in ((101, 30), (101, 2), (250, 75), (400, 8), (1000, 300))),
+        *((steps, budget, "quadratic") for steps, budget in ((101, 30), (250, 75))),
+        *(pytest.param(*case, "quadratic", marks=pytest.mark.slow) for case in ((101, 2), (400, 8), (1000, 300))),
+    ],
+)
+def test_the_work_of_planning_many_steps_is_bounded(steps, budget, corrector, monkeypatch):
+    """Counted, not timed: entries of cost tables, and schedules whose error is predicted."""
+    tables, predicted = [], []
+
+    def costs(prior, *args, max_gap, **settings):
+        tables.append(prior.num_steps * max_gap**2)
+        return segment_costs(prior, *args, max_gap=max_gap, **settings)
+
+    def error(prior, *args, **settings):
+        predicted.append(prior.num_steps)
+        return final_error(prior, *args, **settings)
+
+    prior, final_error = many_steps(steps), ErrorPrior.final_error
+    monkeypatch.setattr("cemq.schedule.solvers.segment_costs", costs)
+    monkeypatch.setattr(ErrorPrior, "final_error", error)
+    known = CacheSchedule(
+        num_steps=steps, full_steps=uniform_steps(steps, budget), predictor="reuse", corrector=corrector
+    )
+    found = plan_predicted(prior, budget, corrector=corrector, known=known)
+    assert len(tables) == 1
+    assert tables[0] <= 100**3
+    assert len(predicted) == 3
+    assert (found.num_steps, found.corrector) == (steps, corrector)
+    assert 2 <= found.budget <= budget
+    even = plan_schedule(prior, budget, solver="uniform", corrector=corrector)
+    errors = [final_error(prior, each.served, each.integrated) for each in (found, even, known)]
+    assert errors[0] <= min(errors[1:])
+
+
+def test_a_plan_of_one_budget_solves_no_smaller_ones(monkeypatch):
+    solved = []
+    monkeypatch.setattr(
+        "cemq.schedule.solvers.segment_costs", lambda *args, **more: solved.append(1) or segment_costs(*args, **more)
+    )
+    prior = many_steps(130)
+    one = plan_schedule(prior, 40, predictor=AUTO)
+    assert len(solved) == 1
+    assert one == plan_all(prior, 40)[-1]
+    assert len(solved) > 2
+
+
+def test_a_thinned_prior_has_longer_steps():
+    prior = dataclasses.replace(many_steps(6), coherence=3.0)
+    few = prior.thinned([0, 2, 5])
+    assert few.step_sizes == pytest.approx(np.array([2, 3, 1]) / 6)
+    assert few.qv[1, 2] == prior.qv[2, 5]
+    assert few.coherence == 1.5
+    same = prior.thinned(range(6))
+    schedule = CacheSchedule(num_steps=6, full_steps=(0, 2))
+    assert same.final_error(schedule.served) == prior.final_error(schedule.served)
+
+
 def test_a_schedule_is_stretched_by_hand():
     full = (0, 5, 10, 20, 30, 40)
     schedule = CacheSchedule(num_steps=50, full_steps=full, predictor=("reuse",) * 3 + ("taylor1",) * 3)

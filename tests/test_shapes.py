@@ -36,7 +36,11 @@ def sd3():
 def owed(predictions, *, change=None, as_planned=(True,) * STEPS, schedule=SUMS):
     """What a `Corrector` adds at each step to these predictions; ``change`` makes what a step is handed of what the
     step before returned."""
-    corrector, sample, added = Corrector(schedule, SEEN_TWICE), torch.zeros_like(predictions[0]), []
+    corrector, sample, added = (
+        Corrector(schedule, schedule.correcting(SEEN_TWICE)),
+        torch.zeros_like(predictions[0]),
+        [],
+    )
     for step, prediction in enumerate(predictions):
         handed = change(step, sample) if change else sample
         corrected = corrector.apply(prediction, step, handed, as_planned=as_planned[step])
@@ -131,7 +135,7 @@ def test_a_prediction_of_other_channels_than_its_sample_is_paid_by_position_and_
     rows, expected
 ):
     for replaced in (False, True):
-        corrector, sample = Corrector(SUMS, SEEN_TWICE), torch.zeros(2, 3)
+        corrector, sample = Corrector(SUMS, SUMS.correcting(SEEN_TWICE)), torch.zeros(2, 3)
         for step, value in enumerate((1.0, 1.0, 3.0)):
             sample = sample + torch.tensor([[0.0], [1.0]]) if step == 2 and replaced else sample
             prediction = torch.full((rows, 6), value)  # learned variances double the channels

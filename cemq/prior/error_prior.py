@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -283,6 +284,22 @@ class ErrorPrior:
             channel_means=between @ means if means.size else means,
             channel_grams=between @ grams @ between.T if grams.size else grams,
             metadata=dataclasses.replace(self.metadata, sampler=sampler),
+        )
+
+    def thinned(self, kept: Sequence[int]) -> ErrorPrior:
+        """The prior of a run with ``kept`` of the steps, rising and beginning with 0, each as long as all up to the
+        next: to plan many steps on few. Without sampler and channels, which nothing would be left to do with.
+        """
+        kept = np.asarray(kept)
+        pairs = np.ix_(kept, kept)
+        return ErrorPrior(
+            qq=self.qq[pairs],
+            qv=self.qv[pairs],
+            vv=self.vv[pairs],
+            step_sizes=np.add.reduceat(self.step_sizes, kept),
+            sensitivity=self.sensitivity[:, kept],
+            coherence=self.coherence * len(kept) / self.num_steps,
+            response=self.response[:, kept],
         )
 
     def save(self, path: Path) -> None:

@@ -26,11 +26,11 @@ class Corrector:
     where the predictions have another shape, or where a skipped step was computed after all.
 
     Args:
-        responses: Of the sampler that is run, `cemq.pipelines.noise_scheduler.responses`.
+        added: What is added at each step under the sampler that is run, `CacheSchedule.correcting`.
     """
 
-    def __init__(self, schedule: CacheSchedule, responses: np.ndarray):
-        self._added = schedule.correcting(responses)
+    def __init__(self, schedule: CacheSchedule, added: np.ndarray):
+        self._added = added
         steps = np.arange(schedule.num_steps)[:, None]
         self._last_use = np.where(self._added != 0, steps, -1).max(0)
         self._full = frozenset(schedule.full_steps)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 
 from cemq.errors import ModelError
@@ -21,6 +24,19 @@ from cemq.schedule.plan import Plan
 
 Place = tuple[str | None, int]  # a cache context, and where in the code of its run a call is made
 Stream = tuple[Place, int]
+_RECENT = 8  # sets of timesteps
+
+
+class _Recent:
+    """What was made for the latest few sets of timesteps: for many steps that takes a second, and users come back."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[SamplerFingerprint, Any]] = []  # latest first
+
+    def get(self, sampler: SamplerFingerprint, make: Callable[[SamplerFingerprint], Any]) -> Any:
+        found = next((each for each in self._made if each[0].matches(sampler)), None) or (sampler, make(sampler))
+        self._made = [found, *(each for each in self._made if each is not found)][:_RECENT]
+        return found[1]
 
 
 class StepTracker:
@@ -46,7 +62,7 @@ class StepTracker:
         self._current = plan  # that of the latest run
         self._timesteps: tuple[float, ...] = ()  # which it is expected to take
         self._corrector: Corrector | None = None  # of the run
-        self._measured: list[tuple[SamplerFingerprint, Any]] = []  # of the latest kinds of runs
+        self._plans, self._corrections = _Recent(), _Recent()
         self.scheduler: Any = None
         self.step_index: int | None = None
         self.steps_taken = 0  # since `set_timesteps`, planned or not
@@ -139,8 +155,8 @@ class StepTracker:
         found, expected = fingerprint(self.scheduler), self.plan.sampler
         if found.ends_like(expected):
             self._current = self.plan
-        elif self._current is self.plan or not found.matches(self._current.sampler):  # else carried over already
-            carried = self.plan.carried_over(found)
+        else:
+            carried = self._plans.get(found, self._carried_over)
             self._current = carried or self.plan
             self.step_index = None if carried is None else 0
         self.on_start(self._current.schedule)
@@ -150,12 +166,12 @@ class StepTracker:
             self._timesteps = retimed(self.scheduler, correction.step_factors)
         self._corrector = None
         if self.step_index is not None and self._current.schedule.corrects:
-            moved = self._responses_of(found)
-            if moved is None:
+            added = self._corrections.get(found, self._added_under)
+            if added is None:
                 self.step_index = None
                 self.warn_once(_uncorrected(found))
             else:
-                self._corrector = Corrector(self._current.schedule, moved)
+                self._corrector = Corrector(self._current.schedule, added)
         elif self.step_index is None:
             self.warn_once(_difference(found, expected))
         return result
@@ -182,14 +198,24 @@ class StepTracker:
         self.on_end()
         self.warn_once(reason)
 
-    def _responses_of(self, found: SamplerFingerprint) -> Any:
-        """`responses` of the scheduler as it is now, measured once for runs that are alike."""
-        for known, moved in self._measured:
-            if known == found:
-                return moved
-        moved = responses(self.scheduler, self._current.schedule.num_steps)
-        self._measured = [(found, moved), *self._measured[:3]]
-        return moved
+    def _carried_over(self, found: SamplerFingerprint) -> Plan | None:
+        """`Plan.carried_over`, less what no run needs of it: a prior of many steps is large."""
+        started = time.perf_counter()
+        carried = self.plan.lean().carried_over(found)
+        if carried is None:
+            return None
+        if carried not in self.plan.others:
+            logging.getLogger("cemq.runtime").info(
+                f"planned {carried.schedule.num_steps} steps, {carried.schedule.budget} in full, on predictions: "
+                f"{time.perf_counter() - started:.1f} s"
+            )
+        return dataclasses.replace(carried, prior=None)
+
+    def _added_under(self, found: SamplerFingerprint) -> np.ndarray | None:
+        """`CacheSchedule.correcting` under the scheduler as it is now; None where it has no `responses`."""
+        schedule = self._current.schedule
+        moved = responses(self.scheduler, schedule.num_steps)
+        return None if moved is None else schedule.correcting(moved)
 
     def _step(self, original: Any, call: Call) -> Any:
         caller = find_caller(self.origins)
@@ -303,9 +329,9 @@ class AnySamplerTracker(StepTracker):
         self._timesteps = self._timesteps[start:]
         self._corrector = None
         if schedule.corrects:
-            moved = self._responses_of(sampler)
-            if moved is None:
+            added = self._corrections.get(sampler, self._added_under)
+            if added is None:
                 return _uncorrected(sampler)
-            self._corrector = Corrector(schedule, moved)
+            self._corrector = Corrector(schedule, added)
         self.on_late_start(schedule)
         return None

@@ -12,12 +12,15 @@ from cemq.predict.correctors import NO_CORRECTOR, straying_matrix
 from cemq.prior.error_prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
 from cemq.schedule.segment import SLOPES
-from cemq.schedule.solvers import AUTO, parse_budget, plan_schedule
+from cemq.schedule.solvers import AUTO, longest_gap, parse_budget, plan_schedule
 
 SEARCH = "search"  # the solver that is all of this, and of `cemq.search.explore`
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that it gives to single segments
 SHIFTS = (-1, 1, -2, 2, -4, 4)
-_MOST_STEPS = 128  # that are searched while a user waits
+# Beyond so many steps there is no local search, whose time grows with their third power or worse, while a user waits.
+# Nor is there much to find: the more steps, the less each matters.
+_MOST_STEPS = 100
+_LARGEST_TABLE = 200_000  # of the dynamic program's costs, steps x gaps x gaps: half a second
 
 
 def neighbours(schedule: CacheSchedule, predictors: Sequence[str] = ()) -> Iterator[CacheSchedule]:
@@ -107,7 +110,9 @@ def plan_predicted(
 ) -> CacheSchedule:
     """The schedule with the least predicted error that is found without running any.
 
-    Local search from the schedules of the dynamic program, from even spacing, and from ``known``.
+    Local search from the schedules of the dynamic program, from even spacing, and from ``known``. Of more than 100
+    steps the best of these as they are; where the program would take long it plans 100 of them, and the others lie
+    between.
 
     Args:
         predictor: One for all, or ``auto``: one for each segment.
@@ -119,15 +124,29 @@ def plan_predicted(
     """
     count, whole = parse_budget(budget, prior.num_steps), "taylor1" if predictor == AUTO else predictor
     settings = {"corrector": corrector, "view": view}
-    if prior.num_steps > _MOST_STEPS:
-        return plan_schedule(prior, count, predictor=predictor, **settings)
-    starts = [plan_schedule(prior, count, predictor=name, **settings) for name in dict.fromkeys((predictor, whole))]
+    names = dict.fromkeys((predictor, whole))
+    if prior.num_steps > _MOST_STEPS and count < prior.num_steps:
+        starts = [_plan_many(prior, count, predictor=predictor, **settings)]
+    else:
+        starts = [plan_schedule(prior, count, predictor=name, **settings) for name in names]
     evenly = plan_schedule(prior, count, solver="uniform", predictor=whole, **settings)
     starts += [evenly] if known is None else [evenly, known]
+    if prior.num_steps > _MOST_STEPS:
+        return min(starts, key=lambda start: prior.final_error(start.served, start.integrated, view))
     if corrector != NO_CORRECTOR:  # moves of predictors exploit what is predicted of how the sample strays
         found = improve(prior, starts, view=view)
         return settle(prior, found, view=view) if predictor == AUTO else found
     return improve(prior, starts, predictors=SEGMENT_PREDICTORS if predictor == AUTO else (), view=view)
+
+
+def _plan_many(prior: ErrorPrior, count: int, **settings: str) -> CacheSchedule:
+    """`plan_schedule`, or what it plans for fewer steps, stretched over all."""
+    steps = prior.num_steps
+    if steps * longest_gap(steps, count) ** 2 <= _LARGEST_TABLE:
+        return plan_schedule(prior, count, **settings)
+    kept = np.linspace(0, steps, _MOST_STEPS, endpoint=False).astype(int)
+    few = plan_schedule(prior.thinned(kept), max(2, round(count * _MOST_STEPS / steps)), **settings)
+    return stretched(few, kept[list(few.full_steps)], steps, count)
 
 
 def settle(prior: ErrorPrior, schedule: CacheSchedule, *, view: str = "combined") -> CacheSchedule:

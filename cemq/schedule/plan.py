@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from cemq.errors import InfeasibleBudgetError, InputError, ModelError, choose
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.predict.correctors import NO_CORRECTOR
@@ -63,6 +65,13 @@ class Plan:
         if parse_budget(budget, self.prior.num_steps) == self.schedule.budget:
             return self
         return self._planned(self.prior, self.sampler, budget)
+
+    def lean(self) -> Plan:
+        """The same without what only corrections are made of, if it has none: at many steps most of a prior."""
+        if self.prior is None or self.correction is not None:
+            return self
+        nothing = {"channel_means": np.zeros((2, 0, 0)), "channel_grams": np.zeros((2, 0, 0, 0))}
+        return replace(self, prior=replace(self.prior, **nothing))
 
     def carried_over(self, sampler: SamplerFingerprint) -> Plan | None:
         """The plan for other timesteps of the same sampler, at the same compute ratio; None where it says nothing.

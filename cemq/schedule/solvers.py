@@ -71,6 +71,11 @@ def uniform_steps(num_steps: int, budget: int) -> tuple[int, ...]:
     return tuple(i * num_steps // budget for i in range(budget))
 
 
+def longest_gap(num_steps: int, budget: int) -> int:
+    """Between full-compute steps, where none is asked for."""
+    return num_steps if num_steps <= _UNLIMITED else max(_UNLIMITED // 4, 3 * -(-num_steps // budget))
+
+
 def plan_schedule(
     prior: ErrorPrior,
     budget: int | str,
@@ -175,8 +180,7 @@ def _plan_within(
     if max_gap is not None and max_gap < 1:
         raise InputError(f"max_gap={max_gap}: a gap between full-compute steps is at least 1")
     num_steps = prior.num_steps
-    usual = num_steps if num_steps <= _UNLIMITED else max(_UNLIMITED // 4, 3 * -(-num_steps // largest))
-    longest = min(max_gap or usual, num_steps)
+    longest = min(max_gap or longest_gap(num_steps, largest), num_steps)
     # what looks further back than one full-compute step is planned as if it were taylor1
     names = tuple(SLOPES) if predictor == AUTO else (predictor if predictor in SLOPES else "taylor1",)
     table = segment_costs(prior, names, view=view, corrector=corrector, gamma=gamma, max_gap=longest)
