@@ -5,14 +5,16 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import functools
+import inspect as introspection
 import io
 import json
 import logging
 import os
 import sys
 import traceback
+import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +24,7 @@ import typer
 from cemq import __version__
 from cemq.errors import CemqError, InputError
 from cemq.files import check_writable, written_whole
+from cemq.recipe import RENAMED, Recipe
 
 app = typer.Typer(
     help="Quantize a diffusion transformer, plan which steps it may skip, and ship both as one folder.",
@@ -178,68 +181,79 @@ def _print_json(result: Any) -> None:
     print(json.dumps(result, indent=2))
 
 
+def _build_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with an option more for every field of `Recipe` that is described, given to it by name."""
+    own = introspection.signature(command, eval_str=True)
+    shown = [each for each in own.parameters.values() if each.kind is not introspection.Parameter.VAR_KEYWORD]
+    first = [each for each in shown if each.name in ("model", "output", "recipe")]
+    options = [
+        introspection.Parameter(name, introspection.Parameter.KEYWORD_ONLY, default=False if kind is bool else None,
+                          annotation=Annotated[kind if kind is bool else kind | None, option])
+        for name, (kind, option) in _recipe_options().items()
+    ]  # fmt: skip
+    later = [each.replace(kind=introspection.Parameter.KEYWORD_ONLY) for each in shown if each not in first]
+    command.__signature__ = introspection.Signature([*first, *options, *later])
+    command.__annotations__ = {each.name: each.annotation for each in command.__signature__.parameters.values()}
+    return command
+
+
+def _recipe_options() -> dict[str, tuple[type, Any]]:
+    """Type and option of each described field; lists are texts with commas."""
+    found = {}
+    for name, field in Recipe.model_fields.items():
+        if field.description is None:
+            continue
+        kinds = {typing.get_origin(kind) or kind for kind in typing.get_args(field.annotation) or (field.annotation,)}
+        kind = next((each for each in (bool, float, int) if {each} == kinds - {type(None)}), str)
+        least = (
+            next((each.ge for each in field.metadata if hasattr(each, "ge")), None) if kind in (int, float) else None
+        )
+        told = field.description + ("" if field.default is None or kind is bool else f" [{field.default}].")
+        extra = {"metavar": (field.json_schema_extra or {}).get("metavar")}
+        names = [f"--{name.replace('_', '-')}"]
+        found[name] = kind, typer.Option(*names, help=told, min=least, **extra)
+    return found | {name: (str, typer.Option(f"--{name}", hidden=True)) for name in RENAMED}
+
+
+def _recipe_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options say, as fields of `Recipe`; those that were not given are None."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in RENAMED:
+            if value is not None:
+                raise InputError(f"--{name} is called --{RENAMED[name]} by now")
+            continue
+        kinds = typing.get_args(Recipe.model_fields[name].annotation)
+        if value is False:
+            value = None  # a flag that is not given leaves the recipe's
+        elif isinstance(value, str) and list[str] in kinds:
+            value = _names(value)
+        elif isinstance(value, str) and any(typing.get_origin(kind) is list for kind in kinds):
+            value = _counts(f"--{name.replace('_', '-')}", value)
+        elif isinstance(value, str) and int in kinds and value.isdecimal():
+            value = int(value)
+        found[name] = value
+    return found
+
+
 @app.command("quantize-and-schedule")
 @_one_line_errors
+@_build_options
 def quantize_and_schedule(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="builtin:NAME, a pipeline folder, or a Hub id.")
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write the bundle to.")] = Path("bundle"),
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe by name, or a YAML file.")] = None,
-    scheme: Annotated[str | None, typer.Option(help="w8a8, w4a8, w8a16, w4a16 or none [w8a8].")] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="native, quanto, bitsandbytes or torchao [native]; see cemq doctor.")
-    ] = None,
-    rounding: Annotated[str | None, typer.Option(help="Of weights: gptq or nearest [gptq].")] = None,
-    low_rank: Annotated[int | None, typer.Option(min=0, help="Rank of a bf16 correction of 4-bit weights [0].")] = None,
-    bits_budget: Annotated[
-        float | None, typer.Option(help="Average bits a weight, e.g. 4.5: the layers that gain most take 8.")
-    ] = None,
-    components: Annotated[
-        str | None, typer.Option(help="What to quantize, e.g. transformer,text_encoder_2 [the denoiser].")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; default: the pipeline's.")] = None,
-    also_steps: Annotated[
-        str | None,
-        typer.Option(help="Other step counts to plan for, e.g. 20,28, or none; default: two fifths of --steps."),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(metavar="N|Rx|auto", help="Full-compute steps (15), a compute ratio (3x), or the fewest [3x]."),
-    ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(min=0, help="Of --budget auto: share by which the error may grow [0.15].")
-    ] = None,
-    target_psnr: Annotated[float | None, typer.Option(help="Of --budget auto: decibels to reach instead.")] = None,
-    solver: Annotated[
-        str | None, typer.Option(help="search, segment, cem, cem-relaxed, threshold or uniform [search].")
-    ] = None,
-    predictor: Annotated[
-        str | None, typer.Option(help="auto, reuse, damped, taylor1, taylor2, goc or mean-velocity [auto].")
-    ] = None,
-    corrector: Annotated[
-        str | None, typer.Option(help="What puts skipped steps right later: auto, none, linear or quadratic [auto].")
-    ] = None,
-    correction: Annotated[str | None, typer.Option(help="auto, none, drift, affine, eoc or erta [auto].")] = None,
-    effort: Annotated[str | None, typer.Option(help="Of the search: quick, normal or thorough [normal].")] = None,
-    prior: Annotated[str | None, typer.Option(help="combined, cache or self [combined].")] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(help="Predict skipped steps from: output, residual (of the blocks) or modules [output]."),
-    ] = None,
-    calib: Annotated[str | None, typer.Option(help="Text file, one prompt or class label a line.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples to profile on [16].")] = None,
-    planning_samples: Annotated[
-        int | None, typer.Option(min=1, help="Other samples, to run schedules on [64; large models' recipes: 16].")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="First seed of the profiling samples [0].")] = None,
     call: Call = None,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: by device.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Quantize MODEL, plan its schedule for its own noise, write a bundle.
+
+    Every option but -o, --recipe, --device and --overwrite is a key of recipes, too.
 
     Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
     """
@@ -247,16 +261,7 @@ def quantize_and_schedule(
     from cemq.parallel import launched
 
     with launched() as processes:
-        settings = {
-            "scheme": scheme, "backend": backend, "rounding": rounding, "low_rank": low_rank,
-            "bits_budget": bits_budget, "components": _names(components) if components else None,
-            "steps": steps, "also_steps": _counts("--also-steps", also_steps), "solver": solver,
-            "budget": int(budget) if budget and budget.isdecimal() else budget,
-            "dtype": dtype, "tolerance": tolerance, "target_psnr": target_psnr, "correction": correction,
-            "effort": effort, "predictor": predictor, "corrector": corrector, "prior": prior, "cache": cache,
-            "calib": calib, "samples": samples, "planning_samples": planning_samples, "seed": seed,
-            "call": _call_arguments(call),
-        }  # fmt: skip
+        settings = _recipe_settings(options) | {"call": _call_arguments(call)}
         _quiet()
         with _progress() as progress:
             manifest = build(

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from cemq.errors import InputError, choose, first_line
 
 _PACKAGE = Path(__file__).parent
+RENAMED = {"correction": "rectify", "prior": "view"}  # what recipes and options of before called it
 SEEDS = 1 << 63  # of them, from 0; torch would take as many again
 
 
@@ -31,38 +32,57 @@ def _plain(call: dict[str, Any]) -> dict[str, Any]:
 
 
 class Recipe(BaseModel):
-    """How to build a bundle; every field is optional in a file, and a key that is not listed here is an error."""
+    """How to build a bundle; every field is optional in a file, and a key that is not listed here is an error.
+
+    A description makes a field an option of ``cemq quantize-and-schedule``, and is its help.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     model: str | None = None
-    scheme: str = "w8a8"
-    backend: str = "native"
-    steps: int | None = None  # None: the pipeline's own default
-    also_steps: list[Annotated[int, Field(ge=2)]] | None = None  # None: two fifths of the steps; []: no other
-    budget: int | str = "3x"  # full-compute steps, a compute ratio, or auto
-    tolerance: float = Field(default=0.15, ge=0)  # of budget: auto; share by which the error may grow
-    target_psnr: float | None = None  # of budget: auto; decibels to reach instead
-    solver: str = "search"
-    predictor: str = "auto"
-    corrector: str = "auto"
-    correction: str = "auto"
-    effort: str = "normal"
-    prior: str = "combined"
-    cache: Literal["output", "residual", "modules"] = "output"  # what skipped steps are predicted from
-    calib: str | None = None  # a file beside the recipe, in calib_data/, or anywhere
-    samples: int = Field(default=16, ge=1)
-    batch_size: int = Field(default=4, ge=1)
-    planning_samples: int = Field(default=64, ge=1)  # that candidates are run on; others than those profiled
-    seed: int = Field(default=0, ge=0, lt=SEEDS)
-    dtype: str | None = None
+    scheme: str = Field("w8a8", description="w8a8, w4a8, w8a16, w4a16 or none")
+    backend: str = Field("native", description="native, quanto, bitsandbytes or torchao; see cemq doctor")
+    rounding: Literal["gptq", "nearest"] = Field("gptq", description="Of native weights: gptq or nearest")
+    smoothed: bool = Field(False, description="Scale native 8-bit activations per channel.")
+    low_rank: int = Field(0, ge=0, description="Rank of a bf16 correction of native 4-bit weights")
+    bits_budget: float | None = Field(
+        None, description="Average bits a native 4-bit weight, e.g. 4.5: the layers that gain most take 8."
+    )
+    full_precision: list[str] | None = Field(
+        None, description="Patterns of layers to keep, e.g. 'proj_out,*.ff.*'; default: by model."
+    )
+    components: list[str] | None = Field(
+        None, description="What to quantize, e.g. transformer,text_encoder_2; default: the denoiser."
+    )
+    steps: int | None = Field(None, ge=2, description="Denoising steps; default: the pipeline's.")
+    also_steps: list[Annotated[int, Field(ge=2)]] | None = Field(
+        None, description="Other step counts to plan for, e.g. 20,28, or none; default: two fifths of the steps."
+    )
+    budget: int | str = Field(
+        "3x",
+        description="Full-compute steps (15), a compute ratio (3x), or the fewest",
+        json_schema_extra={"metavar": "N|Rx|auto"},
+    )
+    tolerance: float = Field(0.15, ge=0, description="Of --budget auto: share by which the error may grow")
+    target_psnr: float | None = Field(None, description="Of --budget auto: decibels to reach instead.")
+    solver: str = Field("search", description="search, segment, cem, cem-relaxed, threshold or uniform")
+    predictor: str = Field("auto", description="auto, reuse, damped, taylor1, taylor2, goc or mean-velocity")
+    corrector: str = Field("auto", description="What puts skipped steps right later: auto, none, linear or quadratic")
+    rectify: str = Field("auto", description="Correction per channel: auto, none, drift, affine, eoc or erta")
+    effort: str = Field("normal", description="Of the search: quick, normal or thorough")
+    view: str = Field("combined", description="Of the error prior, to plan by: combined, cache or self")
+    cache: Literal["output", "residual", "modules"] = Field(
+        "output", description="Predict skipped steps from: output, residual (of the blocks) or modules"
+    )
+    calib: str | None = Field(
+        None, description="Text file, one prompt or class label a line: beside the recipe, in calib_data/, or anywhere."
+    )
+    samples: int = Field(16, ge=1, description="Samples to profile on")
+    planning_samples: int = Field(64, ge=1, description="Other samples, to run schedules on; large models' recipes: 16")
+    batch_size: int = Field(4, ge=1, description="Samples drawn at once")
+    seed: int = Field(0, ge=0, lt=SEEDS, description="First seed of the profiling samples")
+    dtype: str | None = Field(None, description="float32, bfloat16 or float16; default: by device.")
     call: Annotated[dict[str, Any], AfterValidator(_plain)] = {}
-    full_precision: list[str] | None = None  # patterns of layers to keep; None: those of `families`
-    rounding: Literal["gptq", "nearest"] = "gptq"  # of weights, native backend
-    smoothed: bool = False  # scale the inputs of 8-bit activations per channel, native backend
-    low_rank: int = Field(default=0, ge=0)  # rank of a bfloat16 correction beside every 4-bit weight, native backend
-    bits_budget: float | None = None  # average stored bits a weight; the layers that gain most take 8 bits
-    components: list[str] | None = None  # what to quantize; None: the denoiser
     note: str = ""
 
 
@@ -99,6 +119,8 @@ def load_recipe(name_or_file: str) -> Recipe:
 def make_recipe(fields: dict[str, Any], origin: str = "settings") -> Recipe:
     """Validate settings. Raises InputError, naming the key and the nearest known one."""
     for key in fields:
+        if key in RENAMED:
+            raise InputError(f"{origin}: '{key}' is called '{RENAMED[key]}' by now: rename it")
         choose(f"key in {origin}", str(key), Recipe.model_fields)
     try:
         return Recipe(**fields)

@@ -30,12 +30,12 @@ from cemq.pipelines.batches import Batch, make_batches, run
 from cemq.pipelines.opening import denoisers, open_pipeline
 from cemq.pipelines.outputs import as_array, rate_of
 from cemq.pipelines.trajectory import Trajectory, force, record
-from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
+from cemq.quantize import QuantizationSettings, quantize_pipeline, record_calls
 from cemq.runtime import attached, detach, schedule_hook
 from cemq.runtime.cached import inner
 from cemq.runtime.cached.inner import block_stack
 from cemq.runtime.cached.modules import find_parts
-from cemq.runtime.outcome import run_batch
+from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def quantized(family: Family, scheme: str) -> Any:
     for name, denoiser in denoisers(pipe):
         with record_calls(denoiser, every=1) as calls[name]:
             draw(pipe, family)
-    quantize_pipeline(pipe, QuantizationPlan(scheme=scheme), calls)
+    quantize_pipeline(pipe, QuantizationSettings(scheme=scheme), calls)
     return pipe
 
 
@@ -220,10 +220,7 @@ def bundle(family: Family) -> None:
         original.set_progress_bar_config(disable=True)
         first = manifest.profiled_seeds[-4]  # of the check
         batches = make_batches(manifest.held_out_conditions, samples=4, first_seed=first, batch_size=2)
-        outcomes = [
-            [run_batch(p, batch, steps=STEPS, call=family.call, on_step=lambda: None) for batch in batches]
-            for p in (original, pipe)
-        ]
+        outcomes = [Runner(pipe=p, steps=STEPS, call=family.call).run(batches) for p in (original, pipe)]
         assert schedule_hook(pipe).skipped_evaluations, "the loaded bundle skips nothing"
         fidelity = measure_fidelity(*outcomes)
         for key, value in manifest.fidelity.items():

@@ -89,7 +89,7 @@ def test_schedules_to_test_with_differ_and_have_the_budget(steps, budget, count)
 
 SETTINGS = {
     "steps": 6, "budget": 3, "samples": 2, "planning_samples": 2, "effort": "quick", "solver": "uniform",
-    "correction": "none", "call": {"guidance_scale": 2.0},
+    "rectify": "none", "call": {"guidance_scale": 2.0},
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from cemq.schedule.rectify import make_correction
 
 FAST = (
     "--steps", "4", "--budget", "2", "--samples", "2", "--planning-samples", "4", "--solver", "uniform", "--effort",
-    "quick", "--correction", "drift", "--device", "cpu",
+    "quick", "--rectify", "drift", "--device", "cpu",
 )  # fmt: skip
 # bfloat16 as well: left to itself, diffusers rounds stored scales to the model's dtype while it loads them
 BUILDS = {

@@ -77,9 +77,9 @@ BAD = {
         *cases("--solver", "", "serch", before=BUILD),
         *cases("--predictor", "", "taylor9", before=BUILD),
         *cases("--corrector", "", "cubic", before=BUILD),
-        *cases("--correction", "", "drif", before=BUILD),
+        *cases("--rectify", "", "drif", before=BUILD),
         *cases("--effort", "", "hard", before=BUILD),
-        *cases("--prior", "", "joint", before=BUILD),
+        *cases("--view", "", "joint", before=BUILD),
         *cases("--cache", "", "blocks", before=BUILD),
         *cases("--calib", "", "none.txt", "/", "EMPTY", "NOTHING", "BINARY.yaml", "TORN", before=("PIPELINE", *OUT)),
         *cases("--samples", *NUMBERS, "0", HUGE, before=BUILD),
@@ -207,7 +207,7 @@ def files(tmp_path_factory):
     (root / "labels.txt").write_text("1\n2\n3\n")
     cemq.quantize_and_schedule(
         str(root / "pipeline"), root / "bundle", calib=str(root / "labels.txt"), steps=6, budget=3, samples=1,
-        planning_samples=1, effort="quick", solver="uniform", correction="none", rounding="nearest", device="cpu",
+        planning_samples=1, effort="quick", solver="uniform", rectify="none", rounding="nearest", device="cpu",
     )  # fmt: skip
     texts = {
         "file": "text",

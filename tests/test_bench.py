@@ -276,7 +276,7 @@ def bundle(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench") / "digits"
     fast = (
         "--steps", "6", "--budget", "3", "--samples", "1", "--planning-samples", "2", "--device", "cpu", "--solver",
-        "uniform", "--effort", "quick", "--correction", "none",
+        "uniform", "--effort", "quick", "--rectify", "none",
     )  # fmt: skip
     done = invoke("quantize-and-schedule", "builtin:dit-digits", "--scheme", "w8a8", *fast, "-o", output)
     assert done.exit_code == 0, done.output

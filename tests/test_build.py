@@ -18,9 +18,9 @@ import cemq
 from cemq.bundle.manifest import read_bundle
 from cemq.errors import InputError, ReplayError, SchemeError
 from cemq.families import EIGHT_BIT, FULL_PRECISION
-from cemq.quantize import QuantizationPlan, QuantizedLinear, quantize_pipeline, record_calls, schemes
+from cemq.quantize import QuantizationSettings, QuantizedLinear, quantize_pipeline, record_calls, schemes
 
-QUICK = {"solver": "uniform", "effort": "quick", "correction": "none", "planning_samples": 1}
+QUICK = {"solver": "uniform", "effort": "quick", "rectify": "none", "planning_samples": 1}
 SETTINGS = {"steps": 6, "budget": 3, "samples": 2, "call": {"guidance_scale": 2.0}, **QUICK}
 
 
@@ -76,7 +76,7 @@ def recorded(pipe):
 @pytest.mark.usefixtures("everything_installed")
 def test_what_does_not_go_together_is_refused(error, message, plan):
     with pytest.raises(error, match=message):
-        QuantizationPlan(**plan).check()
+        QuantizationSettings(**plan).check()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_does_not_go_together_is_refused(error, message, plan):
     ],
 )
 def test_what_goes_together_is_accepted(plan):
-    QuantizationPlan(**plan).check()
+    QuantizationSettings(**plan).check()
 
 
 @pytest.mark.usefixtures("everything_installed")
@@ -97,13 +97,15 @@ def test_layers_at_eight_bits_go_with_the_rounding(dit):
     for plan, expected in (
         ({}, ()), ({"gptq": False}, EIGHT_BIT), ({"backend": "quanto"}, EIGHT_BIT),
     ):  # fmt: skip
-        assert QuantizationPlan(scheme="w4a8", **plan).config(dit.transformer).eight_bit == list(expected)
+        assert QuantizationSettings(scheme="w4a8", **plan).config(dit.transformer).eight_bit == list(expected)
 
 
 def test_the_plan_reaches_the_config(dit):
-    config = QuantizationPlan(scheme="w4a8", low_rank=3, smoothed=True, full_precision=["a*"]).config(dit.transformer)
+    config = QuantizationSettings(scheme="w4a8", low_rank=3, smoothed=True, full_precision=["a*"]).config(
+        dit.transformer
+    )
     assert (config.low_rank, config.smoothed, config.full_precision) == (3, True, ["a*"])
-    config = QuantizationPlan(scheme="w4a16", smoothed=True).config(dit.transformer)
+    config = QuantizationSettings(scheme="w4a16", smoothed=True).config(dit.transformer)
     assert (config.low_rank, config.smoothed, config.full_precision) == (0, False, list(FULL_PRECISION))
 
 
@@ -125,7 +127,7 @@ def test_the_plan_reaches_the_config(dit):
 def test_calls_are_recorded_only_where_something_is_fitted_to_them(dit, needed, plan):
     if plan.get("backend") == "quanto":
         pytest.importorskip("optimum.quanto")
-    assert QuantizationPlan(**{"scheme": "w4a8"} | plan).needs_calls(dit.transformer) == needed
+    assert QuantizationSettings(**{"scheme": "w4a8"} | plan).needs_calls(dit.transformer) == needed
 
 
 @pytest.mark.parametrize(
@@ -137,44 +139,46 @@ def test_calls_are_recorded_only_where_something_is_fitted_to_them(dit, needed, 
     ],
 )
 def test_only_denoisers_and_text_encoders_are_quantized(flux, message, name):
-    QuantizationPlan(scheme="w8a8", components=["transformer", "text_encoder", "text_encoder_2"]).check_pipeline(flux)
+    QuantizationSettings(scheme="w8a8", components=["transformer", "text_encoder", "text_encoder_2"]).check_pipeline(
+        flux
+    )
     with pytest.raises(InputError, match=message):
-        QuantizationPlan(scheme="w8a8", components=["transformer", name]).check_pipeline(flux)
+        QuantizationSettings(scheme="w8a8", components=["transformer", name]).check_pipeline(flux)
 
 
 def test_a_budget_that_is_too_small_is_refused_before_anything_runs(wide_dit):
-    QuantizationPlan(scheme="w4a8", bits_budget=5).check_pipeline(wide_dit)
+    QuantizationSettings(scheme="w4a8", bits_budget=5).check_pipeline(wide_dit)
     with pytest.raises(InputError, match=r"bits budget 4.2: w4a8 needs 4\.\d\d bits a weight at least"):
-        QuantizationPlan(scheme="w4a8", bits_budget=4.2).check_pipeline(wide_dit)
+        QuantizationSettings(scheme="w4a8", bits_budget=4.2).check_pipeline(wide_dit)
 
 
 # --- quantizing a pipeline
 
 
 def test_only_the_named_components_are_quantized(flux):
-    quantize_pipeline(flux, QuantizationPlan(scheme="w4a8", components=["text_encoder_2"]), {})
+    quantize_pipeline(flux, QuantizationSettings(scheme="w4a8", components=["text_encoder_2"]), {})
     assert not schemes_of(flux.transformer)
     assert not schemes_of(flux.text_encoder)
     assert {scheme.name for scheme in schemes_of(flux.text_encoder_2).values()} == {"w4a16", "w8a16"}
-    quantize_pipeline(flux, QuantizationPlan(scheme="w8a8", gptq=False), {})
+    quantize_pipeline(flux, QuantizationSettings(scheme="w8a8", gptq=False), {})
     assert {scheme.name for scheme in schemes_of(flux.transformer).values()} == {"w8a8"}
     assert not schemes_of(flux.text_encoder)
 
 
 def test_the_scheme_none_quantizes_nothing(dit):
-    quantize_pipeline(dit, QuantizationPlan(scheme="none"), {})
+    quantize_pipeline(dit, QuantizationSettings(scheme="none"), {})
     assert not schemes_of(dit.transformer)
 
 
 def test_a_plan_that_needs_calls_is_refused_without(dit):
     with pytest.raises(SchemeError, match="native w4a8 is fitted to recorded inputs, and none were recorded"):
-        quantize_pipeline(dit, QuantizationPlan(scheme="w4a8"), {})
+        quantize_pipeline(dit, QuantizationSettings(scheme="w4a8"), {})
     assert not schemes_of(dit.transformer)
 
 
 def test_a_budget_of_bits_raises_layers_and_says_how_far_it_is(wide_dit):
     reports = {}
-    plan = QuantizationPlan(scheme="w4a8", bits_budget=5.5)
+    plan = QuantizationSettings(scheme="w4a8", bits_budget=5.5)
     quantize_pipeline(
         wide_dit, plan, recorded(wide_dit), lambda stage, share: reports.setdefault(stage, []).append(share)
     )
@@ -187,7 +191,7 @@ def test_a_budget_of_bits_raises_layers_and_says_how_far_it_is(wide_dit):
 
 def test_a_budget_that_is_too_small_is_refused(wide_dit):
     with pytest.raises(InputError, match=r"bits budget 4.2: w4a8 needs 4\.\d\d bits a weight at least"):
-        quantize_pipeline(wide_dit, QuantizationPlan(scheme="w4a8", bits_budget=4.2), recorded(wide_dit))
+        quantize_pipeline(wide_dit, QuantizationSettings(scheme="w4a8", bits_budget=4.2), recorded(wide_dit))
     assert not schemes_of(wide_dit.transformer)
 
 
@@ -300,7 +304,7 @@ def test_a_pipeline_that_empties_its_cache_is_fitted_to_what_was_in_it():
             max_sequence_length=32, text_encoder_out_layers=[1], output_type="latent",
         )  # fmt: skip
     assert [call.keywords["kv_cache_mode"] for call in calls] == ["extract", "cached", "cached"]
-    quantize_pipeline(pipe, QuantizationPlan(scheme="w8a8"), {"transformer": calls})
+    quantize_pipeline(pipe, QuantizationSettings(scheme="w8a8"), {"transformer": calls})
     assert schemes_of(pipe.transformer)
 
 

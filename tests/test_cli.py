@@ -166,10 +166,10 @@ BUILD = ("quantize-and-schedule", "builtin:dit-digits")
         ("unknown predictor 'taylor9'", [*BUILD, "--predictor", "taylor9"]),
         ("unknown corrector 'cubic': choose from auto, none, linear, quadratic", [*BUILD, "--corrector", "cubic"]),
         ("corrector=linear: needs cache=output", [*BUILD, "--corrector", "linear", "--cache", "residual"]),
-        ("unknown correction 'drif'", [*BUILD, "--correction", "drif"]),
+        ("unknown rectify 'drif'", [*BUILD, "--rectify", "drif"]),
         ("unknown effort 'hard': choose from quick, normal, thorough", [*BUILD, "--effort", "hard"]),
         ("leave --solver cem out", [*BUILD, "--budget", "auto", "--solver", "cem"]),
-        ("unknown prior 'joint'", [*BUILD, "--prior", "joint"]),
+        ("unknown view 'joint'", [*BUILD, "--view", "joint"]),
         ("calibration file 'none.txt' cannot be read (No such file", [*BUILD, "--calib", "none.txt"]),
         ("device 'tpu' cannot be used here", [*BUILD, "--device", "tpu"]),
         ("unknown dtype 'int3'", [*BUILD, "--dtype", "int3"]),
@@ -246,7 +246,7 @@ def prompted_bundle(tmp_path_factory):
     output = tmp_path_factory.mktemp("cli") / "sd3"
     done = invoke(
         "quantize-and-schedule", "builtin:sd3-digits", "--steps", "4", "--budget", "2", "--samples", "1",
-        "--planning-samples", "2", "--solver", "uniform", "--effort", "quick", "--correction", "none",
+        "--planning-samples", "2", "--solver", "uniform", "--effort", "quick", "--rectify", "none",
         "--scheme", "w4a8", "--rounding", "nearest", "--low-rank", "4", "--components", "transformer, text_encoder",
         "-o", output,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_planning import BUDGET, CALL, STEPS, prepared
+from test_planning import BUDGET, CALL, STEPS, prepared, quickly
 from test_predict import full_steps_of
 from test_schedule import all_schedules, prior_of, trajectories
 
@@ -42,7 +42,7 @@ from cemq.schedule import (
 from cemq.schedule.local_search import settle
 from cemq.schedule.plan import Plan
 from cemq.schedule.segment import SLOPES
-from cemq.search.choose import check_planning, plan
+from cemq.search.settings import PlanSettings, SearchSettings
 from cemq.search.trials import ClosedLoop
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
@@ -332,17 +332,22 @@ def test_a_step_answers_to_where_its_sample_has_strayed(corrector, response):
     assert predicted(prior, schedule) == pytest.approx(expected, rel=1e-9)
 
 
+def fresh(loop):
+    """The same, with nothing run."""
+    return ClosedLoop(runner=loop.runner, prior=loop.prior, batches=loop.batches, references=loop.references)
+
+
 @pytest.fixture(scope="module")
 def corrected():
     pipe = make_dit(DDIMScheduler(**LINEAR_DDIM))
     loop = ClosedLoop(**prepared(pipe=pipe))
-    return loop, plan(loop, BUDGET, effort="quick", correction="none")
+    return loop, quickly(loop, BUDGET, rectify="none")
 
 
 def test_the_search_corrects_where_it_can(corrected, tmp_path):
     loop, found = corrected
-    lessons = [trial.schedule for trial in loop.trials if trial.schedule.solver == "sample"]
-    assert {schedule.corrector for schedule in lessons} == {"quadratic"}
+    drawn = [trial.schedule for trial in loop.trials if trial.schedule.solver == "sample"]
+    assert {schedule.corrector for schedule in drawn} == {"quadratic"}
     tried = {trial.schedule.corrector for trial in loop.trials if trial.schedule.solver not in ("sample", "full")}
     assert tried >= {"none", "quadratic"}  # what was published has none
     assert found.prior.corrector == "quadratic"
@@ -358,7 +363,7 @@ def test_plans_at_load_are_corrected_as_the_bundles_own(corrected):
     published = Plan(schedule=dataclasses.replace(found.schedule, corrector="none"), sampler=sampler, prior=found.prior)
     assert published.with_budget(2).schedule.corrector == "quadratic"
     assert dataclasses.replace(published, cache="residual").with_budget(2).schedule.corrector == "none"
-    pipe = loop.pipe
+    pipe = loop.runner.pipe
     attach(pipe, bundled)
     try:
         assert set_budget(pipe, 4).corrector == "linear"
@@ -377,15 +382,13 @@ def test_what_is_planned_at_load_is_corrected_where_even_spacing_is_predicted_to
     expected = "quadratic" if lost > WORTH_CORRECTING else "none"
     assert suited_corrector(prior, budget) == expected
     assert (budget, expected) in {(2, "quadratic"), (STEPS, "none")} or 2 < budget < STEPS
-    taught_without = dataclasses.replace(prior.metadata, corrector="none")
-    assert suited_corrector(dataclasses.replace(prior, metadata=taught_without), budget) == "none"
+    without = dataclasses.replace(prior.metadata, corrector="none")
+    assert suited_corrector(dataclasses.replace(prior, metadata=without), budget) == "none"
 
 
 @pytest.mark.parametrize("budget", [BUDGET, "auto"])
-def test_where_even_spacing_loses_little_there_is_nothing_to_correct(corrected, budget, monkeypatch):
-    loop = ClosedLoop(
-        **{name: getattr(corrected[0], name) for name in ("pipe", "prior", "batches", "references", "steps", "call")}
-    )
+def test_where_even_spacing_loses_little_there_is_nothing_to_correct(corrected, budget):
+    loop = fresh(corrected[0])
     measured = corrected[0].run
 
     def lost(steps):
@@ -400,45 +403,40 @@ def test_where_even_spacing_loses_little_there_is_nothing_to_correct(corrected, 
         assert at_budget < at_half
         cases[(at_budget + at_half) / 2] = {"none", "quadratic"}
     for worth, correctors in cases.items():
-        loop = dataclasses.replace(loop, _trials={}, _batches_run={}, _fits={}, spent=0.0)
-        monkeypatch.setattr("cemq.search.choose.WORTH_CORRECTING", worth)
-        found = plan(loop, budget, effort="quick", correction="none")
-        lessons = [trial.schedule for trial in loop.trials if trial.schedule.solver == "sample"]
-        assert {schedule.corrector for schedule in lessons} == correctors
+        loop = fresh(loop)
+        found = quickly(loop, budget, rectify="none", search=SearchSettings(worth_correcting=worth))
+        drawn = [trial.schedule for trial in loop.trials if trial.schedule.solver == "sample"]
+        assert {schedule.corrector for schedule in drawn} == correctors
         assert found.prior.corrector == max(correctors)
         if len(correctors) == 2:
-            assert {schedule.budget for schedule in lessons if schedule.corrector == "quadratic"} == {2}
+            assert {schedule.budget for schedule in drawn if schedule.corrector == "quadratic"} == {2}
             assert found.schedule.corrector == "none"
 
 
 @pytest.mark.parametrize("solver", ["segment", "search"])
 def test_a_corrector_that_is_asked_for_is_taken(corrected, solver):
-    loop = ClosedLoop(
-        **{name: getattr(corrected[0], name) for name in ("pipe", "prior", "batches", "references", "steps", "call")}
-    )
-    found = plan(loop, BUDGET, effort="quick", correction="none", corrector="linear", solver=solver)
+    loop = fresh(corrected[0])
+    found = quickly(loop, BUDGET, rectify="none", corrector="linear", solver=solver)
     if solver == "segment":
         assert found.schedule.corrector == "linear"
-    lessons = [trial.schedule.corrector for trial in loop.trials if trial.schedule.solver == "sample"]
-    assert set(lessons) == {"linear"}
+    drawn = [trial.schedule.corrector for trial in loop.trials if trial.schedule.solver == "sample"]
+    assert set(drawn) == {"linear"}
 
 
 def test_published_schedules_are_taken_as_published_unless_a_corrector_is_asked_for(corrected):
     loop = corrected[0]
     for corrector, taken in (("auto", "none"), ("linear", "linear")):
-        found = plan(loop, BUDGET, solver="uniform", corrector=corrector, correction="none", effort="quick")
+        found = quickly(loop, BUDGET, solver="uniform", corrector=corrector, rectify="none")
         assert found.schedule.corrector == taken
 
 
 def test_a_corrector_that_the_sampler_has_no_room_for_is_refused():
     loop = ClosedLoop(**prepared())
-    assert plan(loop, BUDGET, effort="quick", correction="none").schedule.corrector == "none"
+    assert quickly(loop, BUDGET, rectify="none").schedule.corrector == "none"
     with pytest.raises(InputError, match="corrector=linear: needs cache=output and a sampler whose steps are linear"):
-        plan(loop, BUDGET, effort="quick", corrector="linear")
+        quickly(loop, BUDGET, corrector="linear")
     with pytest.raises(InputError, match="unknown corrector 'cubic'"):
-        check_planning(
-            solver="search", predictor="auto", corrector="cubic", correction="auto", effort="normal", budget=3, steps=6
-        )
+        PlanSettings(budget=3, corrector="cubic").check(6)
 
 
 @pytest.mark.parametrize("corrector", CORRECTORS)

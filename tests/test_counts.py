@@ -17,7 +17,7 @@ from cemq.bundle.manifest import CARD, EVIDENCE, read_bundle
 from cemq.evaluation.report import describe, print_description
 from cemq.pipelines.batches import BUILD_LOG, Batch, run
 from cemq.runtime import attached
-from cemq.runtime.outcome import said_of_steps
+from cemq.runtime.runner import said_of_steps
 from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
 from cemq.search.explore import _affordable
@@ -75,7 +75,7 @@ def built(tmp_path_factory):
         warnings.filterwarnings("ignore", "Expected types for|.*torch_dtype.*")
         cemq.quantize_and_schedule(
             str(folder / "pipeline"), folder / "bundle", scheme="none", steps=STEPS, budget=PLANNED, solver="uniform",
-            predictor="reuse", correction="none", samples=2, planning_samples=2, effort="quick", call=LATE_CALLS,
+            predictor="reuse", rectify="none", samples=2, planning_samples=2, effort="quick", call=LATE_CALLS,
             calib=str(folder / "prompts.txt"), device="cpu",
         )  # fmt: skip
     logging.getLogger(BUILD_LOG).removeHandler(handler)

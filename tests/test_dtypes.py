@@ -12,7 +12,7 @@ from tiny_pipelines import FAMILIES, STEPS, small_hidream
 from torch import nn
 
 import cemq
-import cemq.build
+import cemq.build.stages
 from cemq.bundle import manifest as bundles
 from cemq.bundle.dtypes import as_loaded, tensor_dtypes
 from cemq.bundle.manifest import MANIFEST, ComponentDtypes, read_bundle, write_pipeline
@@ -20,7 +20,7 @@ from cemq.errors import BundleError
 from cemq.pipelines.batches import run
 from cemq.pipelines.opening import denoisers, open_pipeline
 from cemq.pipelines.outputs import as_array
-from cemq.quantize import BACKENDS, QuantizationPlan, quantize_pipeline
+from cemq.quantize import BACKENDS, QuantizationSettings, quantize_pipeline
 from cemq.quantize.in_diffusers import CemqQuantizer
 from cemq.quantize.schemes import installed
 from cemq.runtime import attached, schedule_hook
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 QUICK = {
     "steps": STEPS, "budget": 3, "samples": 1, "planning_samples": 1, "batch_size": 1, "rounding": "nearest",
-    "solver": "uniform", "effort": "quick", "correction": "none", "predictor": "reuse", "corrector": "none",
+    "solver": "uniform", "effort": "quick", "rectify": "none", "predictor": "reuse", "corrector": "none",
 }  # fmt: skip
 # Kept in float32 (Wan), two denoisers (Wan 2.2), several text encoders, video, audio, UNets, a fused ControlNet.
 TEN = (
@@ -64,7 +64,7 @@ def built(family, folder, dtype, components=(), **quantization):
     with small_hidream():
         family.pipeline().save_pretrained(folder / "pipeline")
         pipe = open_pipeline(folder / "pipeline", dtype=dtype, device="cpu")
-        plan = QuantizationPlan(scheme="w8a8", gptq=False, components=components, **quantization)
+        plan = QuantizationSettings(scheme="w8a8", gptq=False, components=components, **quantization)
         quantize_pipeline(pipe, plan, {})
         write_pipeline(pipe, folder / "again", folder / "pipeline")
         loaded = open_pipeline(folder / "again", dtype=dtype, device="cpu")
@@ -128,7 +128,7 @@ def build(family, root, dtype, monkeypatch, **settings):
         saved.append(pipe)
         write_pipeline(pipe, *arguments)
 
-    monkeypatch.setattr(cemq.build, "write_pipeline", write)
+    monkeypatch.setattr(cemq.build.stages, "write_pipeline", write)
     family.pipeline().save_pretrained(root / "pipeline")
     (root / "conditions.txt").write_text("\n".join(map(str, family.conditions)), encoding="utf-8")
     with small_hidream():

@@ -4,7 +4,7 @@ import torch
 
 from cemq.evaluation.compare import measure_fidelity, write_side_by_side
 from cemq.metrics import middle_error, middle_mean, psnr_db, relative_l2, ssim
-from cemq.runtime.outcome import Outcome
+from cemq.runtime.runner import Outcome
 
 
 def test_psnr_of_a_known_error():

@@ -24,7 +24,7 @@ from cemq.runtime import schedule_hook
 from cemq.schedule import CacheSchedule
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
-SETTINGS = {"steps": 8, "budget": 4, "samples": 2, "planning_samples": 2, "solver": "uniform", "correction": "none"}
+SETTINGS = {"steps": 8, "budget": 4, "samples": 2, "planning_samples": 2, "solver": "uniform", "rectify": "none"}
 SETTINGS["call"] = {"guidance_scale": 2.0}
 
 

@@ -22,7 +22,7 @@ from cemq.pipelines.outputs import Sample
 
 SETTINGS = {
     "steps": 4, "budget": 2, "samples": 1, "planning_samples": 1, "effort": "quick", "solver": "uniform",
-    "correction": "none", "rounding": "nearest", "device": "cpu",
+    "rectify": "none", "rounding": "nearest", "device": "cpu",
 }  # fmt: skip
 
 

@@ -4,16 +4,15 @@ import numpy as np
 import pytest
 from conftest import FLUX_CALL, make_dit, make_flux
 from family_checks import draw, plain_run
+from test_planning import quickly
 from tiny_pipelines import FAMILIES, STEPS
 
 from cemq.pipelines.batches import make_batches
 from cemq.pipelines.opening import denoisers
-from cemq.prior.profile import profile, record_references
 from cemq.runtime import attached
-from cemq.runtime.outcome import run_batch
+from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
-from cemq.search.choose import plan
 from cemq.search.trials import ClosedLoop
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own names
@@ -47,25 +46,25 @@ def test_skipping_a_branch_that_equals_the_other_changes_nothing():
     pipe = family.pipeline()
     call = {**family.call, "negative_prompt": family.conditions[0]}
     (batch,) = make_batches(family.conditions[:1], samples=1, first_seed=0, batch_size=1)
+    runner = Runner(pipe=pipe, steps=STEPS, call=call)
     with attached(pipe, plan_of(plain_run(pipe, family)[1])):
-        both = run_batch(pipe, batch, steps=STEPS, call=call)
+        both = runner.run_one(batch)
     with attached(pipe, plan_of(plain_run(pipe, family)[1], (1, 2, 4))):
-        one = run_batch(pipe, batch, steps=STEPS, call=call)
+        one = runner.run_one(batch)
     assert np.allclose(one.latents, both.latents, atol=1e-5)
 
 
 def loop_of(pipe, conditions, call):
     profiled, planning = (make_batches(conditions, samples=2, first_seed=seed, batch_size=1) for seed in (0, 5))
-    references = record_references(pipe, profiled, steps=STEPS, call=call)
-    prior = profile(pipe, profiled, references, steps=STEPS, call=call, scheme="none", dtype="float32")
-    aims = [run_batch(pipe, batch, steps=STEPS, call=call) for batch in planning]
-    return ClosedLoop(pipe=pipe, prior=prior, batches=planning, references=aims, steps=STEPS, call=call)
+    runner = Runner(pipe=pipe, steps=STEPS, call=call)
+    prior = runner.profile(profiled, runner.record(profiled), scheme="none", dtype="float32")
+    return ClosedLoop(runner=runner, prior=prior, batches=planning, references=runner.run(planning))
 
 
 def test_a_plan_skips_the_branch_that_says_nothing_new():
     prompt = "a bold seven"
     loop = loop_of(make_flux(), (prompt,), FLUX_CALL | {"negative_prompt": prompt})
-    found = plan(loop, 4, effort="quick")
+    found = quickly(loop, 4)
     winner, tried = found.evidence["winner"], [trial for trial in loop.trials if trial.schedule.branch_steps]
     assert found.evidence["calls_per_step"] == 2
     assert tried
@@ -74,14 +73,14 @@ def test_a_plan_skips_the_branch_that_says_nothing_new():
     assert CacheSchedule.from_dict(winner["schedule"]) == found.schedule
     assert winner["psnr_db"] > max(t.psnr_db for t in loop.plain() if t.schedule.budget <= 4)
     assert all(trial not in loop.plain() for trial in tried)
-    with attached(loop.pipe, Plan(schedule=found.schedule, sampler=loop.prior.metadata.sampler)) as hook:
-        run_batch(loop.pipe, loop.batches[0], steps=STEPS, call=loop.call)
+    with attached(loop.runner.pipe, Plan(schedule=found.schedule, sampler=loop.prior.metadata.sampler)) as hook:
+        loop.runner.run_one(loop.batches[0])
         assert hook.full_evaluations == 2 * 4
 
 
 def test_a_plan_with_guidance_is_never_worse_for_trying_to_skip_a_branch():
     loop = loop_of(make_flux(), ("a bold seven", "a thin two"), FLUX_CALL)
-    found = plan(loop, 3, effort="quick", correction="none")
+    found = quickly(loop, 3, rectify="none")
     plain = max(trial.psnr_db for trial in loop.plain() if trial.schedule.budget <= 3)
     tried = [trial for trial in loop.trials if trial.schedule.branch_steps]
     assert tried
@@ -93,13 +92,13 @@ def test_a_plan_with_guidance_is_never_worse_for_trying_to_skip_a_branch():
 def test_where_one_call_holds_both_branches_no_plan_skips_one():
     pipe = make_dit()
     loop = loop_of(pipe, (1, 2), {"guidance_scale": 2.0})
-    found = plan(loop, 3, effort="quick", correction="none")
+    found = quickly(loop, 3, rectify="none")
     assert found.evidence["calls_per_step"] == len(denoisers(pipe)) == 1
     assert not any(trial.schedule.branch_steps for trial in loop.trials)
 
 
 def test_a_correction_that_is_asked_for_leaves_the_branches_together():
     loop = loop_of(make_flux(), ("a bold seven",), FLUX_CALL | {"negative_prompt": "a bold seven"})
-    found = plan(loop, 4, effort="quick", correction="drift")
+    found = quickly(loop, 4, rectify="drift")
     assert found.correction.method == "drift"
     assert not any(trial.schedule.branch_steps for trial in loop.trials)

@@ -24,8 +24,8 @@ from cemq.pipelines.noise_scheduler import fingerprint
 from cemq.pipelines.opening import denoisers, open_pipeline
 from cemq.pipelines.outputs import as_array
 from cemq.pipelines.trajectory import record
-from cemq.prior.profile import profile, record_references
 from cemq.runtime import attach, attached
+from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule, plan_schedule
 
 pytestmark = pytest.mark.filterwarnings(
@@ -145,9 +145,8 @@ def test_any_sampler_can_be_profiled_and_planned_for(name):
     family, batch = FAMILIES["sd15"], Batch(conditions=(PROMPT,), seeds=(1,))
     pipe = family.pipeline()
     pipe.scheduler = kind(num_train_timesteps=1000, **settings)
-    settings = {"steps": STEPS, "call": family.call}
-    references = record_references(pipe, [batch], **settings)
-    prior = profile(pipe, [batch], references, scheme="none", dtype="float32", **settings)
+    runner = Runner(pipe=pipe, steps=STEPS, call=family.call)
+    prior = runner.profile([batch], runner.record([batch]), scheme="none", dtype="float32")
     assert np.allclose(prior.qq, prior.vv, rtol=1e-4)  # forced along itself: the same model, the same noise
     schedule = plan_schedule(prior, 3)
     with attached(pipe, schedule, prior.metadata.sampler) as hook:

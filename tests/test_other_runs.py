@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,17 +12,18 @@ from conftest import FLUX_CALL, make_dit, make_flux
 from diffusers import HeunDiscreteScheduler
 
 import cemq
+from cemq.build.settings import BuildSettings
 from cemq.bundle.manifest import CARD, EVIDENCE, MANIFEST, PRIOR, BundleError, Manifest, OtherRun, read_bundle, seal
 from cemq.errors import InputError
 from cemq.pipelines.batches import BUILD_LOG, Batch, run
 from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.pipelines.opening import ModelSource
 from cemq.prior.error_prior import ErrorPrior
 from cemq.recipe import make_recipe
 from cemq.runtime import schedule_hook
 from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import make_correction
-from cemq.search.planner import other_step_counts
 
 STEPS, OTHER = 10, 6
 CALL = {"guidance_scale": 2.0}
@@ -42,7 +44,7 @@ def build(folder, pipe, **settings):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("other"), make_dit(), also_steps=[OTHER], correction="drift")
+    return build(tmp_path_factory.mktemp("other"), make_dit(), also_steps=[OTHER], rectify="drift")
 
 
 @pytest.fixture
@@ -140,7 +142,7 @@ def test_a_text_to_image_pipeline_whose_timesteps_depend_on_the_picture(tmp_path
     (tmp_path / "prompts.txt").write_text("a seven\na three\na bold two\nan eight\n")
     folder = build(
         tmp_path, make_flux(), also_steps=[OTHER], call=FLUX_CALL, calib=str(tmp_path / "prompts.txt"),
-        correction="none",
+        rectify="none",
     )  # fmt: skip
     (other,) = read_bundle(folder).other_runs
     pipe = cemq.from_pretrained(folder, device="cpu")
@@ -175,7 +177,9 @@ def test_image_to_image_runs_are_known_by_the_timesteps_they_end_with():
     ],
 )
 def test_which_step_counts_are_planned_for(settings, steps, expected):
-    assert other_step_counts(make_recipe(settings), steps) == expected
+    nowhere = ModelSource(name="", folder=Path())
+    settled = BuildSettings(recipe=make_recipe(settings), source=nowhere, device="cpu", dtype="float32")
+    assert settled.other_steps(steps) == expected
 
 
 def test_what_cannot_be_planned_is_said_before_any_work():

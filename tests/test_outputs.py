@@ -16,8 +16,8 @@ from cemq.evaluation.compare import write_side_by_side
 from cemq.pipelines.outputs import Sample, as_array, as_pictures, check_path, kind_of, output_kind, rate_of
 from cemq.quantize import record_calls
 from cemq.quantize.calibrate import weights_read_elsewhere
-from cemq.quantize.pipeline import QuantizationPlan
-from cemq.runtime.outcome import Outcome
+from cemq.quantize.pipeline import QuantizationSettings
+from cemq.runtime.runner import Outcome
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",  # the audio autoencoder
@@ -157,7 +157,7 @@ def test_layers_whose_weight_is_read_past_them_are_found():
     pipe = family.pipeline()
     with record_calls(pipe.transformer, every=4) as calls:
         draw(pipe, family)
-    config = QuantizationPlan(scheme="w8a8", full_precision=()).config(pipe.transformer)
+    config = QuantizationSettings(scheme="w8a8", full_precision=()).config(pipe.transformer)
     read = weights_read_elsewhere(pipe.transformer, config, calls[0])
     assert set(read) == {f"time_extra_emb.pooler.{name}_proj" for name in "kqvc"}
     assert all(type(pipe.transformer.get_submodule(name)) is torch.nn.Linear for name in read)

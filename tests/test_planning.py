@@ -12,17 +12,16 @@ from conftest import make_dit
 from cemq.errors import InfeasibleBudgetError, InputError
 from cemq.pipelines.batches import make_batches
 from cemq.prior.error_prior import ErrorPrior
-from cemq.prior.profile import profile, record_references
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.runtime import attached
-from cemq.runtime.outcome import run_batch
+from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule, plan_schedule
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import METHODS
-from cemq.search import explore as closed_search
-from cemq.search.choose import EFFORTS, check_planning, plan
-from cemq.search.explore import SEARCHED, Search, Wanted
+from cemq.search.choose import plan
+from cemq.search.explore import Search, Wanted
 from cemq.search.propagation import Fit, sample_schedules
+from cemq.search.settings import EFFORTS, PlanSettings, SearchSettings
 from cemq.search.trials import FULL, ClosedLoop, Trial
 
 STEPS, BUDGET = 6, 3
@@ -35,12 +34,12 @@ def prepared(scheme="w4a8", batch_size=2, pipe=None):
     profiled, planning = (
         make_batches((1, 2), samples=4 - batch_size, first_seed=seed, batch_size=batch_size) for seed in (0, 5)
     )
-    references = record_references(pipe, profiled, steps=STEPS, call=CALL)
-    aims = [run_batch(pipe, batch, steps=STEPS, call=CALL) for batch in planning]
+    runner = Runner(pipe=pipe, steps=STEPS, call=CALL)
+    trajectories, references = runner.record(profiled), runner.run(planning)
     if scheme != "none":
         quantize_in_place(pipe.transformer, CemqConfig(scheme))
-    prior = profile(pipe, profiled, references, steps=STEPS, call=CALL, scheme=scheme, dtype="float32")
-    return {"pipe": pipe, "prior": prior, "batches": planning, "references": aims, "steps": STEPS, "call": CALL}
+    prior = runner.profile(profiled, trajectories, scheme=scheme, dtype="float32")
+    return {"runner": runner, "prior": prior, "batches": planning, "references": references}
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +49,16 @@ def quantized():
 
 @pytest.fixture(scope="module")
 def searched(quantized):
-    loop = ClosedLoop(**quantized)
-    return loop, plan(loop, BUDGET, effort="quick")
+    return planned(quantized, BUDGET)
 
 
 def planned(quantized, budget, **settings):
     loop = ClosedLoop(**quantized)
-    return loop, plan(loop, budget, effort="quick", **settings)
+    return loop, quickly(loop, budget, **settings)
+
+
+def quickly(loop, budget, **settings):
+    return plan(loop, PlanSettings(budget=budget, effort="quick", **settings))
 
 
 def plain(loop, budget):
@@ -86,7 +88,7 @@ def test_the_search_keeps_within_its_effort_but_for_the_corrections(searched):
     loop, found = searched
     corrections = sum(trial.schedule.budget / STEPS for trial in loop.trials if trial.correction)
     assert 0 < corrections <= 2
-    always = loop.cost(found.schedule.budget, SEARCHED)  # the program's own schedule, whatever is left
+    always = loop.cost(found.schedule.budget, SearchSettings.searched)  # the program's own schedule, whatever is left
     assert found.evidence["full_run_equivalents"] <= EFFORTS["quick"].full_runs + always + corrections + 0.01
     assert found.evidence["full_run_equivalents"] == pytest.approx(loop.spent, abs=0.01)
     spent = sum(trial.schedule.budget / STEPS for trial in loop.trials[1:])  # the first is full compute, not a search
@@ -96,14 +98,14 @@ def test_the_search_keeps_within_its_effort_but_for_the_corrections(searched):
 def test_what_is_fitted_to_has_the_budget_that_is_planned_for(searched):
     loop, found = searched
     taught = [trial.schedule for trial in loop.trials if trial.schedule.solver == "sample"]
-    assert found.evidence["fit"]["teach"] == len(taught) + 1 > 5
+    assert found.evidence["fit"]["runs"] == len(taught) + 1 > 5
     assert {schedule.budget for schedule in taught} == {BUDGET, 2}  # and what is nearest to half of it
     assert sum(schedule.budget == BUDGET for schedule in taught) >= len(taught) / 2
 
 
 def test_nothing_is_run_twice(searched):
     loop, _ = searched
-    served = [(trial.schedule.served.tobytes(), trial.correction, trial.lesson_from) for trial in loop.trials]
+    served = [(trial.schedule.served.tobytes(), trial.correction, trial.part_from) for trial in loop.trials]
     assert len(set(served)) == len(served) > 10
     count = len(loop.trials)
     known = loop.plain()[2]
@@ -123,8 +125,8 @@ def test_the_search_goes_on_where_all_neighbours_of_the_best_were_run(quantized)
 def test_a_trial_is_what_a_run_gives(quantized, searched):
     loop, _ = searched
     trial = next(trial for trial in loop.trials if trial.schedule.budget < STEPS)
-    with attached(loop.pipe, Plan(schedule=trial.schedule, sampler=loop.prior.metadata.sampler)):
-        again = run_batch(loop.pipe, loop.batches[0], steps=STEPS, call=CALL)
+    with attached(loop.runner.pipe, Plan(schedule=trial.schedule, sampler=loop.prior.metadata.sampler)):
+        again = loop.runner.run_one(loop.batches[0])
     moved = (again.latents - loop.references[0].latents).double()
     shares = moved.flatten(1).norm(dim=1) / loop.references[0].latents.double().flatten(1).norm(dim=1)
     assert trial.relative_l2 == pytest.approx(shares.mean().item(), rel=1e-6)
@@ -144,7 +146,7 @@ def test_the_evidence_says_what_was_run_and_what_is_predicted(searched):
     assert evidence["winner"] in evidence["trials"]
     assert CacheSchedule.from_dict(evidence["winner"]["schedule"]) == found.schedule
     assert (evidence["tolerance"], evidence["target_psnr"]) == (None, None)
-    assert evidence["fit"]["teach"] > 5
+    assert evidence["fit"]["runs"] > 5
     assert evidence["fit"]["coherence_steps"] == found.prior.coherence
     assert [point["budget"] for point in evidence["curve"]] == list(range(2, STEPS + 1))
     full = evidence["curve"][-1]
@@ -215,7 +217,7 @@ def test_a_tolerance_is_kept_with_a_standard_error_to_spare(errors, met):
 
 @pytest.mark.parametrize("method", ["none", "drift"])
 def test_a_correction_that_is_asked_for_is_taken(quantized, method):
-    loop, found = planned(quantized, BUDGET, solver="uniform", correction=method)
+    loop, found = planned(quantized, BUDGET, solver="uniform", rectify=method)
     assert (found.correction and found.correction.method) == (None if method == "none" else method)
     assert found.evidence["winner"]["correction"] == (None if method == "none" else method)
     assert sum(trial.correction is not None for trial in loop.trials) == (method != "none")
@@ -223,7 +225,7 @@ def test_a_correction_that_is_asked_for_is_taken(quantized, method):
 
 @pytest.mark.parametrize("solver", ["uniform", "cem", "segment", "cem-relaxed", "threshold"])
 def test_another_solver_has_its_schedule_taken_as_it_is(quantized, solver):
-    _, found = planned(quantized, BUDGET, solver=solver, predictor="reuse", correction="none")
+    _, found = planned(quantized, BUDGET, solver=solver, predictor="reuse", rectify="none")
     assert found.schedule.budget <= BUDGET
     assert set(found.schedule.predictors) == {"reuse"}
     if solver == "uniform":
@@ -231,19 +233,19 @@ def test_another_solver_has_its_schedule_taken_as_it_is(quantized, solver):
 
 
 def test_a_predictor_that_is_asked_for_serves_every_segment(quantized):
-    _, found = planned(quantized, BUDGET, predictor="goc", correction="none")
+    _, found = planned(quantized, BUDGET, predictor="goc", rectify="none")
     assert set(found.schedule.predictors) == {"goc"}
 
 
 def test_all_steps_are_full_compute(quantized):
-    _, found = planned(quantized, STEPS, correction="none")
+    _, found = planned(quantized, STEPS, rectify="none")
     assert found.schedule.full_steps == tuple(range(STEPS))
     assert found.evidence["winner"] == found.evidence["full_compute"]
 
 
 @pytest.mark.parametrize("tolerance", [0.05, 2.0])
 def test_auto_finds_a_budget_within_the_tolerance(quantized, tolerance):
-    loop, found = planned(quantized, "auto", tolerance=tolerance, correction="none")
+    loop, found = planned(quantized, "auto", tolerance=tolerance, rectify="none")
     limit = (1 + tolerance) * loop.trials[0].relative_l2
     assert found.evidence["winner"]["relative_l2"] <= limit
     assert found.evidence["tolerance"] == tolerance
@@ -252,26 +254,26 @@ def test_auto_finds_a_budget_within_the_tolerance(quantized, tolerance):
 
 
 def test_auto_goes_on_to_larger_budgets_where_all_samples_do_not_keep_what_some_promised(monkeypatch):
-    monkeypatch.setattr(closed_search, "SEARCHED", 1)
     # pictures may be best with few steps although latents are not, and so budgets that do not do rank first
     monkeypatch.setattr(Search, "_ranked", lambda _, trials: sorted(trials, key=lambda trial: trial.schedule.budget))
     loop = ClosedLoop(**prepared(batch_size=1))
     full = loop.run(CacheSchedule(num_steps=STEPS, full_steps=range(STEPS), solver=FULL))
     for schedule in sample_schedules(STEPS, 6, ("taylor1",), 0):
-        loop.teach(schedule, 0)
+        loop.calibrate(schedule, 0)
 
     def met_by(trial):
         return trial.schedule.budget >= (3 if trial.samples < loop.samples else 5)
 
     wanted = SimpleNamespace(full=full, psnr_db=None, error=full.error, met_by=met_by)
-    search = Search(loop=loop, predictor="auto", corrector="none", view="combined", limit=20)
+    settings = PlanSettings(budget="auto", effort="thorough", search=SearchSettings(searched=1))
+    search = Search(loop=loop, settings=settings, corrector="none")
     found = search.fewest(wanted)
     assert (found.schedule.budget, found.samples) == (5, loop.samples)
 
 
 def test_auto_reaches_a_target_psnr(quantized, searched):
     target = searched[1].evidence["winner"]["psnr_db"] - 1
-    _, found = planned(quantized, "auto", target_psnr=target, correction="none")
+    _, found = planned(quantized, "auto", target_psnr=target, rectify="none")
     assert found.evidence["winner"]["psnr_db"] >= target
     assert found.schedule.budget < STEPS
     assert (found.evidence["target_psnr"], found.evidence["tolerance"]) == (target, None)
@@ -286,14 +288,13 @@ def test_a_target_out_of_reach_is_refused_in_one_line(quantized):
 def test_without_quantization_auto_needs_a_target():
     loop = ClosedLoop(**prepared("none"))
     with pytest.raises(InputError, match="full compute has no error without quantization, so give a target PSNR"):
-        plan(loop, "auto", effort="quick")
-    found = plan(loop, "auto", effort="quick", target_psnr=10.0, correction="none")
+        quickly(loop, "auto")
+    found = quickly(loop, "auto", target_psnr=10.0, rectify="none")
     assert found.evidence["winner"]["psnr_db"] >= 10
 
 
 VALID = {
-    "solver": "search", "predictor": "auto", "corrector": "auto", "correction": "auto", "effort": "normal",
-    "budget": "3x", "steps": 50,
+    "solver": "search", "predictor": "auto", "corrector": "auto", "rectify": "auto", "effort": "normal", "budget": "3x",
 }  # fmt: skip
 
 
@@ -302,7 +303,7 @@ VALID = {
     [
         ({"solver": "serch"}, InputError, "unknown solver 'serch'.*did you mean 'search'"),
         ({"predictor": "taylor3"}, InputError, "unknown predictor 'taylor3'"),
-        ({"correction": "drifts"}, InputError, "unknown correction 'drifts'.*did you mean 'drift'"),
+        ({"rectify": "drifts"}, InputError, "unknown rectify 'drifts'.*did you mean 'drift'"),
         ({"effort": "much"}, InputError, "unknown effort 'much': choose from quick, normal, thorough"),
         ({"budget": "auto", "solver": "cem"}, InputError, "budget=auto is found by running schedules"),
         ({"budget": 51}, InfeasibleBudgetError, r"choose 2\.\.50"),
@@ -311,30 +312,30 @@ VALID = {
 )
 def test_what_cannot_be_planned_is_refused_before_anything_is_run(changes, error, message):
     with pytest.raises(error, match=message):
-        check_planning(**VALID | changes)
+        PlanSettings(**VALID | changes).check(50)
 
 
-@pytest.mark.parametrize("changes", [{}, {"budget": "auto"}, {"steps": None, "budget": 400}, {"budget": 7}])
-def test_what_can_be_planned_passes(changes):
-    check_planning(**VALID | changes)
+@pytest.mark.parametrize(
+    ("changes", "steps"), [({}, 50), ({"budget": "auto"}, 50), ({"budget": 400}, None), ({"budget": 7}, 50)]
+)
+def test_what_can_be_planned_passes(changes, steps):
+    PlanSettings(**VALID | changes).check(steps)
 
 
-def test_the_search_takes_some_of_the_samples_and_the_finals_all(monkeypatch):
-    for constant, value in {"explore.SEARCHED": 2, "choose.SEARCHED": 2, "trials._LESSON": 1}.items():
-        monkeypatch.setattr(f"cemq.search.{constant}", value)
-    loop = ClosedLoop(**prepared(batch_size=1))
-    found = plan(loop, BUDGET, effort="thorough", correction="none")
-    searched = [trial for trial in loop.trials if trial.samples < loop.samples and trial.lesson_from is None]
+def test_the_search_takes_some_of_the_samples_and_the_finalists_all():
+    loop, small = ClosedLoop(**prepared(batch_size=1)), SearchSettings(searched=2, calibrated=1)
+    found = plan(loop, PlanSettings(budget=BUDGET, effort="thorough", rectify="none", search=small))
+    searched = [trial for trial in loop.trials if trial.samples < loop.samples and trial.part_from is None]
     assert {trial.samples for trial in searched} == {2}
-    lessons = [trial for trial in loop.trials if trial.lesson_from is not None]
-    assert {(trial.lesson_from, trial.samples) for trial in lessons} == {(0, 1), (1, 1), (2, 1)}
+    drawn = [trial for trial in loop.trials if trial.part_from is not None]
+    assert {(trial.part_from, trial.samples) for trial in drawn} == {(0, 1), (1, 1), (2, 1)}
     assert any(trial.schedule.solver not in ("sample", "uniform", "cem") for trial in searched)
-    finals = [trial for trial in loop.trials[1:] if trial.samples == loop.samples]  # the first is full compute
-    assert {"uniform", "cem"} <= {trial.schedule.solver for trial in finals}
+    finalists = [trial for trial in loop.trials[1:] if trial.samples == loop.samples]  # the first is full compute
+    assert {"uniform", "cem"} <= {trial.schedule.solver for trial in finalists}
     assert found.evidence["winner"]["samples"] == loop.samples
     assert all(
         found.evidence["winner"]["psnr_db"] >= trial.psnr_db
-        for trial in finals
+        for trial in finalists
         if trial.schedule.solver in ("uniform", "cem")
     )
     spent = sum(trial.samples / loop.samples * trial.schedule.budget / STEPS for trial in loop.trials[1:])

@@ -163,7 +163,7 @@ def test_two_launched_processes_write_the_bundle_of_one_bit_for_bit(recipe, bund
 
 
 SETTINGS = {
-    "samples": 3, "batch_size": 3, "scheme": "w8a8", "solver": "uniform", "also_steps": [], "correction": "none",
+    "samples": 3, "batch_size": 3, "scheme": "w8a8", "solver": "uniform", "also_steps": [], "rectify": "none",
 }  # fmt: skip
 PAIR = """
 import json
@@ -176,7 +176,7 @@ import cemq
 from cemq import cli
 from cemq.evaluation.analysis import analyze
 from cemq.parallel import launched
-from cemq.search import trials as closed_loop
+from cemq.runtime.runner import Runner
 
 bundle, folder, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 with launched() as processes:
@@ -221,14 +221,14 @@ if processes.is_main:
     print(json.dumps([found, few, ranks, parallel]), flush=True)
 
 # One of them fails, as a command would; there is no launcher here that would end the other.
-runs, run_batch = [], closed_loop.run_batch
+runs, run_one = [], Runner.run_one
 
 
 def interrupted(*arguments, **keywords):
     runs.append(None)
     if len(runs) == 3:
         os.kill(os.getpid(), signal.SIGINT)
-    return run_batch(*arguments, **keywords)
+    return run_one(*arguments, **keywords)
 
 
 build = ["cemq", "quantize-and-schedule", "--recipe", str(folder / "recipe.yaml"), "--device", "cpu"]
@@ -236,7 +236,7 @@ for bad in (["--calib", "nowhere.txt"], []):
     sys.argv = [*build, "-o", str(folder / "failed")]
     if processes.rank == 1:
         sys.argv += bad
-        closed_loop.run_batch = interrupted
+        Runner.run_one = interrupted
     try:
         cli.main()
     except SystemExit as end:

@@ -54,7 +54,9 @@ def test_wrong_settings_of_quantization_are_refused(fields, message):
         ({"planning_samples": 0}, "planning_samples=0 is wrong"),
         ({"target_psnr": "high"}, "target_psnr='high' is wrong"),
         ({"sensitivity_points": 4}, "unknown key in settings 'sensitivity_points'"),
-        ({"correcton": "drift"}, "unknown key in settings 'correcton'.*did you mean 'correction'"),
+        ({"rectfy": "drift"}, "unknown key in settings 'rectfy'.*did you mean 'rectify'"),
+        ({"correction": "drift"}, "settings: 'correction' is called 'rectify' by now: rename it"),
+        ({"prior": "self"}, "settings: 'prior' is called 'view' by now: rename it"),
     ],
 )
 def test_wrong_settings_of_planning_are_refused(fields, message):
@@ -62,16 +64,16 @@ def test_wrong_settings_of_planning_are_refused(fields, message):
         make_recipe(fields)
 
 
-def test_by_default_the_search_chooses_predictors_and_correction():
+def test_by_default_the_search_chooses_predictors_and_rectifies():
     recipe = Recipe()
-    assert (recipe.solver, recipe.predictor, recipe.correction, recipe.effort) == ("search", "auto", "auto", "normal")
+    assert (recipe.solver, recipe.predictor, recipe.rectify, recipe.effort) == ("search", "auto", "auto", "normal")
     assert (recipe.tolerance, recipe.target_psnr) == (0.15, None)
 
 
 def test_settings_of_planning_are_read_from_a_file(tmp_path):
-    (tmp_path / "a.yaml").write_text("budget: auto\ntarget_psnr: 30.5\ncorrection: drift\neffort: thorough\n")
+    (tmp_path / "a.yaml").write_text("budget: auto\ntarget_psnr: 30.5\nrectify: drift\neffort: thorough\n")
     recipe = load_recipe(str(tmp_path / "a.yaml"))
-    assert (recipe.budget, recipe.target_psnr, recipe.correction, recipe.effort) == ("auto", 30.5, "drift", "thorough")
+    assert (recipe.budget, recipe.target_psnr, recipe.rectify, recipe.effort) == ("auto", 30.5, "drift", "thorough")
 
 
 def test_settings_of_quantization_are_read_from_a_file(tmp_path):

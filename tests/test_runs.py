@@ -20,9 +20,9 @@ from cemq.errors import ModelError
 from cemq.pipelines.batches import Batch, run
 from cemq.pipelines.noise_scheduler import fingerprint, intercepted
 from cemq.pipelines.trajectory import force, record
-from cemq.prior.profile import record_references
 from cemq.runtime import attach, attached, detach, for_request, schedule_hook, set_budget
 from cemq.runtime.attach import HOOK
+from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule
 
 STEPS = 6
@@ -451,7 +451,7 @@ def test_a_pipeline_that_steps_copies_or_nothing_is_computed_says_so_and_keeps_l
 
     plain = drawn()
     with pytest.raises(ModelError, match=r"Forcing never calls step\(\) of its scheduler"):
-        record_references(pipe, [BATCH], steps=STEPS, call={"steps_copies": steps_copies})
+        Runner(pipe=pipe, steps=STEPS, call={"steps_copies": steps_copies}).record([BATCH])
     with attached(pipe, HALF) as hook:
         dit.transformer.register_forward_hook(lambda *_: kept.append(len(hook.run.histories)))
         with pytest.warns(UserWarning, match="the pipeline steps copies of it, or none") as caught:

@@ -12,9 +12,9 @@ from cemq.pipelines.batches import Batch, make_batches, run
 from cemq.pipelines.noise_scheduler import fingerprint, intercepted, landing_lengths, responses
 from cemq.pipelines.trajectory import record
 from cemq.predict.predictors import PREDICTORS
-from cemq.prior.profile import profile, record_references
 from cemq.runtime import attach, attached, detach, schedule_hook, set_budget
 from cemq.runtime.attach import HOOK
+from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule, plan_schedule
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import METHODS, Correction, make_correction
@@ -37,8 +37,8 @@ def plan_of(pipe, schedule=HALF, **fields):
 
 def profiled(pipe, steps=STEPS):
     batches = make_batches((1, 2), samples=2, first_seed=0, batch_size=2)
-    references = record_references(pipe, batches, steps=steps, call=CALL)
-    return profile(pipe, batches, references, steps=steps, call=CALL, scheme="none", dtype="float32")
+    runner = Runner(pipe=pipe, steps=steps, call=CALL)
+    return runner.profile(batches, runner.record(batches), scheme="none", dtype="float32")
 
 
 def count_blocks(model):

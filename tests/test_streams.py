@@ -52,7 +52,7 @@ def bundle(tmp_path_factory):
     (root / "labels.txt").write_text("1\n2\n3\n")
     cemq.quantize_and_schedule(
         str(root / "pipeline"), root / "bundle", calib=str(root / "labels.txt"), steps=4, budget=2, samples=1,
-        planning_samples=1, effort="quick", solver="uniform", correction="none", rounding="nearest", device="cpu",
+        planning_samples=1, effort="quick", solver="uniform", rectify="none", rounding="nearest", device="cpu",
     )  # fmt: skip
     return root / "bundle"
 

@@ -8,8 +8,8 @@ from cemq.errors import PriorMismatchError
 from cemq.pipelines.batches import Batch, make_batches, run
 from cemq.pipelines.noise_scheduler import fingerprint, intercepted, next_sample
 from cemq.pipelines.trajectory import force, record, run_end
-from cemq.prior.profile import profile, record_references
 from cemq.quantize import CemqConfig, quantize_in_place
+from cemq.runtime.runner import Runner
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 CALL = {"guidance_scale": 2.0}
@@ -176,10 +176,11 @@ def profiled(pipe, scheme):
     counting = type("Counting", (type(pipe),), {"__call__": lambda *a, **k: (runs.append(1), original(*a, **k))[1]})
     counting.__call__.__signature__ = __import__("inspect").signature(original)
     pipe.__class__ = counting
-    references = record_references(pipe, batches, steps=STEPS, call=CALL)
+    runner = Runner(pipe=pipe, steps=STEPS, call=CALL)
+    references = runner.record(batches)
     if scheme != "none":
         quantize_in_place(pipe.transformer, CemqConfig(scheme))
-    prior = profile(pipe, batches, references, steps=STEPS, call=CALL, scheme=scheme, dtype="float32")
+    prior = runner.profile(batches, references, scheme=scheme, dtype="float32")
     return prior, references, batches, len(runs)
 
 
@@ -220,8 +221,9 @@ def test_channel_statistics_are_those_of_the_predictions(request, kind):
     pipe = request.getfixturevalue(kind)
     conditions, call = ((1, 2), CALL) if kind == "dit" else (("a bold seven", "a two"), FLUX_CALL)
     batches = make_batches(conditions, samples=3, first_seed=0, batch_size=2)
-    references = record_references(pipe, batches, steps=3, call=call)
-    prior = profile(pipe, batches, references, steps=3, call=call, scheme="none", dtype="float32")
+    runner = Runner(pipe=pipe, steps=3, call=call)
+    references = runner.record(batches)
+    prior = runner.profile(batches, references, scheme="none", dtype="float32")
     predictions = [torch.cat([each.predictions[step] for each in references]).double() for step in range(3)]
     axis = 1 if kind == "dit" else 2  # packed latents have their channels last
     channels = np.stack([tensor.movedim(axis, 0).flatten(1).numpy() for tensor in predictions])

@@ -23,7 +23,7 @@ from cemq.quantize import record_calls
 from cemq.quantize.allocate import replayed_output
 from cemq.quantize.calibrate import Call, replay
 from cemq.runtime import attached, detach, schedule_hook
-from cemq.runtime.outcome import said_of_steps
+from cemq.runtime.runner import said_of_steps
 
 _RECORDED_STEPS = 2  # of the short run that one call of the denoiser is taken from
 

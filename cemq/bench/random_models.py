@@ -16,7 +16,7 @@ from torch import nn
 from cemq.bench.architectures import Architecture
 from cemq.errors import SchemeError
 from cemq.families import BLOCK_LISTS
-from cemq.quantize import NO_SCHEME, CemqConfig, QuantizationPlan, check_scheme, quantize_calibrated
+from cemq.quantize import NO_SCHEME, CemqConfig, QuantizationSettings, check_scheme, quantize_calibrated
 from cemq.quantize.allocate import layer_bytes
 from cemq.quantize.calibrate import Call
 from cemq.quantize.in_diffusers import mark_quantized, nothing_to_quantize, quantizable
@@ -56,7 +56,7 @@ def parse_scheme(text: str) -> tuple[str, str]:
 
 def quantization_config(model: nn.Module, backend: str, scheme: str) -> CemqConfig:
     """What a build takes for this model."""
-    return QuantizationPlan(scheme=scheme, backend=backend).config(model)
+    return QuantizationSettings(scheme=scheme, backend=backend).config(model)
 
 
 def needs_float_model(model: nn.Module, config: CemqConfig) -> bool:

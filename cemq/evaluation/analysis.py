@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from cemq.bundle.load import from_pretrained
-from cemq.bundle.manifest import PRIOR, Manifest, read_bundle
+from cemq.bundle.manifest import PRIOR, read_bundle
 from cemq.errors import InputError
 from cemq.files import absolute, written_whole
 from cemq.metrics import error_of, middle_mean
 from cemq.parallel import ALONE, Processes
-from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Progress, make_batches
 from cemq.pipelines.opening import default_device, locate, open_pipeline
 from cemq.predict.correctors import check_corrector
 from cemq.predict.predictors import check_predictor
 from cemq.prior.error_prior import VIEWS, ErrorPrior
 from cemq.runtime import detach
-from cemq.runtime.outcome import run_batch
+from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule, cem_costs, parse_budget, suited_corrector, usual_budget
 from cemq.search.propagation import sample_schedules
 from cemq.search.trials import ClosedLoop, Trial
@@ -115,11 +115,11 @@ def analyze(
     batches = make_batches(
         manifest.held_out_conditions, samples=samples, first_seed=EVALUATION_SEED_OFFSET + seed, batch_size=8
     )
-    loop = ClosedLoop(
-        pipe=pipe, prior=prior, batches=batches,
-        references=_references(manifest, processes.share(batches), place, progress),
-        steps=manifest.num_inference_steps, call=manifest.call, cache=manifest.cache, processes=processes,
-    )  # fmt: skip
+    runner = Runner(pipe=pipe, steps=manifest.num_inference_steps, call=manifest.call, processes=processes)
+    original = open_pipeline(locate(manifest.model).folder, dtype=manifest.dtype, device=place)
+    original.set_progress_bar_config(disable=True)
+    references = replace(runner, pipe=original, progress=progress).run(batches, "reference")
+    loop = ClosedLoop(runner=runner, prior=prior, batches=batches, references=references, cache=manifest.cache)
     costs = costs_of(prior)
     result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
     result |= {"samples": samples, "corrector": corrector, "spearman": {}, "points": {}}
@@ -162,17 +162,6 @@ def check_analysis(
             raise InputError(
                 f"schedules={schedules}: {full_steps} of {num_steps} steps can be chosen in {ways} ways only"
             )
-
-
-def _references(manifest: Manifest, batches: Sequence[Batch], device: str, progress: Progress | None) -> list[Any]:
-    """What full precision makes of these samples, uncached."""
-    pipe = open_pipeline(locate(manifest.model).folder, dtype=manifest.dtype, device=device)
-    pipe.set_progress_bar_config(disable=True)
-    steps = manifest.num_inference_steps
-    return [
-        run_batch(pipe, batch, steps=steps, call=manifest.call, on_step=on_step)
-        for batch, on_step in iterate(batches, "reference", progress, steps)
-    ]
 
 
 def errors_found(trials: Sequence[Trial]) -> list[float]:

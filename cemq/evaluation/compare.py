@@ -22,7 +22,7 @@ from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Progress, iterate, ma
 from cemq.pipelines.opening import default_device, locate, open_pipeline, weight_bytes
 from cemq.pipelines.outputs import as_levels, as_pictures
 from cemq.runtime import schedule_hook
-from cemq.runtime.outcome import Outcome, run_batch, said_of_steps
+from cemq.runtime.runner import Outcome, Runner, said_of_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +167,12 @@ def evaluate(
     for pipe in (scheduled, original):
         pipe.set_progress_bar_config(disable=True)
 
-    settings = {"steps": steps or manifest.num_inference_steps, "call": manifest.call}
-    references, outcomes = [], []
-    for batch, on_step in iterate(processes.share(batches), "reference and bundle", progress, 2 * settings["steps"]):
-        for pipe, made in ((original, references), (scheduled, outcomes)):
-            made.append(run_batch(pipe, batch, on_step=on_step, **settings))
+    steps = steps or manifest.num_inference_steps
+    pairs = [(Runner(pipe=pipe, steps=steps, call=manifest.call), []) for pipe in (original, scheduled)]
+    for batch, on_step in iterate(processes.share(batches), "reference and bundle", progress, 2 * steps):
+        for runner, made in pairs:  # taking turns, so that what else the machine does slows down both
+            made.append(runner.run_one(batch, on_step))
+    references, outcomes = (made for _, made in pairs)
     fidelity = measure_fidelity(references, outcomes, processes)
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
     if picture is not None and processes.is_main:

@@ -1,85 +1,44 @@
-"""Two runs per batch measure every cache interval at once: a reference run, and a forced run of the quantized model."""
+"""A reference and the quantized model forced along it measure every cache interval at once: from runs to the prior."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from cemq.errors import ModelError, PriorMismatchError
 from cemq.parallel import ALONE, Processes
-from cemq.pipelines.batches import Batch, Progress, iterate, run
+from cemq.pipelines.batches import Batch
 from cemq.pipelines.outputs import channel_axis
-from cemq.pipelines.trajectory import Trajectory, force, record
+from cemq.pipelines.trajectory import Trajectory
 from cemq.prior.error_prior import ErrorPrior, PriorMetadata
 
 _CHUNK = 1 << 20  # latent elements turned to float64 at a time
 _LARGEST_CHANNEL_GRAMS = 1 << 18  # numbers; 16 channels at 128 steps
 
 
-def record_references(
-    pipe: Any,
+def profiled(
+    runs: Iterable[tuple[Trajectory, Trajectory]],
     batches: Sequence[Batch],
     *,
-    steps: int,
-    call: Mapping[str, Any],
-    progress: Progress | None = None,
-    watch: Callable[[Batch], AbstractContextManager[Any]] = lambda _: nullcontext(),
-) -> list[Trajectory]:
-    """Run the full-precision pipeline once per batch and keep its trajectories; ``watch`` is entered for each run.
-
-    Raises:
-        ModelError: The first run never steps the pipeline's scheduler, so that there are no steps to speak of.
-    """
-    references = []
-    for batch, on_step in iterate(batches, "reference runs", progress, steps):
-        with watch(batch), record(pipe, measure_steps=True) as trajectory:
-            run(pipe, batch, steps=steps, call=call, on_step=on_step)
-        if not trajectory.num_steps:
-            raise ModelError(
-                f"{type(pipe).__name__} never calls step() of its scheduler (it steps copies of it, or none): none of "
-                "its steps can be skipped; quantize it with cemq.quantize_in_place"
-            )
-        references.append(trajectory)
-    return references
-
-
-def profile(
-    pipe: Any,
-    batches: Sequence[Batch],
-    references: Sequence[Trajectory],
-    *,
-    steps: int,
-    call: Mapping[str, Any],
     scheme: str,
     dtype: str,
-    progress: Progress | None = None,
+    call: Mapping[str, Any],
     processes: Processes = ALONE,
 ) -> ErrorPrior:
-    """Run the quantized pipeline along the references and return the combined error prior.
+    """The combined error prior of runs of the quantized pipeline along references of the full-precision one.
 
     Args:
-        pipe: The pipeline with its quantized denoiser (or the full-precision one: then all views are equal).
-        batches: All batches that references were recorded from.
-        references: Trajectories of the full-precision pipeline, with step sizes, of this process's share of them.
+        runs: Of this process's share of the batches, the forced run and its reference, with step sizes. Each is reduced
+            to its statistics before the next is asked for.
+        batches: All batches.
 
     Raises:
-        PriorMismatchError: The two runs made different numbers of steps.
         ProcessError: Another process has failed.
     """
-    mine = iterate(processes.share(batches), "forced runs", progress, steps)
     measured = []
-    for (batch, on_step), reference in zip(mine, references, strict=True):
-        with force(pipe, reference) as forced:
-            run(pipe, batch, steps=steps, call=call, on_step=on_step)
-        if forced.num_steps != reference.num_steps:
-            raise PriorMismatchError(
-                f"the quantized run made {forced.num_steps} steps, its reference {reference.num_steps}: "
-                "profile both with the same sampler and step count"
-            )
+    for batch, (forced, reference) in zip(processes.share(batches), runs, strict=True):
         statistics = _statistics(forced.predictions, reference.predictions)
         measured.append((len(batch.seeds), statistics, reference.step_sizes, reference.sampler))
     found = processes.gather(measured)

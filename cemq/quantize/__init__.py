@@ -1,10 +1,10 @@
 """Quantization: schemes and backends, layers, calibration, and the glue to diffusers."""
 
 from cemq.quantize.allocate import choose_eight_bit, stored_bits
-from cemq.quantize.calibrate import RECORDED_BYTES, quantize_calibrated, record_calls
+from cemq.quantize.calibrate import RECORDED_BYTES, Call, quantize_calibrated, record_calls
 from cemq.quantize.in_diffusers import CemqConfig, quantize_in_place
 from cemq.quantize.layers import InputStatistics, NativeLinear, QuantizedLinear
-from cemq.quantize.pipeline import QuantizationPlan, quantize_pipeline
+from cemq.quantize.pipeline import QuantizationSettings, quantize_pipeline
 from cemq.quantize.schemes import BACKENDS, NO_SCHEME, SCHEMES, Backend, Scheme, check_scheme, installed
 
 __all__ = [
@@ -13,10 +13,11 @@ __all__ = [
     "RECORDED_BYTES",
     "SCHEMES",
     "Backend",
+    "Call",
     "CemqConfig",
     "InputStatistics",
     "NativeLinear",
-    "QuantizationPlan",
+    "QuantizationSettings",
     "QuantizedLinear",
     "Scheme",
     "check_scheme",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -16,12 +16,17 @@ from cemq.quantize.calibrate import Call, quantize_calibrated, weights_read_else
 from cemq.quantize.in_diffusers import CemqConfig, quantizable, quantize_in_place
 from cemq.quantize.schemes import NO_SCHEME, SCHEMES, check_scheme
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from cemq.recipe import Recipe
+
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizationPlan:
-    """What to quantize and how; a None takes the default that goes with the rest.
+class QuantizationSettings:
+    """What to quantize and how: the fields of `Recipe` that say so. A None takes the default that goes with the rest.
 
     Args:
         full_precision: Patterns of layers to keep; None: those of `families` for the denoiser's class.
@@ -40,6 +45,12 @@ class QuantizationPlan:
     low_rank: int = 0
     bits_budget: float | None = None
     components: Sequence[str] = field(default_factory=tuple)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> QuantizationSettings:
+        """Those of a recipe."""
+        shared = {name: getattr(recipe, name) for name in cls.__dataclass_fields__ if name in type(recipe).model_fields}
+        return cls(**shared | {"gptq": recipe.rounding == "gptq", "components": tuple(recipe.components or ())})
 
     def check(self) -> None:
         """Raises SchemeError or InputError for what cannot go together, before any model is opened."""
@@ -86,7 +97,7 @@ class QuantizationPlan:
             for _, _, scheme in quantizable(denoiser, config)
         )
 
-    def without_calls(self, reason: ReplayError) -> QuantizationPlan:
+    def without_calls(self, reason: ReplayError) -> QuantizationSettings:
         """The same, rounded to nearest: for a denoiser whose calls cannot be replayed.
 
         Raises:
@@ -111,39 +122,46 @@ class QuantizationPlan:
 
 
 def quantize_pipeline(
-    pipe: Any, plan: QuantizationPlan, calls: Mapping[str, Sequence[Call]], progress: Progress | None = None
+    pipe: DiffusionPipeline,
+    settings: QuantizationSettings,
+    calls: Mapping[str, Sequence[Call]],
+    progress: Progress | None = None,
 ) -> None:
-    """Quantize the planned components in place.
+    """Quantize the components named in place.
 
     Args:
-        calls: Recorded calls of each denoiser, by component name, where `QuantizationPlan.needs_calls`.
+        calls: Recorded calls of each denoiser, by component name, where `QuantizationSettings.needs_calls`.
 
     Raises:
         SchemeError: There is nothing to quantize in a component, or the backend cannot take one of its layers.
         InputError: The bits budget cannot be kept.
     """
-    if plan.scheme == NO_SCHEME:
+    if settings.scheme == NO_SCHEME:
         return
 
     def report(stage: str) -> Callable[[float], None] | None:
         return (lambda share: progress(stage, share)) if progress else None
 
-    for name in plan.components or [name for name in DENOISERS if getattr(pipe, name, None) is not None]:
+    for name in settings.components or [name for name in DENOISERS if getattr(pipe, name, None) is not None]:
         model = getattr(pipe, name)
         if name not in DENOISERS:
             from cemq.quantize.in_transformers import TextEncoderConfig, quantize_text_encoder
 
-            quantize_text_encoder(model, TextEncoderConfig(f"w{SCHEMES[plan.scheme].weight_bits}a16"))
+            quantize_text_encoder(model, TextEncoderConfig(f"w{SCHEMES[settings.scheme].weight_bits}a16"))
             continue
-        config = plan.config(model)
+        config = settings.config(model)
         if calls.get(name):
             config = config.with_full_precision(weights_read_elsewhere(model, config, calls[name][0]))
-        if plan.bits_budget is not None:
-            chosen = choose_eight_bit(model, config, calls[name], plan.bits_budget, progress=report("bits per layer"))
+        if settings.bits_budget is not None:
+            chosen = choose_eight_bit(
+                model, config, calls[name], settings.bits_budget, progress=report("bits per layer")
+            )
             config = config.with_eight_bit(chosen)
-        if not plan.needs_calls(model):
+        if not settings.needs_calls(model):
             quantize_in_place(model, config)
             continue
         if not calls.get(name):
-            raise SchemeError(f"{plan.backend} {plan.scheme} is fitted to recorded inputs, and none were recorded")
-        quantize_calibrated(model, config, calls[name], gptq=plan.gptq, progress=report("quantization"))
+            raise SchemeError(
+                f"{settings.backend} {settings.scheme} is fitted to recorded inputs, and none were recorded"
+            )
+        quantize_calibrated(model, config, calls[name], gptq=settings.gptq, progress=report("quantization"))

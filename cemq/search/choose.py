@@ -1,58 +1,27 @@
 """Plans that are run before they are believed.
 
-A plan is a prediction from recorded trajectories. Here schedules are run in closed loop on calibration samples that
+A plan is a prediction from recorded trajectories. Here schedules are run in closed loop on planning samples that
 were not profiled: first some to learn how errors reach the final sample (`propagation`), then what the search tries
 (`explore`), then corrections of the best. What is kept is never worse on these samples than ``uniform`` or ``cem``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from cemq.errors import InputError, choose
+from cemq.errors import InputError
 from cemq.metrics import middle_mean
 from cemq.pipelines.noise_scheduler import is_linear
-from cemq.predict.correctors import CORRECTORS, NO_CORRECTOR, WORTH_CORRECTING
-from cemq.predict.predictors import PREDICTORS
+from cemq.predict.correctors import NO_CORRECTOR
 from cemq.prior.error_prior import ErrorPrior
-from cemq.schedule import (
-    AUTO,
-    SEARCH,
-    SOLVERS,
-    CacheSchedule,
-    check_budget,
-    plan_schedule,
-    usual_budget,
-)
+from cemq.schedule import AUTO, SEARCH, CacheSchedule, plan_schedule, usual_budget
 from cemq.schedule.rectify import METHODS, Correction, make_correction
-from cemq.search.explore import SEARCHED, Search, Wanted, is_certain
+from cemq.search.explore import Search, Wanted, is_certain
 from cemq.search.propagation import sample_schedules
+from cemq.search.settings import AUTO_BUDGET, PlanSettings
 from cemq.search.trials import FULL, ClosedLoop, Trial
-
-AUTO_BUDGET = "auto"
-AUTO_CORRECTOR = "quadratic"  # on average no better than linear, but what it leaves is predicted better
-_REPEATED = 0.25  # what a run of the search counts in the prior that is kept: its neighbours say much the same
-_CORRECTIONS = 2.0  # runs at full compute that trying corrections may cost beyond the effort
-_FIT_SHARE = 0.6  # of the effort at most goes into runs that only teach
-_FIT_SHARE_AUTO = 0.35  # where the search is for a budget too
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """What planning may cost, in runs at full compute of the planning samples."""
-
-    full_runs: float
-    fitted_to: int
-
-
-EFFORTS = {
-    "quick": Effort(full_runs=5, fitted_to=16),
-    "normal": Effort(full_runs=8, fitted_to=40),
-    "thorough": Effort(full_runs=24, fitted_to=64),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,27 +32,6 @@ class Planned:
     correction: Correction | None
     prior: ErrorPrior
     evidence: dict[str, Any]
-
-
-def check_planning(
-    *, solver: str, predictor: str, corrector: str, correction: str, effort: str, budget: int | str, steps: int | None
-) -> None:
-    """What can be said before anything is run.
-
-    Raises:
-        InputError: An unknown name.
-        InfeasibleBudgetError: The budget is out of range.
-    """
-    choose("solver", solver, (SEARCH, *SOLVERS))
-    choose("predictor", predictor, (AUTO, *PREDICTORS))
-    choose("corrector", corrector, (AUTO, NO_CORRECTOR, *CORRECTORS))
-    choose("correction", correction, (AUTO, "none", *METHODS))
-    choose("effort", effort, EFFORTS)
-    if budget == AUTO_BUDGET:
-        if solver != SEARCH:
-            raise InputError(f"budget=auto is found by running schedules: leave --solver {solver} out")
-    elif steps:
-        check_budget(budget, steps, "segment" if solver == SEARCH else solver)
 
 
 def check_correctable(corrector: str, cache: str, scheduler: Any, steps: int) -> None:
@@ -99,149 +47,125 @@ def _is_correctable(cache: str, scheduler: Any, steps: int) -> bool:
     return cache == "output" and is_linear(scheduler, steps)
 
 
-def plan(
-    loop: ClosedLoop,
-    budget: int | str,
-    *,
-    solver: str = SEARCH,
-    predictor: str = AUTO,
-    corrector: str = AUTO,
-    correction: str = AUTO,
-    effort: str = "normal",
-    view: str = "combined",
-    tolerance: float = 0.15,
-    target_psnr: float | None = None,
-    known: CacheSchedule | None = None,
-) -> Planned:
+def plan(loop: ClosedLoop, settings: PlanSettings, *, known: CacheSchedule | None = None) -> Planned:
     """Find the schedule and the correction for a budget.
 
     Args:
-        budget: Full-compute steps, a compute ratio, or ``auto``: the fewest full-compute steps whose error stays
-            within ``(1 + tolerance)`` of the quantized model's own at full compute, or reach ``target_psnr``.
-        solver: ``search`` is everything this module does; another name takes that solver's schedule as it is.
-        predictor: One for all, or ``auto``: the search chooses one for each segment.
-        corrector: How skipped steps are put right later: ``quadratic``, ``linear`` or ``none``; ``auto`` is the first
-            where the sampler and the cache allow it, the solver is one of this package, not a published one, and
-            evenly spaced steps lose enough to full compute.
-        correction: ``auto`` keeps the one that helps most on the planning samples, if any does.
-        view: Of the prior; see `plan_schedule`.
         known: A schedule that the search tries as well.
 
     Raises:
         InfeasibleBudgetError: The budget is out of range, or no budget reaches the target.
         InputError: The sampler or the cache leaves no room for the corrector asked for.
     """
-    effort_limits = EFFORTS[effort]
     full = loop.run(CacheSchedule(num_steps=loop.num_steps, full_steps=range(loop.num_steps), solver=FULL))
     loop.spent = 0.0  # its error is what all others are measured by, not part of the search
-    if budget == AUTO_BUDGET and target_psnr is None and not full.relative_l2:
+    if settings.budget == AUTO_BUDGET and settings.target_psnr is None and not full.relative_l2:
         raise InputError("budget=auto: full compute has no error without quantization, so give a target PSNR")
-    steps = None
-    if budget != AUTO_BUDGET:
-        steps = check_budget(budget, loop.num_steps, "segment" if solver == SEARCH else solver)
-    settled = partial(_settled_corrector, loop, corrector, solver, predictor, full)
-    corrector = settled(steps)
-    taught = _teach(loop, steps, predictor, settled, effort_limits)
-    search = Search(
-        loop=loop, predictor=predictor, corrector=corrector, view=view, limit=effort_limits.full_runs, known=known
-    )
-    if steps is None:
-        best = search.fewest(Wanted(full=full, tolerance=tolerance, psnr_db=target_psnr))
-    elif steps == loop.num_steps:
+    budget, solver, view = settings.full_steps(loop.num_steps), settings.solver, settings.view
+    corrector = _chosen_corrector(loop, settings, full, budget)
+    calibrated = _calibrate(loop, settings, full, budget, corrector)
+    search = Search(loop=loop, settings=settings, corrector=corrector, known=known)
+    if budget is None:
+        best = search.fewest(Wanted(full=full, tolerance=settings.tolerance, psnr_db=settings.target_psnr))
+    elif budget == loop.num_steps:
         best = full
     elif solver == SEARCH:
-        best = search.best(steps)
+        best = search.best(budget)
     else:
-        settings = {"solver": solver, "predictor": predictor, "corrector": corrector, "view": view}
-        best = loop.run(plan_schedule(loop.fit(view).prior, steps, **settings))
-    chosen, fix = _corrected(loop, best, correction, effort_limits.full_runs + _CORRECTIONS)
-    if solver == SEARCH and best is not full and correction in (AUTO, "none"):
+        named = {"solver": solver, "predictor": settings.predictor, "corrector": corrector, "view": view}
+        best = loop.run(plan_schedule(loop.fit(view).prior, budget, **named))
+    chosen, fix = _rectified(loop, settings, best)
+    if solver == SEARCH and best is not full and settings.rectify in (AUTO, "none"):
         chosen, fix = search.with_skipped_branches(chosen, fix)
-    fit = loop.fit(view, repeated=_REPEATED)
-    curve = search.curve(fit.prior)
+    fit = loop.fit(view, repeated=settings.search.repeated)
     evidence = {
         "solver": solver,
-        "effort": effort,
+        "effort": settings.effort,
         "full_run_equivalents": round(loop.spent, 2),
         "samples": loop.samples,
         "seeds": [seed for batch in loop.batches for seed in batch.seeds],
         "full_compute": full.to_dict(),
         "calls_per_step": loop.calls_per_step,
-        "tolerance": tolerance if budget == AUTO_BUDGET and target_psnr is None else None,
-        "target_psnr": target_psnr,
+        "tolerance": settings.tolerance if budget is None and settings.target_psnr is None else None,
+        "target_psnr": settings.target_psnr,
         "fit": {
-            "teach": taught,
+            "runs": calibrated,
             "rms_log_error": fit.rms_log_error,
             "coherence_steps": fit.prior.coherence,
         },
         "winner": chosen.to_dict(),
         "trials": [trial.to_dict() for trial in loop.trials],
-        "curve": curve,
+        "curve": search.curve(fit.prior),
     }
     return Planned(schedule=chosen.schedule, correction=fix, prior=fit.prior, evidence=evidence)
 
 
-def _settled_corrector(
-    loop: ClosedLoop, corrector: str, solver: str, predictor: str, full: Trial, budget: int | None
-) -> str:
+def _chosen_corrector(loop: ClosedLoop, settings: PlanSettings, full: Trial, budget: int | None) -> str:
     """The one to plan a budget with."""
-    if corrector != AUTO:
-        check_correctable(corrector, loop.cache, loop.pipe.scheduler, loop.steps)
-        return corrector
-    own = solver in (SEARCH, "segment")
-    if not own or not _is_correctable(loop.cache, loop.pipe.scheduler, loop.steps):
+    runner, asked = loop.runner, settings.corrector
+    if asked != AUTO:
+        check_correctable(asked, loop.cache, runner.pipe.scheduler, runner.steps)
+        return asked
+    own = settings.solver in (SEARCH, "segment")
+    if not own or not _is_correctable(loop.cache, runner.pipe.scheduler, runner.steps):
         return NO_CORRECTOR
     if budget in (None, loop.num_steps):
         budget = usual_budget(loop.num_steps)
-    name = "taylor1" if predictor == AUTO else predictor
-    even = loop.run(plan_schedule(loop.prior, budget, solver="uniform", predictor=name), samples=SEARCHED)
+    name = "taylor1" if settings.predictor == AUTO else settings.predictor
+    uniform = plan_schedule(loop.prior, budget, solver="uniform", predictor=name)
+    even = loop.run(uniform, samples=settings.search.searched)
     lost = middle_mean(full.sample_psnr_db[: even.samples] - even.sample_psnr_db)
-    return AUTO_CORRECTOR if lost > WORTH_CORRECTING else NO_CORRECTOR
+    return settings.search.corrector if lost > settings.search.worth_correcting else NO_CORRECTOR
 
 
-def _teach(
-    loop: ClosedLoop, budget: int | None, predictor: str, settled: Callable[[int | None], str], effort: Effort
-) -> int:
+def _calibrate(loop: ClosedLoop, settings: PlanSettings, full: Trial, budget: int | None, corrector: str) -> int:
     """Run what says how errors reach the final sample, and count all of it as spent, also what an earlier plan has run.
 
     Schedules of the budget that is planned for, since how errors spread depends on how many steps are skipped; and some
     of half as many, for the other budgets that are planned on this prior without running anything.
 
     Args:
-        settled: The corrector to plan a budget with.
+        corrector: That of the budget.
 
     Returns:
         How many runs there are to fit to.
     """
-    most = (_FIT_SHARE if budget else _FIT_SHARE_AUTO) * effort.full_runs
-    predictors = ("taylor1", "reuse") if predictor == AUTO else (predictor,)
-    draw, corrector = partial(sample_schedules, loop.num_steps, predictors=predictors), settled(budget)
+    effort, search = settings.effort_limits, settings.search
+    most = (search.fit_share if budget else search.fit_share_auto) * effort.full_runs
+    predictors = ("taylor1", "reuse") if settings.predictor == AUTO else (settings.predictor,)
+    draw = partial(sample_schedules, loop.num_steps, predictors=predictors)
     if budget in (None, loop.num_steps):
-        lessons = draw(effort.fitted_to, seed=0, corrector=corrector)
+        drawn = draw(effort.fitted_to, seed=0, corrector=corrector)
     else:
         half = max(2, budget // 2)
-        of_half = settled(half) if corrector == NO_CORRECTOR else corrector  # what pays with more steps pays with fewer
-        lessons = draw(effort.fitted_to // 3, seed=1, budget=half, corrector=of_half)
-        lessons += draw(effort.fitted_to, seed=0, budget=budget, corrector=corrector)
-    learned: dict[Any, float] = {}
+        of_half = corrector  # what pays with more steps pays with fewer
+        if corrector == NO_CORRECTOR:
+            of_half = _chosen_corrector(loop, settings, full, half)
+        drawn = draw(effort.fitted_to // 3, seed=1, budget=half, corrector=of_half)
+        drawn += draw(effort.fitted_to, seed=0, budget=budget, corrector=corrector)
+    cost: dict[Any, float] = {}
     before = loop.spent
-    for index, schedule in enumerate(lessons):
-        if sum(learned.values()) >= most:
+    for index, schedule in enumerate(drawn):
+        if sum(cost.values()) >= most:
             break
-        trial = loop.teach(schedule, index // 4)  # four are near uniform and at random, with each predictor
-        learned[schedule.key, trial.lesson_from] = trial.samples / loop.samples / trial.compute_ratio
-    loop.spent = before + sum(learned.values())
-    return len(learned) + 1  # and full compute
+        trial = loop.calibrate(
+            schedule, index // 4, least=search.calibrated
+        )  # four are near uniform and at random, with each predictor
+        cost[schedule.key, trial.part_from] = trial.samples / loop.samples / trial.compute_ratio
+    loop.spent = before + sum(cost.values())
+    return len(cost) + 1  # and full compute
 
 
-def _corrected(loop: ClosedLoop, best: Trial, correction: str, limit: float) -> tuple[Trial, Correction | None]:
-    """The trial with the correction asked for, or with the best one if it is worth having, of those tried until
-    ``limit`` is spent."""
-    if correction == "none":
+def _rectified(loop: ClosedLoop, settings: PlanSettings, best: Trial) -> tuple[Trial, Correction | None]:
+    """The trial with the correction asked for, or with the best one if it is worth having, of those tried until the
+    effort is spent."""
+    asked = settings.rectify
+    if asked == "none":
         return best, None
-    if correction != AUTO:
-        fix = make_correction(correction, loop.prior, best.schedule)
+    if asked != AUTO:
+        fix = make_correction(asked, loop.prior, best.schedule)
         return loop.run(best.schedule, fix), fix
+    limit = settings.effort_limits.full_runs + settings.search.rectified
     chosen, kept = best, None
     for method in METHODS:
         try:

@@ -33,15 +33,11 @@ from cemq.schedule import (
 )
 from cemq.schedule.rectify import Correction
 from cemq.search.propagation import SAMPLE
+from cemq.search.settings import PlanSettings
 from cemq.search.trials import ClosedLoop, Trial
 
 PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
-WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
-BRANCH_SHARES = (0.5, 0.75, 0.9)  # of the full-compute steps that compute both branches of guidance
-SEARCHED = 16  # samples that all but lessons and finals run on
-FINALISTS = 4
-_RETRIED = 2  # of them meet the target of budget=auto on all samples, or do not
 
 
 def is_certain(gains: np.ndarray) -> bool:
@@ -83,22 +79,35 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Search:
-    """Runs schedules in ``loop``, where some were run already, until ``limit`` is spent.
+    """Runs schedules in ``loop``, where some were run already, until the effort is spent.
 
     Args:
-        predictor: One for all segments, or ``auto``.
         corrector: Of all that is tried but what was published.
-        view: Of the prior.
-        limit: In runs at full compute of all samples.
         known: A schedule to try as well.
     """
 
     loop: ClosedLoop
-    predictor: str
+    settings: PlanSettings
     corrector: str
-    view: str
-    limit: float
     known: CacheSchedule | None = None
+
+    @property
+    def predictor(self) -> str:
+        """One for all segments, or ``auto``."""
+        return self.settings.predictor
+
+    @property
+    def view(self) -> str:
+        return self.settings.view
+
+    @property
+    def searched(self) -> int:
+        return self.settings.search.searched
+
+    @property
+    def limit(self) -> float:
+        """In runs at full compute of all samples."""
+        return self.settings.effort_limits.full_runs
 
     def published(self, prior: ErrorPrior, budget: int, corrector: str = NO_CORRECTOR) -> Iterator[CacheSchedule]:
         for solver, name in itertools.product(PUBLISHED, self._names):
@@ -121,7 +130,7 @@ class Search:
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return WHOLE_PREDICTORS if self.predictor == AUTO else (self.predictor,)
+        return self.settings.search.whole_predictors if self.predictor == AUTO else (self.predictor,)
 
     @property
     def _choices(self) -> tuple[str, ...]:
@@ -133,21 +142,21 @@ class Search:
         """The best trial of a budget once the effort is spent: never worse on the samples than what was published."""
         loop, prior = self.loop, self.loop.fit(self.view).prior
         published = [loop.run(schedule) for schedule in self.published(prior, budget)]
-        self.explore(budget, self.limit - self._finals(budget))
-        finals = _affordable(self._finalists(budget) + published, budget)
-        floor = max((trial.psnr_db for trial in published if trial in finals), default=-math.inf)
-        return self._ranked([trial for trial in finals if trial.psnr_db >= floor])[0]
+        self.explore(budget, self.limit - self._finalist_cost(budget))
+        last = _affordable(self._finalists(budget) + published, budget)
+        floor = max((trial.psnr_db for trial in published if trial in last), default=-math.inf)
+        return self._ranked([trial for trial in last if trial.psnr_db >= floor])[0]
 
     def explore(self, budget: int, limit: float) -> Trial:
         """Search on the searched samples until ``limit`` is spent; the best of them so far."""
         loop = self.loop
-        cost = loop.cost(budget, SEARCHED)
+        cost = loop.cost(budget, self.searched)
         prior = loop.fit(self.view).prior
         for index, schedule in enumerate(self.own(prior, budget)):
             if index == 0 or loop.spent + cost <= limit:
-                loop.run(schedule, samples=SEARCHED)
+                loop.run(schedule, samples=self.searched)
         while loop.spent + cost <= limit and (move := self._next(budget)):
-            loop.run(move, samples=SEARCHED)
+            loop.run(move, samples=self.searched)
         return self._ranked(self._tried(budget))[0]
 
     def _predicted(self, prior: ErrorPrior, schedule: CacheSchedule) -> float:
@@ -165,12 +174,15 @@ class Search:
                 return min(moves, key=lambda move: self._predicted(prior, move))
         return None
 
-    def _finals(self, budget: int) -> float:
+    def _finalist_cost(self, budget: int) -> float:
         """What it costs to run the finalists on the samples that the search has not run them on."""
-        return FINALISTS * (self.loop.cost(budget) - self.loop.cost(budget, SEARCHED))
+        return self.settings.search.finalists * (self.loop.cost(budget) - self.loop.cost(budget, self.searched))
 
     def _finalists(self, budget: int) -> list[Trial]:
-        return [self.loop.run(trial.schedule) for trial in self._ranked(self._tried(budget))[:FINALISTS]]
+        return [
+            self.loop.run(trial.schedule)
+            for trial in self._ranked(self._tried(budget))[: self.settings.search.finalists]
+        ]
 
     def _tried(self, budget: int) -> list[Trial]:
         """What a plan of this budget may be."""
@@ -210,7 +222,7 @@ class Search:
         loop, budget = self.loop, chosen.schedule.budget
         kept, prior = chosen, loop.fit(self.view).prior
         skippable = loop.calls_per_step >= 2 and loop.cache == "output"
-        for share in BRANCH_SHARES if skippable else ():
+        for share in self.settings.search.branch_shares if skippable else ():
             more = paid_steps(budget, share, loop.num_steps)
             planned = plan_schedule(
                 prior, more, predictor=self.predictor, corrector=chosen.schedule.corrector, view=self.view
@@ -237,7 +249,7 @@ class Search:
             )
         budget = self._least(2, wanted)
         while budget < loop.num_steps:  # what some samples promised, all of them may not keep
-            promising = self._ranked(self._meeting(wanted, budget, budget))[:_RETRIED]
+            promising = self._ranked(self._meeting(wanted, budget, budget))[: self.settings.search.retried]
             met = [trial for trial in (loop.run(each.schedule) for each in promising) if wanted.met_by(trial)]
             if met:
                 best = self.best(budget)
@@ -253,7 +265,7 @@ class Search:
         rounds = math.ceil(math.log2(high - low + 1))
         while low < high:
             middle = self._likely(low, high, wanted)
-            left = self.limit - self._finals(middle) - len(PUBLISHED) * len(self._names) * loop.cost(middle)
+            left = self.limit - self._finalist_cost(middle) - len(PUBLISHED) * len(self._names) * loop.cost(middle)
             self.explore(middle, loop.spent + (left - loop.spent) / rounds)
             rounds = max(1, rounds - 1)
             found = self._smallest(wanted, low, middle)

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from cemq.metrics import PSNR_CEILING_DB, error_of, psnr_db, relative_l2
-from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import Batch
 from cemq.predict.correctors import NO_CORRECTOR
 from cemq.prior.error_prior import ErrorPrior
 from cemq.runtime import attached
-from cemq.runtime.outcome import Outcome, run_batch
+from cemq.runtime.runner import Outcome, Runner
 from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import Correction
 from cemq.search.propagation import SAMPLE, Fit, fit_propagation
+from cemq.search.settings import SearchSettings
 
 FULL = "full"  # the solver of full compute
-_LESSON = 8  # samples at the least that a lesson is run on
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trial:
     """One schedule that was run: of each sample, the relative L2 error of the final latents and the image's PSNR.
 
-    Both are to full precision. Trials on fewer samples were run on the first ones, but lessons on those from
-    ``lesson_from`` on. ``full_steps`` is how many steps were computed, the mean over samples: not always as planned,
+    Both are to full precision. Trials on fewer samples were run on the first ones, but calibration runs on those
+    from ``part_from`` on. ``full_steps`` is how many steps were computed, the mean over samples: not always as planned,
     for there may be nothing to serve one from.
     """
 
@@ -39,7 +38,7 @@ class Trial:
     sample_relative_l2: np.ndarray
     sample_psnr_db: np.ndarray
     full_steps: float
-    lesson_from: int | None = None
+    part_from: int | None = None
 
     @property
     def budget(self) -> int:
@@ -77,7 +76,7 @@ class Trial:
             "schedule": self.schedule.to_dict(),
             "correction": self.correction,
             "samples": self.samples,
-            "first_sample": self.lesson_from or 0,
+            "first_sample": self.part_from or 0,
             "full_steps": self.full_steps,
             "relative_l2": self.relative_l2,
             "psnr_db": self.psnr_db,
@@ -89,23 +88,20 @@ class ClosedLoop:
     """Runs schedules on the planning samples and remembers every outcome.
 
     Args:
-        pipe: The quantized pipeline.
+        runner: The quantized pipeline.
         prior: Its error prior.
         batches: The planning samples.
         references: What the full-precision pipeline made of this process's share of them.
-        steps: ``num_inference_steps`` of every run.
         cache: What skipped steps are predicted from; the prior's predictions are those of outputs all the same.
+        on_spent: Told after each trial what has been spent so far.
     """
 
-    pipe: Any
+    runner: Runner
     prior: ErrorPrior
     batches: Sequence[Batch]
     references: Sequence[Outcome]
-    steps: int
-    call: Mapping[str, Any]
     cache: str = "output"
-    progress: Callable[[float], None] | None = None
-    processes: Processes = ALONE
+    on_spent: Callable[[float], None] | None = None
     spent: float = 0.0  # runs at full compute of all samples
     calls_per_step: float = math.nan  # of the denoiser, in the latest run
     _trials: dict[Any, Trial] = field(default_factory=dict)
@@ -114,7 +110,7 @@ class ClosedLoop:
 
     @property
     def num_steps(self) -> int:
-        """What the sampler makes of ``steps``: PNDM adds one, image-to-image strength takes some away."""
+        """What the sampler makes of the runner's steps: PNDM adds one, image-to-image strength takes some away."""
         return self.prior.num_steps
 
     @property
@@ -135,35 +131,35 @@ class ClosedLoop:
         """
         return self._run(schedule, correction, range(self._batches_of(samples)))
 
-    def teach(self, schedule: CacheSchedule, lesson: int) -> Trial:
-        """Run a schedule for what it says about how errors spread, on a part of the samples: one after the other.
+    def calibrate(self, schedule: CacheSchedule, number: int, *, least: int = SearchSettings.calibrated) -> Trial:
+        """Run a schedule for what it says about how errors spread, on a part of the samples, of ``least`` or more.
 
-        How errors spread differs from sample to sample, so a few samples for each lesson, but all of them in turn, say
-        as much as twice as many that are always the same.
+        How errors spread differs from sample to sample, so a few samples for each calibration run, but all of them in
+        turn by its ``number``, say as much as twice as many that are always the same.
         """
         count = len(self.batches)
-        parts = min(max(1, self.samples // _LESSON), count)
-        part = lesson % parts
-        return self._run(schedule, None, range(part * count // parts, (part + 1) * count // parts), lesson=True)
+        parts = min(max(1, self.samples // least), count)
+        part = number % parts
+        return self._run(schedule, None, range(part * count // parts, (part + 1) * count // parts), calibrates=True)
 
     def _run(
-        self, schedule: CacheSchedule, correction: Correction | None, wanted: range, lesson: bool = False
+        self, schedule: CacheSchedule, correction: Correction | None, wanted: range, calibrates: bool = False
     ) -> Trial:
-        lesson_from = _count(self.batches[: wanted.start]) if lesson else None
-        key = (schedule.key, correction and correction.method, lesson_from)
+        part_from = _count(self.batches[: wanted.start]) if calibrates else None
+        key = (schedule.key, correction and correction.method, part_from)
         known = self._trials.get(key)
         missing = range(self._batches_run.get(key, wanted.start), wanted.stop)
         if not missing:
             return known
         # each process plans for itself, from the same numbers; on unequal machines they might come to differ
-        self.processes.agree("the schedule to run", key)
-        references = dict(zip(self.processes.share(range(len(self.batches))), self.references, strict=True))
+        self.runner.processes.agree("the schedule to run", key)
+        references = dict(zip(self.runner.processes.share(range(len(self.batches))), self.references, strict=True))
         sampler = self.prior.metadata.sampler
         followed = Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)
-        with attached(self.pipe, followed) as hook:
+        with attached(self.runner.pipe, followed) as hook:
             mine = {index: self._scores(index, references[index]) for index in missing if index in references}
         evaluations = hook.full_evaluations + hook.skipped_evaluations if mine else 0
-        found = self.processes.gather([(mine, evaluations)])
+        found = self.runner.processes.gather([(mine, evaluations)])
         self.calls_per_step = max(evaluations for _, evaluations in found) / self.num_steps
         scores = {index: each for theirs, _ in found for index, each in theirs.items()}
         errors, qualities, counts = (np.concatenate(each) for each in zip(*(scores[i] for i in missing), strict=True))
@@ -179,17 +175,17 @@ class ClosedLoop:
             sample_relative_l2=errors,
             sample_psnr_db=qualities,
             full_steps=full_steps,
-            lesson_from=lesson_from,
+            part_from=part_from,
         )
         self._batches_run[key] = missing.stop
         self._fits.clear()
-        if self.progress:
-            self.progress(self.spent)
+        if self.on_spent:
+            self.on_spent(self.spent)
         return trial
 
     def _scores(self, index: int, reference: Outcome) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each sample its error, its PSNR, and how many steps were computed."""
-        outcome = run_batch(self.pipe, self.batches[index], steps=self.steps, call=self.call)
+        outcome = self.runner.run_one(self.batches[index])
         quality = psnr_db(reference.images, outcome.images)
         return relative_l2(reference.latents, outcome.latents), quality, np.full(len(quality), outcome.full_steps)
 
@@ -204,33 +200,33 @@ class ClosedLoop:
         return _count(self.batches[: self._batches_of(samples)]) / self.samples * budget / self.num_steps
 
     def plain(self) -> list[Trial]:
-        """Trials, lessons apart, whose error is one that the prior predicts."""
-        return [trial for trial in self.trials if trial.is_plain and trial.lesson_from is None]
+        """Trials, calibration runs apart, whose error is one that the prior predicts."""
+        return [trial for trial in self.trials if trial.is_plain and trial.part_from is None]
 
     def fit(self, view: str, *, repeated: float = 1.0) -> Fit:
         """What all plain trials so far say about how errors reach the final image.
 
-        Those that were not drawn to teach count ``repeated`` each. With a corrector errors spread otherwise: where all
-        lessons had one, trials without say nothing, and the other way round. What was run on the same samples is
-        compared with each other, and with full compute.
+        Those that were not drawn to calibrate count ``repeated`` each. With a corrector errors spread otherwise: where
+        all calibration runs had one, trials without say nothing, and the other way round. What was run on the same
+        samples is compared with each other, and with full compute.
         """
         if (view, repeated) not in self._fits:
             self._fits[view, repeated] = self._fitted(view, repeated)
         return self._fits[view, repeated]
 
     def _fitted(self, view: str, repeated: float) -> Fit:
-        lessons = [trial.schedule.corrector for trial in self.trials if trial.schedule.solver == SAMPLE]
-        taught = {name != NO_CORRECTOR for name in lessons or [NO_CORRECTOR]}
+        drawn = [trial.schedule.corrector for trial in self.trials if trial.schedule.solver == SAMPLE]
+        corrects = {name != NO_CORRECTOR for name in drawn or [NO_CORRECTOR]}
         alike = [
             trial
             for trial in self.trials
             if trial.is_plain
             and trial.psnr_db < PSNR_CEILING_DB
-            and (trial.schedule.solver == FULL or trial.schedule.corrects in taught)
+            and (trial.schedule.solver == FULL or trial.schedule.corrects in corrects)
         ]
         schedules, errors, counts, groups = [], [], [], []
-        for number, start in enumerate(dict.fromkeys(trial.lesson_from for trial in alike)):
-            group = [(trial, 0) for trial in alike if trial.lesson_from == start]
+        for number, start in enumerate(dict.fromkeys(trial.part_from for trial in alike)):
+            group = [(trial, 0) for trial in alike if trial.part_from == start]
             shared = min(trial.samples for trial, _ in group)
             if start is not None:
                 group += [(trial, start) for trial in alike if trial.schedule.solver == FULL]
@@ -239,7 +235,7 @@ class ClosedLoop:
                 errors.append(error_of(trial.sample_psnr_db[first : first + shared].mean()))
                 counts.append(1.0 if trial.schedule.solver in (FULL, SAMPLE) else repeated)
                 groups.append(number)
-        corrector = next((name for name in lessons if name != NO_CORRECTOR), NO_CORRECTOR)
+        corrector = next((name for name in drawn if name != NO_CORRECTOR), NO_CORRECTOR)
         metadata = self.prior.metadata and replace(self.prior.metadata, corrector=corrector)
         prior = replace(self.prior, metadata=metadata)
         return fit_propagation(prior, schedules, errors, counts=counts, groups=groups, view=view)

@@ -23,7 +23,7 @@ from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches, run
 from cemq.pipelines.opening import locate, open_pipeline
 from cemq.prior.error_prior import ErrorPrior
 from cemq.runtime import attached, detach, schedule_hook
-from cemq.runtime.outcome import run_batch
+from cemq.runtime.runner import Runner
 from cemq.schedule import plan_schedule
 
 MODELS = ("builtin:dit-digits", "builtin:sd3-digits")
@@ -63,7 +63,7 @@ def compare_solvers(bundle: Path, samples: int) -> list[dict]:
 
     def outcomes(pipe):
         pipe.set_progress_bar_config(disable=True)
-        return [run_batch(pipe, batch, steps=50, call=manifest.call, on_step=nothing) for batch in batches]
+        return Runner(pipe=pipe, steps=50, call=manifest.call).run(batches)
 
     references, rows = outcomes(original), []
     for solver in ("cem", "uniform"):

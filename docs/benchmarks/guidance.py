@@ -19,13 +19,12 @@ from diffusers import SD3Transformer2DModel
 from cemq.bench.machine import describe_machine, one_line
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches, read_conditions
 from cemq.pipelines.opening import locate, open_pipeline
-from cemq.prior.profile import profile, record_references
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.recipe import find_calibration
-from cemq.runtime.outcome import run_batch
+from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule, improve, plan_schedule, skip_branches, uniform_steps
-from cemq.search.explore import BRANCH_SHARES
 from cemq.search.propagation import sample_schedules
+from cemq.search.settings import SearchSettings
 from cemq.search.trials import ClosedLoop
 
 STEPS, SAMPLES, SCHEMES, BUDGETS = 50, 16, ("none", "w4a8"), (25, 15, 10)
@@ -46,22 +45,21 @@ def measure(scheme: str) -> list[dict[str, Any]]:
     pipe = open_pipeline(locate("builtin:sd3-digits").folder, dtype="float32", device="cpu")
     pipe.set_progress_bar_config(disable=True)
     prompts = read_conditions(find_calibration("digits_prompts.txt"))
-    profiled, taught, judged = (
+    profiled, calibrated, judged = (
         make_batches(prompts, samples=samples, first_seed=seed, batch_size=8)
         for samples, seed in ((16, 0), (8, 100), (SAMPLES, EVALUATION_SEED_OFFSET))
     )
-    references = record_references(pipe, profiled, steps=STEPS, call=CALL)
-    aims = {key: [run_batch(pipe, b, steps=STEPS, call=CALL) for b in key] for key in (taught, judged)}
+    runner = Runner(pipe=pipe, steps=STEPS, call=CALL)
+    trajectories, references = runner.record(profiled), {key: runner.run(key) for key in (calibrated, judged)}
     if scheme != "none":  # rounded to nearest
         quantize_in_place(pipe.transformer, CemqConfig(scheme))
-    prior = profile(pipe, profiled, references, steps=STEPS, call=CALL, scheme=scheme, dtype="float32")
-    teacher, judge = (
-        ClosedLoop(pipe=pipe, prior=prior, batches=key, references=aims[key], steps=STEPS, call=CALL)
-        for key in (taught, judged)
+    prior = runner.profile(profiled, trajectories, scheme=scheme, dtype="float32")
+    loop, judge = (
+        ClosedLoop(runner=runner, prior=prior, batches=key, references=references[key]) for key in (calibrated, judged)
     )
-    for schedule in sample_schedules(STEPS, 20, ("taylor1", "reuse"), seed=0):
-        teacher.teach(schedule)
-    fitted = teacher.fit("combined").prior
+    for number, schedule in enumerate(sample_schedules(STEPS, 20, ("taylor1", "reuse"), seed=0)):
+        loop.calibrate(schedule, number)
+    fitted = loop.fit("combined").prior
     pipe.transformer.__class__ = OneByOne
 
     def plans(budget: int) -> dict[str, CacheSchedule]:
@@ -70,7 +68,7 @@ def measure(scheme: str) -> list[dict[str, Any]]:
 
     rows = []
     for budget in BUDGETS:
-        for share in (1.0, *BRANCH_SHARES[::-1]):
+        for share in (1.0, *SearchSettings.branch_shares[::-1]):
             for name, schedule in plans(min(round(2 * budget / (1 + share)), STEPS)).items():
                 trial = judge.run(skip_branches(schedule, budget))
                 found = {"psnr_db": trial.psnr_db, "branch_steps": len(trial.schedule.branch_steps)}

@@ -57,7 +57,7 @@ def build(folder: Path, model: str, scheme: str, steps: int) -> None:
 
     import cemq
     from cemq.bundle.manifest import MANIFEST, seal
-    from cemq.quantize import QuantizationPlan, quantize_in_place
+    from cemq.quantize import QuantizationSettings, quantize_in_place
 
     call = {"height": 32, "width": 32, "guidance_scale": 3.0} if model == "sd3" else {"guidance_scale": 3.0}
     manifest = cemq.quantize_and_schedule(
@@ -74,7 +74,7 @@ def build(folder: Path, model: str, scheme: str, steps: int) -> None:
     config.pop("quantization_config", None)
     large = getattr(diffusers, config["_class_name"]).from_config(config | PIPELINES[model]).bfloat16()
     if scheme != "none":
-        quantize_in_place(large, QuantizationPlan(scheme=scheme).config(large))
+        quantize_in_place(large, QuantizationSettings(scheme=scheme).config(large))
     put_in("transformer", large)
     if model == "sd3":
         text = CLIPTextConfig.from_pretrained(folder / "text_encoder")

@@ -44,10 +44,9 @@ from cemq.metrics import psnr_db
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches
 from cemq.pipelines.opening import denoisers, locate, open_pipeline
 from cemq.prior.error_prior import VIEWS, ErrorPrior
-from cemq.prior.profile import profile, record_references
-from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
+from cemq.quantize import QuantizationSettings, quantize_pipeline, record_calls
 from cemq.runtime import attached, detach
-from cemq.runtime.outcome import run_batch
+from cemq.runtime.runner import Runner
 from cemq.schedule import (
     CacheSchedule,
     neighbours,
@@ -61,6 +60,7 @@ from cemq.schedule.plan import Plan
 from cemq.search.choose import plan
 from cemq.search.explore import PUBLISHED
 from cemq.search.propagation import sample_schedules
+from cemq.search.settings import PlanSettings
 from cemq.search.trials import FULL, ClosedLoop, Trial
 
 STEPS = (20, 28, 100)
@@ -85,7 +85,7 @@ class Lab:
         return make_batches(self.manifest.held_out_conditions, samples=samples, first_seed=first, batch_size=8)
 
     def outcomes(self, pipe: Any, steps: int, batches: Any) -> list:
-        return [run_batch(pipe, batch, steps=steps, call=self.manifest.call) for batch in batches]
+        return Runner(pipe=pipe, steps=steps, call=self.manifest.call).run(batches)
 
     def references(self, steps: int, first: int = EVALUATION_SEED_OFFSET, samples: int = SAMPLES) -> list:
         key = steps, first, samples
@@ -107,12 +107,10 @@ class Lab:
         """The planning samples, with seeds after those that the bundle used; nothing has been run on them."""
         first = max(self.manifest.profiled_seeds) + 1
         return ClosedLoop(
-            pipe=self.pipe,
+            runner=Runner(pipe=self.pipe, steps=steps, call=self.manifest.call),
             prior=prior or self.prior,
             batches=self.batches(first, samples),
             references=self.references(steps, first, samples),
-            steps=steps,
-            call=self.manifest.call,
         )
 
     def of(self, schedule: CacheSchedule, correction: Any = None, sampler: Any = None) -> Plan:
@@ -145,7 +143,10 @@ def measure_cells(lab: Lab) -> list[dict[str, Any]]:
     rows.append({"budget": 50, "plan": "full compute", "psnr_db": lab.psnr(lab.of(full)).tolist()})
     for budget in BUDGETS:
         for predictor, corrector, correction in (("taylor1", "none", "none"), ("auto", "auto", "auto")):
-            planned = plan(lab.loop(), budget, predictor=predictor, corrector=corrector, correction=correction)
+            planned = plan(
+                lab.loop(),
+                PlanSettings(budget=budget, predictor=predictor, corrector=corrector, rectify=correction),
+            )
             corrected = planned.evidence["winner"]["correction"]
             rows.append(
                 {
@@ -248,14 +249,12 @@ def measure_ablation(lab: Lab) -> list[dict[str, Any]]:
 
 def measure_auto(lab: Lab) -> dict[str, Any]:
     loop = lab.loop()
-    planned = plan(loop, "auto")
+    planned = plan(loop, PlanSettings(budget="auto"))
     evaluated = ClosedLoop(
-        pipe=lab.pipe,
+        runner=Runner(pipe=lab.pipe, steps=50, call=lab.manifest.call),
         prior=lab.prior,
         batches=lab.batches(EVALUATION_SEED_OFFSET),
         references=lab.references(50),
-        steps=50,
-        call=lab.manifest.call,
     )
     full = evaluated.run(CacheSchedule(num_steps=50, full_steps=range(50), solver=FULL))
     chosen = evaluated.run(planned.schedule, planned.correction)
@@ -283,13 +282,12 @@ def measure_steps(lab: Lab) -> list[dict[str, Any]]:
         if steps in planned:
             found["planned"] = lab.psnr(lab.of(planned[steps].schedule, sampler=planned[steps].sampler), steps)
         profiled = lab.batches(0)
-        references = record_references(lab.original, profiled, steps=steps, call=lab.manifest.call)
-        prior = profile(
-            lab.pipe, profiled, references, steps=steps, call=lab.manifest.call, scheme=lab.scheme, dtype="float32"
-        )
+        references = Runner(pipe=lab.original, steps=steps, call=lab.manifest.call).record(profiled)
+        runner = Runner(pipe=lab.pipe, steps=steps, call=lab.manifest.call)
+        prior = runner.profile(profiled, references, scheme=lab.scheme, dtype="float32")
         budget = round(steps / lab.manifest.schedule.compute_ratio)
         for effort in NATIVE_EFFORTS:
-            native = plan(lab.loop(steps, prior), budget, correction="none", effort=effort)
+            native = plan(lab.loop(steps, prior), PlanSettings(budget=budget, rectify="none", effort=effort))
             found[effort] = lab.psnr(lab.of(native.schedule, sampler=prior.metadata.sampler), steps)
         rows.append({"steps": steps, "budget": budget} | {name: values.tolist() for name, values in found.items()})
     return rows
@@ -302,7 +300,7 @@ def measure_quanto(lab: Lab) -> list[float]:
     ((name, denoiser),) = denoisers(pipe)
     with record_calls(denoiser, every=5) as calls:
         lab.outcomes(pipe, 50, lab.batches(0, samples=16))
-    quantize_pipeline(pipe, QuantizationPlan(scheme=lab.scheme, backend="quanto"), {name: calls})
+    quantize_pipeline(pipe, QuantizationSettings(scheme=lab.scheme, backend="quanto"), {name: calls})
     return lab.psnr_as_is(pipe).tolist()
 
 

@@ -26,9 +26,9 @@ from cemq.pipelines.batches import (
     split_conditions,
 )
 from cemq.pipelines.opening import denoisers, locate, open_pipeline, weight_bytes
-from cemq.quantize import BACKENDS, QuantizationPlan, installed, quantize_pipeline, record_calls
+from cemq.quantize import BACKENDS, QuantizationSettings, installed, quantize_pipeline, record_calls
 from cemq.recipe import find_calibration, load_recipe
-from cemq.runtime.outcome import run_batch
+from cemq.runtime.runner import Outcome, Runner
 
 MODELS = ("dit-digits", "sd3-digits")
 
@@ -39,11 +39,11 @@ class Row:
 
     what: str
     options: str
-    plan: QuantizationPlan
+    plan: QuantizationSettings
 
 
 def native(scheme: str, options: str, what: str, **settings: Any) -> Row:
-    return Row(f"native {scheme}, {what}", options, QuantizationPlan(scheme=scheme, **settings))
+    return Row(f"native {scheme}, {what}", options, QuantizationSettings(scheme=scheme, **settings))
 
 
 ROWS = (
@@ -60,7 +60,7 @@ ROWS = (
     native("w8a16", "", "default"),
     native("w4a16", "", "default"),
     *(
-        Row(f"{backend} {scheme}", f"--backend {backend}", QuantizationPlan(scheme=scheme, backend=backend))
+        Row(f"{backend} {scheme}", f"--backend {backend}", QuantizationSettings(scheme=scheme, backend=backend))
         for backend in BACKENDS
         if backend != "native" and installed(backend)
         for scheme in BACKENDS[backend].layers
@@ -78,8 +78,8 @@ def measure(model: str, samples: int) -> list[dict[str, Any]]:
     evaluation = make_batches(held_out, samples=samples, first_seed=EVALUATION_SEED_OFFSET, batch_size=8)
     ((name, original),) = denoisers(pipe)
 
-    def outcomes() -> list[Any]:
-        return [run_batch(pipe, b, steps=50, call=recipe.call, on_step=lambda: None) for b in evaluation]
+    def outcomes() -> list[Outcome]:
+        return Runner(pipe=pipe, steps=50, call=recipe.call).run(evaluation)
 
     with record_calls(original, every=5) as calls:
         for batch in calibration:

@@ -1,0 +1,101 @@
+"""The whole build: record, quantize, profile, plan in closed loop, check, write."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from cemq.build import stages
+from cemq.build.settings import resolve, resolve_recipe
+from cemq.bundle.manifest import MANIFEST, Manifest, staging
+from cemq.errors import InputError
+from cemq.files import absolute
+from cemq.parallel import ALONE, Processes
+from cemq.pipelines.batches import Progress
+
+
+def quantize_and_schedule(
+    model: str | None = None,
+    output: str | Path = "bundle",
+    *,
+    recipe: str | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
+    **settings: Any,
+) -> Manifest:
+    """Quantize a pipeline, plan its schedule for its own quantization noise, and write the bundle.
+
+    Args:
+        model: ``builtin:NAME``, a pipeline folder or a Hub id; None takes the recipe's.
+        output: The bundle's folder.
+        recipe: Name of a shipped recipe or a YAML file; None takes the one shipped for this model, if any.
+        device: Where to run; None takes CUDA where there is one.
+        overwrite: Replace a bundle of that name once the new one is whole.
+        progress: Called with the stage's name and the share of it done.
+        processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each. The main one writes
+            the bundle, which is there when this returns in any of them.
+        **settings: Fields of `Recipe`, which win over the recipe's: scheme, steps, budget, solver, predictor, view,
+            calib, samples, seed, call, ...
+
+    Raises:
+        CemqError: Anything asked for cannot be done; nothing is written.
+    """
+    asked = resolve(model, recipe, device, settings)
+    with staging(Path(output), overwrite=overwrite) if processes.is_main else nullcontext() as folder:
+        runner = stages.open_runner(asked, progress, processes)
+        samples = stages.draw_samples(runner, asked)
+        originals, calls = stages.run_originals(runner, samples, asked)
+        stages.quantize(runner, asked.quantization, calls)
+        del calls  # they may be gigabytes
+        prior = runner.profile(
+            samples.profiled, originals.trajectories, scheme=asked.recipe.scheme, dtype=asked.dtype
+        )
+        plans = stages.choose_plans(runner, prior, samples, originals, asked)
+        fidelity = stages.check(runner, plans, samples, originals)
+        manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)
+        if folder is not None:
+            stages.write_bundle(folder, runner, asked, plans, manifest)
+    processes.wait()  # until the bundle is there
+    return manifest
+
+
+@contextmanager
+def bundle_of(
+    name: str | Path,
+    *,
+    check: Callable[[int | None], None],
+    scheme: str | None = None,
+    recipe: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
+) -> Iterator[Path]:
+    """The folder itself where it is a bundle's; for a model's name one made of it, for as long as the block lasts.
+
+    Args:
+        check: Called with a model's step count, None where its recipe says none, before anything long.
+
+    Raises:
+        InputError: A scheme or a recipe for a bundle, or what ``check`` raises.
+        CemqError: What `quantize_and_schedule` raises.
+    """
+    if os.path.isfile(absolute(name) / MANIFEST):
+        if scheme or recipe:
+            raise InputError(f"'{name}' is a bundle already: leave scheme and recipe out, or give the model")
+        yield absolute(name)
+        return
+    check(resolve_recipe(str(name), recipe, {}).steps)
+    with tempfile.TemporaryDirectory(prefix="cemq-") if processes.is_main else nullcontext() as mine:
+        folder = Path(processes.gather([mine])[0]) / "bundle"
+        quantize_and_schedule(
+            str(name), folder, scheme=scheme, recipe=recipe, device=device, progress=progress, processes=processes,
+            also_steps=[],
+        )  # fmt: skip
+        yield folder
+        processes.wait()  # until all have read it
