@@ -20,6 +20,8 @@ _PUBLIC = {
     "TextEncoderConfig": "cemq.quantize.in_transformers",
     "Plan": "cemq.schedule.plan",
     "Runner": "cemq.runtime.runner",
+    "TeaCache": "cemq.runtime.teacache",
+    "apply_policy": "cemq.runtime",
     "apply_schedule": "cemq.bundle.apply",
     "attached": "cemq.runtime",
     "detach": "cemq.runtime",
@@ -35,6 +37,8 @@ _PUBLIC = {
     "quantize_and_schedule": "cemq.build",
     "quantize_in_place": "cemq.quantize",
     "set_budget": "cemq.runtime",
+    "register_policy": "cemq.runtime.policies",
+    "register_predictor": "cemq.predict.predictors",
     "quantize_text_encoder": "cemq.quantize.in_transformers",
 }
 __all__ = ["__version__", *_PUBLIC]

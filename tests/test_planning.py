@@ -116,7 +116,8 @@ def test_nothing_is_run_twice(searched):
 def test_the_search_goes_on_where_all_neighbours_of_the_best_were_run(quantized):
     loop = ClosedLoop(**quantized)
     loop.run(CacheSchedule(num_steps=STEPS, full_steps=range(STEPS)))
-    search = Search(loop=loop, predictor="taylor1", corrector="none", view="combined", limit=math.inf)
+    settings = PlanSettings(budget=BUDGET, predictor="taylor1")
+    search = Search(loop=loop, settings=settings, corrector="none")
     search.explore(BUDGET, math.inf)
     found = {trial.schedule.full_steps for trial in loop.trials if trial.schedule.budget == BUDGET}
     assert found == {(0, *rest) for rest in itertools.combinations(range(1, STEPS), BUDGET - 1)}
@@ -194,7 +195,7 @@ def test_luck_on_few_samples_does_not_win(quantized, lucky, wins):
     )
     trials = {"steady": trial_of(good, [60.0, 60.0, 60.0]), "lucky": trial_of(bad, lucky)}
     loop = SimpleNamespace(num_steps=STEPS, fit=lambda view: Fit(prior=prior, rms_log_error=0.1))
-    search = Search(loop=loop, predictor="auto", corrector="none", view="combined", limit=0)
+    search = Search(loop=loop, settings=PlanSettings(budget=BUDGET), corrector="none")
     assert search._ranked(list(trials.values()))[0] is trials[wins]
 
 

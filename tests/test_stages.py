@@ -109,7 +109,7 @@ def test_what_is_no_plain_data_is_refused_and_leaves_no_file(tmp_path):
 def test_a_damaged_file_is_one_line(tmp_path, damage):
     stored.write(tmp_path, "stage", {"a": torch.ones(1)})
     (tmp_path / "stage.json").write_text(damage)
-    with pytest.raises(BundleError, match="stage 'stage' in .* cannot be read"):
+    with pytest.raises(BundleError, match=r"stage 'stage' in .* cannot be read"):
         stored.read(tmp_path, "stage")
-    with pytest.raises(BundleError, match="stage 'other' in .* cannot be read"):
+    with pytest.raises(BundleError, match=r"stage 'other' in .* cannot be read"):
         stored.read(tmp_path, "other")

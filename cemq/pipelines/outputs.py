@@ -103,6 +103,13 @@ def check_path(path: Path, kind: Kind | None = None) -> None:
         raise InputError(f"output '{path}': mp4 needs a package, 'pip install imageio imageio-ffmpeg'; or take .gif")
 
 
+def first_tensor(answer: Any) -> torch.Tensor:
+    """The first tensor in what a denoiser answers: some answer with a tuple, others with a dataclass."""
+    while not isinstance(answer, torch.Tensor):
+        answer = next(iter(answer.values() if isinstance(answer, dict) else answer))
+    return answer
+
+
 def channel_axis(dimensions: int) -> int:
     """Where the channels of a latent are: last in packed tokens (batch, tokens, channels), else second."""
     return 2 if dimensions == 3 else 1

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cemq.errors import choose
+from cemq.errors import InputError, choose
 
 # A predictor gets the step index, the full-compute steps so far (newest first) and what every earlier step was served
 # as, one row of weights a step; it returns this step's row.
@@ -65,6 +66,36 @@ PREDICTORS: dict[str, Rule] = {
     "goc": _goc,
     "mean-velocity": _mean_velocity,
 }
+
+
+def register_predictor(name: str, rule: Rule) -> None:
+    """Make a rule known as a predictor, everywhere that one is named.
+
+    It is planned by the very weights that it gives: exactly by the dynamic program, if those depend on no more than the
+    two latest full-compute steps, and by local search in any case.
+
+    Args:
+        rule: Gets the step index, the full-compute steps so far (newest first) and what every earlier step was served
+            as, one row of weights a step; returns this step's row, with weights of full-compute steps so far only. It
+            must depend on distances between steps, not on where in the run they lie.
+
+    Raises:
+        InputError: The name is taken or no plain word, or the rule gives something else on a run of eight steps.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or name in PREDICTORS:
+        raise InputError(f"predictor {name!r}: give a name of its own, of small letters, digits and hyphens")
+    steps, full = 8, (0, 2, 5)
+    PREDICTORS[name] = rule
+    try:
+        served = serving_matrix(steps, full, (name,) * len(full))
+        known = np.array([[column in full and column <= row for column in range(steps)] for row in range(steps)])
+        if not np.isfinite(served).all() or (served != 0)[~known].any():
+            raise InputError(f"predictor '{name}': a row must hold finite weights, of full-compute steps so far only")
+    except BaseException as error:
+        del PREDICTORS[name]
+        if isinstance(error, InputError) or not isinstance(error, Exception):
+            raise
+        raise InputError(f"predictor '{name}': the rule fails on a run of {steps} steps: {error}") from error
 
 
 def check_predictor(name: str) -> str:

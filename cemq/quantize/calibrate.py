@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from cemq.errors import ReplayError, first_line
 from cemq.pipelines.batches import BUILD_LOG
+from cemq.pipelines.outputs import first_tensor
 from cemq.quantize.in_diffusers import CemqConfig, mark_quantized, nothing_to_quantize, quantizable, refuse_adapters
 from cemq.quantize.layers import InputStatistics
 from cemq.quantize.schemes import Scheme
@@ -124,13 +125,6 @@ class _Recorder:
         tolerance = torch.finfo(found.dtype).eps ** 0.5
         if found.shape != self._output.shape or not _distance(found, self._output) <= tolerance:
             raise ReplayError(f"a call of {name} gives something else when it is replayed")
-
-
-def first_tensor(answer: Any) -> torch.Tensor:
-    """The first tensor in what a denoiser answers: some answer with a tuple, others with a dataclass."""
-    while not isinstance(answer, torch.Tensor):
-        answer = next(iter(answer.values() if isinstance(answer, dict) else answer))
-    return answer
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:

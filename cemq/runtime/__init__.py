@@ -2,11 +2,13 @@
 
 from cemq.runtime.attach import (
     ScheduleHook,
+    apply_policy,
     attach,
     attached,
     detach,
     find_hook,
     for_request,
+    policy_attached,
     schedule_hook,
     set_budget,
 )
@@ -15,12 +17,14 @@ from cemq.runtime.cached.caches import CacheMemory, cache_checked
 __all__ = [
     "CacheMemory",
     "ScheduleHook",
+    "apply_policy",
     "attach",
     "attached",
     "cache_checked",
     "detach",
     "find_hook",
     "for_request",
+    "policy_attached",
     "schedule_hook",
     "set_budget",
 ]

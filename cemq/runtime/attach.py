@@ -24,10 +24,12 @@ from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.pipelines.opening import denoisers, refuse_lost_weights
 from cemq.runtime.branches import Branches
 from cemq.runtime.cached.caches import Cache, make_caches
+from cemq.runtime.cached.modulated import modulated_input
 from cemq.runtime.callers import Caller, ThreadContexts, find_caller
 from cemq.runtime.history import History, shapes_of
+from cemq.runtime.policies import Policy, Scheduled, StepCall
 from cemq.runtime.registration import HOOK, Uncopied, install, keep_outermost, refuse_other_caches, uninstall
-from cemq.runtime.steps import AnySamplerTracker, StepTracker, Stream
+from cemq.runtime.steps import AnySamplerTracker, AnyStepsTracker, StepTracker, Stream, full_compute
 from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
 
@@ -43,17 +45,19 @@ class Run:
     computed: Counter[int] = field(default_factory=Counter)  # calls, by how many steps were taken before them
     served: Counter[int] = field(default_factory=Counter)
     memory: str = ""  # what was said last of the bytes that are cached
+    policy: Policy | None = None  # None: the schedule decides
 
     def __post_init__(self) -> None:
-        self.branches = Branches(self.schedule)
+        self.follow(self.schedule)
 
     def begin(self, schedule: CacheSchedule) -> None:
         """Forget the run before; follow ``schedule``."""
-        self.__init__(schedule, memory=self.memory)
+        self.__init__(schedule, memory=self.memory, policy=self.policy)
 
     def follow(self, schedule: CacheSchedule) -> None:
         """Go on under another schedule, which begins with the same step."""
         self.schedule, self.branches = schedule, Branches(schedule)
+        self.decider = Scheduled(schedule) if self.policy is None else self.policy.begin(schedule.num_steps)
 
     @property
     def full_steps(self) -> float:
@@ -74,7 +78,7 @@ class Run:
         kept = {step for history in self.histories.values() for step in history.kept}
         if len(kept) != 1 or step_index in kept:
             return
-        step_bytes, most = self.cached_bytes, self.schedule.most_kept
+        step_bytes, most = self.cached_bytes, self.decider.most_kept
         memory = (
             f"the cache keeps {format_bytes(step_bytes)} of a full-compute step ({contents}), "
             f"at most {most} of them at once: {format_bytes(most * step_bytes)}"
@@ -168,7 +172,7 @@ class ScheduleHook(Uncopied):
         if self.pipe is not None and vars(self.pipe).get(_OWN) is self:
             del vars(self.pipe)[_OWN]
 
-    def before(self, hook: DenoiserHook, caller: Caller, args: Any, kwargs: Any) -> _Call:
+    def before(self, hook: DenoiserHook, caller: Caller, module: torch.nn.Module, args: Any, kwargs: Any) -> _Call:
         """What to do with a call of this run."""
         context = hook.contexts._context
         stream = self.tracker.enter_call(caller, context.name if context else None, hook.timestep_of(args, kwargs))
@@ -181,17 +185,21 @@ class ScheduleHook(Uncopied):
             self.run.say_memory(step_index, hook.cache.contents)
         history = self.run.histories.setdefault(stream, History())
         shapes, is_first, branches = shapes_of((args, kwargs)), self.tracker.is_first(stream), self.run.branches
-        branch, prediction = branches.of(is_first=is_first), None
-        needed = branch.needed_after(step_index)
-        if step_index not in branch.full:
-            sources, weights = branch.schedule.serving(step_index)
-            if history.shapes == shapes and history.kept.keys() >= set(sources):
-                prediction = branches.with_the_first(history.serve(sources, weights), is_first=is_first)
+        decider, prediction = self.run.decider, None
+        asked = StepCall(
+            step=step_index, num_steps=self.schedule.num_steps, stream=stream, is_first=is_first,
+            modulated_input=functools.partial(modulated_input, module, hook.forward_of(args, kwargs)),
+        )  # fmt: skip
+        serving = decider.decide(asked)
+        if serving is not None:
+            if history.shapes == shapes and history.kept.keys() >= set(serving.sources):
+                prediction = branches.with_the_first(history.serve(serving.sources, serving.weights), is_first=is_first)
             if prediction is None:
                 self.tracker.as_planned = False
                 self.tracker.warn_once(
                     "a call to the denoiser on a skipped step has no earlier output of its shape from the same line"
                 )
+        needed = decider.keeps(asked, served=prediction is not None)
         history.retain(needed, shapes)  # before anything is computed: what is not needed any more leaves room
         if prediction is not None:
             self.run.served[self.tracker.steps_taken] += 1
@@ -267,6 +275,10 @@ class DenoiserHook(Uncopied, ModelHook):
         with self.lock:
             self._schedules = tuple(weakref.ref(each) for each in self.schedules if each is not schedule)
 
+    def forward_of(self, args: Any, kwargs: Any) -> Callable[[], Any]:
+        """What lies below this hook, called so."""
+        return functools.partial(self.fn_ref.original_forward, *args, **kwargs)
+
     def timestep_of(self, args: Any, kwargs: Any) -> Any:
         """What a call of the denoiser is given as its timestep, None where it cannot be told."""
         if self._timestep is None:
@@ -276,8 +288,8 @@ class DenoiserHook(Uncopied, ModelHook):
 
     @torch.compiler.disable(recursive=False)  # the model within is compiled, what is decided from step to step is not
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward = functools.partial(self.fn_ref.original_forward, *args, **kwargs)
-        call = self._before(args, kwargs)
+        forward = self.forward_of(args, kwargs)
+        call = self._before(module, args, kwargs)
         if call.served is not None:
             output = self.cache.serve(forward, call.served)
             if output is not None:
@@ -288,14 +300,14 @@ class DenoiserHook(Uncopied, ModelHook):
         return output
 
     @torch.compiler.disable
-    def _before(self, args: Any, kwargs: Any) -> _Call:
+    def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> _Call:
         schedules = self.schedules
         caller = find_caller(origin for each in schedules for origin in each.tracker.origins)
         if caller.origins:
             begun = [each for each in schedules if not set(caller.origins).isdisjoint(each.tracker.origins)]
             runs = [each for each in begun if each.tracker.is_under_way] or begun[:1]
             if len(runs) == 1:
-                return runs[0].before(self, caller, args, kwargs)
+                return runs[0].before(self, caller, module, args, kwargs)
             for each in runs:
                 each.tracker.give_up("several runs of one denoiser take turns in one function")
         elif caller.pipeline is not None:
@@ -358,15 +370,45 @@ def attach(
         plan = Plan(schedule=plan, sampler=sampler)
     if cache is not None:
         plan = replace(plan, cache=cache)
-    models, run = [model for _, model in denoisers(pipe)], Run(plan.schedule)
+    return _attach(pipe, plan, Run(plan.schedule), AnySamplerTracker if plan.sampler is None else StepTracker)
+
+
+def apply_policy(pipe: Any, policy: Policy, *, cache: str | None = None) -> ScheduleHook:
+    """Have ``policy`` decide, while ``pipe`` draws, which calls of its denoiser are computed; until `detach`.
+
+    It may be any pipeline, quantized or not, at any step count and under any sampler.
+
+    Args:
+        cache: What skipped steps are served from, see `attach`; None takes the policy's.
+
+    Returns:
+        The hook, which counts full and skipped evaluations of the latest run.
+
+    Raises:
+        ModelError, InputError: As `attach` does.
+    """
+    plan = Plan(schedule=full_compute(2), sampler=None, cache=cache or policy.cache)
+    return _attach(pipe, plan, Run(plan.schedule, policy=policy), AnyStepsTracker)
+
+
+@contextmanager
+def policy_attached(pipe: Any, policy: Policy, *, cache: str | None = None) -> Iterator[ScheduleHook]:
+    """`apply_policy` for the length of a ``with`` block; undone on exit, also after an exception."""
+    hook = apply_policy(pipe, policy, cache=cache)
+    try:
+        yield hook
+    finally:
+        hook.leave()
+
+
+def _attach(pipe: Any, plan: Plan, run: Run, follow: type[StepTracker]) -> ScheduleHook:
+    models = [model for _, model in denoisers(pipe)]
     for denoiser in models:
         refuse_other_caches(denoiser)
     _refuse_others(pipe, plan, models)
     caches = make_caches(plan.cache, models)
 
-    tracker = (AnySamplerTracker if plan.sampler is None else StepTracker)(
-        plan, on_start=lambda schedule: found.begin(schedule), on_end=run.forget, on_late_start=run.follow
-    )
+    tracker = follow(plan, on_start=lambda schedule: found.begin(schedule), on_end=run.forget, on_late_start=run.follow)
     found = ScheduleHook(pipe, plan, tracker, run, models)
     try:
         for denoiser, cache in zip(models, caches, strict=True):
@@ -411,9 +453,9 @@ def for_request(pipe: Any) -> Any:
     Raises:
         ModelError: No schedule is attached to ``pipe``.
     """
-    plan, request = schedule_hook(pipe).plan, copy.copy(pipe)
+    hook, request = schedule_hook(pipe), copy.copy(pipe)
     request.scheduler = copy.deepcopy(pipe.scheduler)
-    attach(request, plan)
+    _attach(request, hook.plan, Run(hook.plan.schedule, policy=hook.run.policy), type(hook.tracker))
     return request
 
 

@@ -11,17 +11,6 @@ from cemq.runtime.history import layout, summed
 from cemq.schedule import CacheSchedule
 
 
-class Branch:
-    """What one branch of guidance follows."""
-
-    def __init__(self, schedule: CacheSchedule) -> None:
-        self.schedule, self.full = schedule, frozenset(schedule.full_steps)
-
-    def needed_after(self, step_index: int) -> list[int]:
-        """The full-compute steps so far that later steps are served from."""
-        return [step for step in self.full if step <= step_index < self.schedule.last_use[step]]
-
-
 class Branches:
     """The first branch of guidance, and the others.
 
@@ -30,12 +19,7 @@ class Branches:
 
     def __init__(self, schedule: CacheSchedule) -> None:
         self.by_difference = bool(schedule.branch_steps)
-        self._first = Branch(schedule)
-        self._others = Branch(schedule.between_branches) if self.by_difference else self._first
         self._first_output: list[Any] = []  # of this step, flattened
-
-    def of(self, *, is_first: bool) -> Branch:
-        return self._first if is_first else self._others
 
     def forget(self) -> None:
         self._first_output = []

@@ -335,3 +335,23 @@ class AnySamplerTracker(StepTracker):
             self._corrector = Corrector(schedule, added)
         self.on_late_start(schedule)
         return None
+
+
+def full_compute(num_steps: int) -> CacheSchedule:
+    """Every step in full."""
+    return CacheSchedule(num_steps=num_steps, full_steps=tuple(range(num_steps)), solver="full")
+
+
+class AnyStepsTracker(AnySamplerTracker):
+    """For policies that follow no plan: every run is theirs, however many steps it has."""
+
+    keeps_first_step = False
+
+    def _set_timesteps(self, original: Any, call: Call) -> Any:
+        def learn(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            schedule = full_compute(len(fingerprint(self.scheduler).timesteps))
+            self._whole = dataclasses.replace(self._whole, schedule=schedule)
+            return result
+
+        return super()._set_timesteps(learn, call)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from cemq.predict.correctors import NO_CORRECTOR
-from cemq.predict.predictors import DAMPING
+from cemq.predict.predictors import DAMPING, PREDICTORS, Rule
 from cemq.prior.error_prior import ErrorPrior, View
 
 # Predictors that a segment can be costed with from its own and the previous full step: their share of the slope.
 SLOPES = {"reuse": 0.0, "damped": DAMPING, "taylor1": 1.0}
+_NODES = 4  # full-compute steps that other predictors are costed with
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,11 +47,38 @@ def segment_costs(
 
     Args:
         view: Of the prior: what is cached (x) and what it should be (y).
-        predictors: Of `SLOPES`; each segment is costed with the best of them.
+        predictors: Of `SLOPES`; each segment is costed with the best of them. Or any other one, whose own weights it is
+            costed with: exactly, if that looks no more than two full-compute steps back; further ones are taken to lie
+            as far apart as those two.
         corrector: With one, segments that end with a full-compute step are costed as what is interpolated between,
             and by what that step answers to the sample that has strayed by then, which depends on the predictor.
         max_gap: The longest segment.
     """
+    rows = None
+    if set(predictors) <= SLOPES.keys():
+        costs, choices = _slope_costs(prior, predictors, view, max_gap)
+    else:
+        (name,) = predictors
+        rows = _weight_rows(PREDICTORS[name], prior.num_steps, max_gap)
+        costs = _row_costs(prior, rows, view, max_gap)
+        choices = np.zeros(costs.shape, dtype=np.int8)
+    if corrector != NO_CORRECTOR:
+        bent = corrector == "quadratic"
+        interpolated = _interpolated_costs(prior, view, max_gap, bent=bent)
+        shares = [SLOPES.get(name, 0.0) for name in predictors]
+        answers = np.stack([_answers(prior, view, max_gap, share, rows, bent=bent) for share in shares])
+        closed = np.isfinite(interpolated)
+        costs = np.where(closed, interpolated + answers.min(0), costs)
+        choices = np.where(closed, answers.argmin(0), choices)
+    with np.errstate(invalid="ignore"):
+        costs = np.maximum(costs, 0.0) ** (gamma / 2)
+    return SegmentCosts(costs=costs, choices=choices, predictors=tuple(predictors))
+
+
+def _slope_costs(
+    prior: ErrorPrior, predictors: Sequence[str], view: str, max_gap: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sums of `segment_costs` by the best of these predictors of `SLOPES`, and which that is."""
     steps, gram = prior.num_steps, prior.view(view)
     extrapolated, reused = prior.step_weights
     apart = prior.coherences
@@ -86,16 +114,49 @@ def segment_costs(
         totals = np.where(shares == 0, repeated, totals)
         costs[start, gaps, 1 : len(inside) + 1] = totals.min(0)
         choices[start, gaps, 1 : len(inside) + 1] = totals.argmin(0)
-    if corrector != NO_CORRECTOR:
-        bent = corrector == "quadratic"
-        interpolated = _interpolated_costs(prior, view, max_gap, bent=bent)
-        answers = np.stack([_answers(prior, view, max_gap, SLOPES[name], bent=bent) for name in predictors])
-        closed = np.isfinite(interpolated)
-        costs = np.where(closed, interpolated + answers.min(0), costs)
-        choices = np.where(closed, answers.argmin(0), choices)
-    with np.errstate(invalid="ignore"):
-        costs = np.maximum(costs, 0.0) ** (gamma / 2)
-    return SegmentCosts(costs=costs, choices=choices, predictors=tuple(predictors))
+    return costs, choices
+
+
+def _weight_rows(rule: Rule, steps: int, max_gap: int) -> np.ndarray:
+    """What a rule serves, (steps, gaps, ages, nodes): for a segment that begins with full-compute step ``p``, ``g``
+    after the one before it, the weights of the outputs of ``p``, ``p - g``, ``p - 2 g``, ... at each age.
+
+    They depend on how many of these there are, not on where they lie.
+    """
+    by_depth = np.zeros((_NODES, max_gap + 1, max_gap, _NODES))
+    by_depth[:, :, :, 0] = 1.0
+    for gap in range(1, max_gap + 1):
+        for depth in range(1, _NODES):
+            start, full = depth * gap, [node * gap for node in range(depth, -1, -1)]
+            served = np.zeros((start + max_gap, start + max_gap))
+            for step in range(len(served)):
+                known = [node for node in full if node <= step]
+                served[step] = np.eye(len(served))[step] if step in full else rule(step, known, served)
+            by_depth[depth, gap, :, : depth + 1] = served[start:, full]
+    starts, gaps = np.arange(steps)[:, None], np.arange(max_gap + 1)
+    return by_depth[np.minimum(_NODES - 1, starts // np.maximum(gaps, 1)), gaps]
+
+
+def _row_costs(prior: ErrorPrior, rows: np.ndarray, view: str, max_gap: int) -> np.ndarray:
+    """The sums of `segment_costs` where steps are served by ``rows`` of `_weight_rows`."""
+    steps, gram = prior.num_steps, prior.view(view)
+    extrapolated, reused = prior.step_weights
+    costs = np.full((steps, max_gap + 1, max_gap + 1), np.inf)
+    always_reuses = not rows[..., 1:].any()
+    for start in range(steps):
+        inside = np.arange(start, min(start + max_gap, steps))
+        gaps = np.arange(1, min(max_gap, start) + 1) if start else np.zeros(1, dtype=int)
+        nodes = np.maximum(start - gaps[:, None] * np.arange(_NODES), 0)
+        served = rows[start, gaps, : len(inside)]  # (gaps, ages, nodes)
+        square = served @ gram.xx[nodes[:, :, None], nodes[:, None]] @ served.swapaxes(1, 2)
+        overlap = served @ gram.xy[nodes[:, :, None], inside]
+        errors = square - overlap - overlap.swapaxes(1, 2) + gram.yy[np.ix_(inside, inside)]
+        # with one output known, every predictor reuses it; what follows tells what that does
+        repeats = (np.count_nonzero(served, axis=2) == 1) & (inside > start) & (start > 0 or always_reuses)
+        weights = np.where(repeats, reused[inside], extrapolated[inside])
+        weighted = errors * weights[:, :, None] * weights[:, None] * prior.coherences[np.ix_(inside, inside)]
+        costs[start, gaps, 1 : len(inside) + 1] = [_sums_of_corners(each) for each in weighted]
+    return costs
 
 
 def _interpolated_costs(prior: ErrorPrior, view: str, max_gap: int, *, bent: bool) -> np.ndarray:
@@ -134,7 +195,9 @@ def _interpolated_costs(prior: ErrorPrior, view: str, max_gap: int, *, bent: boo
     return totals
 
 
-def _answers(prior: ErrorPrior, view: str, max_gap: int, share: float, *, bent: bool) -> np.ndarray:
+def _answers(
+    prior: ErrorPrior, view: str, max_gap: int, share: float, rows: np.ndarray | None = None, *, bent: bool
+) -> np.ndarray:
     """What the full-compute step that ends a segment answers to where the sample has strayed by then
     (`ErrorPrior.response`), in the final sample, squared; shaped like `segment_costs`.
 
@@ -143,6 +206,7 @@ def _answers(prior: ErrorPrior, view: str, max_gap: int, share: float, *, bent: 
 
     Args:
         share: Of the slope between the two full-compute steps before, that the skipped steps were served with.
+        rows: What they were served with, of `_weight_rows`, in place of that; ``share`` is 0 then.
     """
     steps, gram, weights = prior.num_steps, prior.view(view).xx, prior.step_weights[0]
     found = np.zeros((steps, max_gap + 1, max_gap + 1))
@@ -167,6 +231,10 @@ def _answers(prior: ErrorPrior, view: str, max_gap: int, share: float, *, bent: 
         after = np.append(weights, np.zeros(length))[end + ages] @ (1 - ages / length)
         nodes = before, np.broadcast_to(start, before.shape), np.broadcast_to(end, before.shape)
         terms = list(zip(counts, nodes, strict=True))
+        if rows is not None:  # less what `counts` has of them: the latest output as it is
+            weights_of = rows[: steps - length, :, :length] - np.eye(_NODES)[0]
+            moved = np.einsum("sa,sgan->nsg", prior.step_sizes[inside], weights_of)
+            terms += [(moved[back], np.maximum(start - back * gaps, 0)) for back in range(_NODES)]
         strayed = sum(a * b * gram[one, other] for a, one in terms for b, other in terms)
         answer = (prior.response**2).sum(0)[end]
         found[start[:, 0], :, length] = answer * strayed * (reach + after[:, None]) ** 2

@@ -181,8 +181,7 @@ def _plan_within(
         raise InputError(f"max_gap={max_gap}: a gap between full-compute steps is at least 1")
     num_steps = prior.num_steps
     longest = min(max_gap or longest_gap(num_steps, largest), num_steps)
-    # what looks further back than one full-compute step is planned as if it were taylor1
-    names = tuple(SLOPES) if predictor == AUTO else (predictor if predictor in SLOPES else "taylor1",)
+    names = tuple(SLOPES) if predictor == AUTO else (predictor,)
     table = segment_costs(prior, names, view=view, corrector=corrector, gamma=gamma, max_gap=longest)
     found = solve_segments(table.costs, largest)
     schedules: list[CacheSchedule | None] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -121,7 +121,9 @@ class Search:
             yield self.known
         settings = {"corrector": self.corrector, "view": self.view}
         for name in dict.fromkeys((self.predictor, *self._names)):
-            planned = plan_schedule(prior, budget, predictor=name, **settings)
+            # taylor2 begins with taylor1's steps, and goes on from there by local search
+            planned = plan_schedule(prior, budget, predictor="taylor1" if name == "taylor2" else name, **settings)
+            planned = planned if name in (AUTO, "taylor1") else replace(planned, predictor=name)
             yield planned
             yield improve(prior, planned, predictors=self._choices if name == AUTO else (), view=self.view)
         yield plan_predicted(prior, budget, predictor=self.predictor, **settings)

@@ -1,0 +1,90 @@
+"""What a build is asked for, settled and checked as far as that goes without opening the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cemq.bundle.manifest import MANIFEST
+from cemq.errors import InputError, ModelError
+from cemq.pipelines.batches import read_conditions
+from cemq.pipelines.opening import ModelSource, check_device, default_device, default_dtype, locate
+from cemq.quantize import QuantizationSettings
+from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
+from cemq.schedule import SEARCH
+from cemq.search.settings import AUTO_BUDGET, PlanSettings
+
+ALSO_STEPS = 0.4  # of the steps, which plans are made for as well: the fewer steps, the less predictions alone find
+LEAST_ALSO_STEPS = 12  # of so many or more
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """A recipe with nothing left open but what the pipeline says: its step count and what its arguments mean."""
+
+    recipe: Recipe
+    source: ModelSource
+    device: str
+    dtype: str
+
+    @property
+    def quantization(self) -> QuantizationSettings:
+        return QuantizationSettings.of(self.recipe)
+
+    @property
+    def planning(self) -> PlanSettings:
+        return PlanSettings.of(self.recipe)
+
+    def other_steps(self, steps: int) -> tuple[int, ...]:
+        """Step counts to plan for besides ``steps``."""
+        asked = self.recipe.also_steps
+        if asked is not None:
+            return tuple(dict.fromkeys(count for count in asked if count != steps))
+        fewer = round(ALSO_STEPS * steps)
+        searched = self.recipe.solver == SEARCH and self.recipe.effort != "quick"
+        return (fewer,) if searched and fewer >= LEAST_ALSO_STEPS else ()
+
+
+def resolve_recipe(model: str | None, recipe: str | None, settings: dict[str, Any]) -> Recipe:
+    """Defaults, then the recipe (the one shipped for this model if none is named), then ``settings``.
+
+    Raises:
+        InputError: No model, or a setting that is not valid.
+    """
+    name = recipe or (recipe_for(model) if model else None)
+    base = load_recipe(name).model_dump(exclude_unset=True) if name else {}
+    given = {key: value for key, value in settings.items() if value is not None}
+    given["call"] = base.get("call", {}) | given.get("call", {})
+    if model:
+        given["model"] = model
+    resolved = make_recipe(base | given)
+    for name in ("tolerance", "target_psnr"):
+        if name in given and resolved.budget != AUTO_BUDGET:
+            raise InputError(f"{name}: only budget=auto looks at it, found budget={resolved.budget}: leave one out")
+    if not resolved.model:
+        raise InputError("no model: name builtin:NAME, a pipeline folder or a Hub id, or a recipe that names one")
+    return resolved
+
+
+def resolve(model: str | None, recipe: str | None, device: str | None, settings: dict[str, Any]) -> BuildSettings:
+    """What `cemq.quantize_and_schedule` was asked for, the model located.
+
+    Raises:
+        CemqError: Anything that can be said to be wrong without opening the model.
+    """
+    settled = resolve_recipe(model, recipe, settings)
+    QuantizationSettings.of(settled).check()
+    PlanSettings.of(settled).check(settled.steps)
+    if settled.also_steps and settled.solver != SEARCH:
+        raise InputError(
+            f"also_steps: other step counts are searched for, found --solver {settled.solver}: leave one out"
+        )
+    if settled.calib:
+        read_conditions(find_calibration(settled.calib))
+    place = device or default_device()
+    check_device(place)
+    source = locate(settled.model)
+    if (Path(source.folder) / MANIFEST).is_file():
+        raise ModelError(f"'{settled.model}' is a cemq bundle already: give the full-precision model it was made from")
+    return BuildSettings(recipe=settled, source=source, device=place, dtype=settled.dtype or default_dtype(place))

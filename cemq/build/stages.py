@@ -1,0 +1,406 @@
+"""The stages of a build, in the order in which they run. What each returns is frozen, and `stored` can keep it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cemq import __version__
+from cemq.build.settings import BuildSettings
+from cemq.bundle.dtypes import Dtypes, as_loaded, tensor_dtypes
+from cemq.bundle.manifest import EVIDENCE, PRIOR, Manifest, OtherRun, seal, write_pipeline
+from cemq.errors import InputError, ReplayError
+from cemq.evaluation.compare import Fidelity, measure_fidelity
+from cemq.memory.placement import format_bytes
+from cemq.parallel import Processes
+from cemq.pipelines.batches import (
+    BUILD_LOG,
+    Batch,
+    Progress,
+    check_call,
+    check_conditions,
+    check_drivable,
+    check_steps,
+    condition_argument,
+    make_batches,
+    read_call,
+    read_conditions,
+    run,
+    split_conditions,
+)
+from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.pipelines.opening import denoisers, open_pipeline, weight_bytes
+from cemq.pipelines.trajectory import Trajectory
+from cemq.prior.error_prior import ErrorPrior
+from cemq.quantize import RECORDED_BYTES, Call, QuantizationSettings, quantize_pipeline, record_calls
+from cemq.recipe import find_calibration, make_recipe
+from cemq.runtime import attached, cache_checked
+from cemq.runtime.runner import Outcome, Runner, said_of_steps
+from cemq.schedule.plan import Plan
+from cemq.search.choose import Planned, check_correctable, plan
+from cemq.search.trials import ClosedLoop
+
+CHECK_SAMPLES = 4  # held-out samples for the fidelity that is written into the bundle
+CALIBRATION_CALLS = 48  # calls of the denoiser that quantization is fitted to, spread over all trajectories
+MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
+
+Calls = Mapping[str, Sequence[Call]]  # of each denoiser, by the component's name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Three sets with seeds of their own: to profile, to plan on, to check the plan."""
+
+    profiled: tuple[Batch, ...]
+    planning: tuple[Batch, ...]
+    check: tuple[Batch, ...]
+    held_out: tuple[str | int, ...]  # conditions that nothing was profiled with
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(seed for batch in (*self.profiled, *self.planning, *self.check) for seed in batch.seeds)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Originals:
+    """What full precision made of this process's share of the samples; planning samples by step count."""
+
+    dtypes: Dtypes
+    weight_bytes: int
+    trajectories: list[Trajectory]
+    planning: dict[int, list[Outcome]]
+    check: list[Outcome]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plans:
+    """What the quantized pipeline is to follow, by step count, with the prior and the evidence of each."""
+
+    own: Plan
+    planned: Planned
+    others: dict[int, tuple[Planned, SamplerFingerprint]]
+
+
+def open_runner(settings: BuildSettings, progress: Progress | None, processes: Processes) -> Runner:
+    """The full-precision pipeline, with all of the settings checked against it.
+
+    Raises:
+        CemqError: It cannot be opened or driven, or not as the settings ask for.
+    """
+    recipe = settings.recipe
+    processes.agree("settings", (recipe.model_dump(), library_versions(), torch.get_num_threads()))
+    pipe = open_pipeline(settings.source.folder, dtype=settings.dtype, device=settings.device)
+    pipe.set_progress_bar_config(disable=True)
+    steps = recipe.steps or _default_steps(pipe)
+    settings.planning.check(steps)
+    check_call(type(pipe), recipe.call)
+    call = make_recipe({"call": read_call(type(pipe), recipe.call)}).call
+    check_drivable(pipe)
+    check_steps(pipe, steps, *settings.other_steps(steps))
+    check_correctable(recipe.corrector, recipe.cache, pipe.scheduler, steps)
+    settings.quantization.check_pipeline(pipe)
+    return Runner(pipe=pipe, steps=steps, call=call, progress=progress, processes=processes)
+
+
+def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
+    """Conditions apart from each other, where there are enough, and seeds that never meet.
+
+    Raises:
+        InputError: The calibration file cannot be used, or a condition in it.
+    """
+    recipe, pipe = settings.recipe, runner.pipe
+    labelled = condition_argument(pipe) == "class_labels"
+    default = "imagenet_labels.txt" if labelled else "prompts.txt"
+    lines = check_conditions(pipe, read_conditions(find_calibration(recipe.calib or default)))
+    profiled, held_out = split_conditions(lines, profiled=recipe.samples, seed=recipe.seed)
+    turned = recipe.planning_samples % len(held_out)
+    seed, sets = recipe.seed, []
+    for conditions, count in (
+        (profiled, recipe.samples),
+        (held_out, recipe.planning_samples),
+        (held_out[turned:] + held_out[:turned], CHECK_SAMPLES),
+    ):
+        sets.append(make_batches(conditions, samples=count, first_seed=seed, batch_size=recipe.batch_size))
+        seed += count
+    return Samples(profiled=sets[0], planning=sets[1], check=sets[2], held_out=held_out)
+
+
+def run_originals(
+    runner: Runner, samples: Samples, settings: BuildSettings
+) -> tuple[Originals, Calls | ReplayError]:
+    """Every run at full precision, and the calls that quantization is fitted to, of all processes.
+
+    Raises:
+        ModelError: The pipeline cannot be scheduled, or not with the cache asked for.
+        ReplayError: The calls cannot be replayed, and what was asked for cannot do without.
+    """
+    dtypes = tensor_dtypes(runner.pipe)  # of before any run: a pipeline may cast what it decodes with
+    if settings.recipe.cache != "output":
+        said = _check_cache(runner, samples.profiled[0], settings)
+        if runner.processes.is_main:
+            logging.getLogger(BUILD_LOG).info(said)
+    recorder = _CallRecorder(runner, settings.quantization, len(samples.profiled))
+    trajectories = runner.record(samples.profiled, watch=recorder.watch)
+    planning = {runner.steps: runner.run(samples.planning, "full-precision planning samples")}
+    for count in settings.other_steps(runner.steps):
+        planning[count] = runner.at(count).run(samples.planning, f"full precision, {count} steps")
+    originals = Originals(
+        dtypes=dtypes,
+        weight_bytes=weight_bytes(runner.pipe),
+        trajectories=trajectories,
+        planning=planning,
+        check=runner.run(samples.check, "full-precision check"),
+    )
+    return originals, recorder.gathered()
+
+
+def quantize(runner: Runner, settings: QuantizationSettings, calls: Calls | ReplayError) -> None:
+    """Quantize the pipeline in place: every process all of it, from all calls, as long a wait as for one that does.
+
+    Raises:
+        CemqError: What `quantize_pipeline` raises, or processes that came to different weights.
+    """
+    processes = runner.processes
+    if isinstance(calls, ReplayError):
+        settings = settings.without_calls(calls)
+        if processes.is_main:
+            logging.getLogger(BUILD_LOG).warning("%s: weights are rounded to nearest", calls)
+        calls = {}
+    quantize_pipeline(runner.pipe, settings, calls, runner.progress)
+    if processes.count > 1:
+        processes.agree("the quantized weights", _digest(runner.pipe))
+
+
+def choose_plans(
+    runner: Runner, prior: ErrorPrior, samples: Samples, originals: Originals, settings: BuildSettings
+) -> Plans:
+    """The plan for the step count of the build, and for every other one that its prior carries over to.
+
+    Raises:
+        InfeasibleBudgetError: No schedule meets what the budget asks for.
+    """
+    recipe = settings.recipe
+    planned = _plan(runner, prior, samples, originals, settings)
+    own = Plan(
+        schedule=planned.schedule, sampler=prior.metadata.sampler, prior=planned.prior, correction=planned.correction,
+        view=recipe.view, cache=recipe.cache, solver=recipe.solver, predictor=recipe.predictor,
+    )  # fmt: skip
+    others = {}
+    for count in settings.other_steps(runner.steps):
+        references = originals.planning[count]
+        sampler = runner.processes.gather([references[0].sampler] if references else [])[0]
+        carried = own.carried_over(sampler)
+        if carried is not None:
+            others[count] = _plan(runner.at(count), carried.prior, samples, originals, settings, carried), sampler
+        elif runner.processes.is_main:
+            logging.getLogger(BUILD_LOG).info(
+                f"not planned for {count} steps: what was measured at {runner.steps} does not carry over with "
+                f"{sampler.scheduler}"
+            )
+    return Plans(own=own, planned=planned, others=others)
+
+
+def check(runner: Runner, plans: Plans, samples: Samples, originals: Originals) -> Fidelity:
+    """Run the plan on samples that it has never seen."""
+    with attached(runner.pipe, plans.own):
+        found = runner.run(samples.check, "scheduled check")
+    fidelity = measure_fidelity(originals.check, found, runner.processes)
+    note = said_of_steps(plans.own.schedule, fidelity.num_steps, fidelity.full_steps)
+    if note and runner.processes.is_main:
+        logging.getLogger(BUILD_LOG).warning(note)
+    return fidelity
+
+
+def describe(
+    runner: Runner,
+    settings: BuildSettings,
+    samples: Samples,
+    originals: Originals,
+    plans: Plans,
+    fidelity: Fidelity,
+) -> Manifest:
+    """What cemq.json says of a build."""
+    pipe, recipe, own = runner.pipe, settings.recipe, plans.own
+    return Manifest(
+        cemq_version=__version__,
+        model=settings.source.name,
+        revision=settings.source.revision,
+        pipeline_class=type(pipe).__name__,
+        denoisers=tuple(name for name, _ in denoisers(pipe)),
+        scheme=recipe.scheme,
+        backend=recipe.backend,
+        dtype=settings.dtype,
+        view=recipe.view,
+        num_inference_steps=runner.steps,
+        schedule=own.schedule,
+        correction=own.correction and own.correction.method,
+        cache=recipe.cache,
+        sampler=own.sampler,
+        call=dict(runner.call),
+        profiled_seeds=samples.seeds,
+        held_out_conditions=samples.held_out[:MAX_HELD_OUT],
+        fidelity=asdict(fidelity),
+        model_bytes=weight_bytes(pipe),
+        reference_bytes=originals.weight_bytes,
+        libraries=library_versions(),
+        recipe=recipe.model_dump(exclude_unset=True) | {"call": dict(runner.call)},
+        other_runs=tuple(
+            OtherRun(
+                num_inference_steps=count,
+                schedule=other.schedule,
+                correction=other.correction and other.correction.method,
+                sampler=sampler,
+            )
+            for count, (other, sampler) in plans.others.items()
+        ),
+        dtypes=as_loaded(originals.dtypes, tensor_dtypes(pipe)),
+    )
+
+
+def write_bundle(folder: Path, runner: Runner, settings: BuildSettings, plans: Plans, manifest: Manifest) -> None:
+    """All files of the bundle, cemq.json last."""
+    write_pipeline(runner.pipe, folder, settings.source.folder)
+    plans.planned.prior.save(folder / PRIOR)
+    others = [other.evidence | {"num_inference_steps": count} for count, (other, _) in plans.others.items()]
+    evidence = plans.planned.evidence | {"other_runs": others}
+    (folder / EVIDENCE).write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+    seal(folder, manifest)
+
+
+def _plan(
+    runner: Runner,
+    prior: ErrorPrior,
+    samples: Samples,
+    originals: Originals,
+    settings: BuildSettings,
+    carried: Plan | None = None,
+) -> Planned:
+    """One step count's; ``carried`` is another's carried over, with the budget to plan and a schedule to try."""
+    planning, stage, known = settings.planning, "planning", None
+    if carried is not None:
+        planning, known = planning.with_budget(carried.schedule.budget), carried.schedule
+        stage = f"planning {runner.steps} steps"
+    most = planning.effort_limits.full_runs
+
+    def show(spent: float) -> None:  # people see how many runs at full compute of all samples it may take
+        if runner.progress:
+            runner.progress(f"{stage}, {most:g} runs' worth", min(spent / most, 1.0))
+
+    loop = ClosedLoop(
+        runner=runner, prior=prior, batches=samples.planning, references=originals.planning[runner.steps],
+        cache=settings.recipe.cache, on_spent=show,
+    )  # fmt: skip
+    return plan(loop, planning, known=known)
+
+
+class _EnoughError(Exception):
+    """A run was only to begin."""
+
+
+def _check_cache(runner: Runner, batch: Batch, settings: BuildSettings) -> str:
+    """One step of one sample, before hours of work; returns how much memory the cache takes, in words.
+
+    Raises:
+        ModelError: This pipeline cannot be cached so.
+    """
+
+    def stop() -> None:
+        raise _EnoughError
+
+    one = Batch(conditions=batch.conditions[:1], seeds=batch.seeds[:1])
+    with cache_checked(runner.pipe, settings.recipe.cache) as memory, suppress(_EnoughError):
+        run(runner.pipe, one, steps=runner.steps, call=runner.call, on_step=stop)
+    return (
+        f"the cache keeps {format_bytes(memory.step_bytes)} a sample ({memory.contents}) of every full-compute step "
+        f"that is looked back to: one with reuse, two with taylor1, three with taylor2; {settings.recipe.batch_size} "
+        "samples are drawn at once"
+    )
+
+
+class _CallRecorder:
+    """Keeps some calls of every denoiser while full precision runs.
+
+    Calls that cannot be replayed are none: from the first of them on nothing is recorded.
+    """
+
+    def __init__(self, runner: Runner, quantization: QuantizationSettings, batches: int):
+        self._runner, self._quantization = runner, quantization
+        total = batches * runner.steps
+        self._every = max(1, total // CALIBRATION_CALLS) | 1  # odd: of two calls a step (guidance) both are kept alike
+        self._limit_bytes = RECORDED_BYTES // (batches * len(denoisers(runner.pipe)))
+        self._found: list[dict[str, list[Call]] | ReplayError] = []  # of each batch
+
+    @contextmanager
+    def watch(self, number: int) -> Iterator[None]:
+        """Record the run of a batch.
+
+        Raises:
+            ReplayError: Its calls cannot be replayed, nor can be done without.
+        """
+        if self._found and isinstance(self._found[-1], ReplayError):
+            yield
+            self._found.append(self._found[-1])
+            return
+        first = -number * self._runner.steps % self._every
+        try:
+            with ExitStack() as recording:
+                calls = {
+                    name: recording.enter_context(
+                        record_calls(denoiser, every=self._every, first=first, limit_bytes=self._limit_bytes)
+                    )
+                    for name, denoiser in denoisers(self._runner.pipe)
+                    if self._quantization.needs_calls(denoiser)
+                }
+                yield
+        except ReplayError as error:
+            self._quantization.without_calls(error)  # now, and not after the other runs
+            self._found = [error] * (len(self._found) + 1)
+        else:
+            self._found.append(calls)
+
+    def gathered(self) -> Calls | ReplayError:
+        """Of all batches and processes; what this one has kept is let go of."""
+        found = self._runner.processes.gather(self._found)
+        self._found = []
+        if failed := next((each for each in found if isinstance(each, ReplayError)), None):
+            return failed
+        return {name: [call for calls in found for call in calls[name]] for name in found[0]}
+
+
+def _digest(pipe: Any) -> str:
+    """Of all weights, bit by bit."""
+    found = hashlib.sha256()
+    for name, component in sorted(pipe.components.items()):
+        for key, value in component.state_dict().items() if isinstance(component, torch.nn.Module) else ():
+            found.update(f"{name}.{key}".encode())
+            if torch.is_tensor(value):
+                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _default_steps(pipe: Any) -> int:
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    if parameter is None or not isinstance(parameter.default, int):
+        raise InputError(f"{type(pipe).__name__} has no default step count: give --steps")
+    return parameter.default
+
+
+def library_versions() -> dict[str, str]:
+    """Of those that a bundle's figures depend on."""
+    found = {}
+    for name in ("torch", "diffusers", "transformers", "safetensors", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # vendored or built in place
+            continue
+    return found

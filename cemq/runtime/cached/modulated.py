@@ -1,0 +1,70 @@
+"""What the first block of a denoiser makes of sample and timestep, without computing the rest."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from cemq.runtime.cached.inner import block_stack
+
+_EMBEDDINGS = ("temb", "timestep_proj", "timestep", "adaln_input", "time_emb")  # how blocks name that of the timestep
+
+
+class _ReachedError(Exception):
+    """Everything that was asked for is known."""
+
+    def __init__(self, found: torch.Tensor) -> None:
+        super().__init__()
+        self.found = found
+
+
+def modulated_input(denoiser: nn.Module, forward: Callable[[], Any]) -> torch.Tensor:
+    """What the first normalization of the first block gives, where that takes the timestep's embedding too; else the
+    embedding that the block is given, or its sample where it is given none. The denoiser is run up to there.
+
+    Args:
+        forward: Runs the denoiser.
+
+    Raises:
+        ModelError: It has no list of blocks.
+    """
+    block = block_stack(denoiser)[0]
+    thread = threading.get_ident()  # another may run the same denoiser for another pipeline
+    names = list(inspect.signature(type(block).forward).parameters)[1:]
+    given: dict[str, Any] = {}
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() != thread:
+            return
+        given.update(zip(names, args, strict=False), **kwargs)
+        if not hasattr(block, "norm1"):
+            raise _ReachedError(_unmodulated(given))
+
+    def normalized(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if threading.get_ident() != thread:
+            return
+        found = output[0] if isinstance(output, (tuple, list)) else output
+        tensors = [each for each in (*args, *kwargs.values()) if torch.is_tensor(each)]
+        raise _ReachedError(found.detach() if len(tensors) > 1 else _unmodulated(given))
+
+    with ExitStack() as hooks:
+        hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        if hasattr(block, "norm1"):
+            hooks.callback(block.norm1.register_forward_hook(normalized, with_kwargs=True).remove)
+        try:
+            forward()
+        except _ReachedError as reached:
+            return reached.found.clone()
+    raise AssertionError(f"{type(denoiser).__name__} ran without its first block")
+
+
+def _unmodulated(given: dict[str, Any]) -> torch.Tensor:
+    tensors = {name: value for name, value in given.items() if torch.is_tensor(value) and value.is_floating_point()}
+    named = next((tensors[name] for name in _EMBEDDINGS if name in tensors), None)
+    return (next(iter(tensors.values())) if named is None else named).detach()
