@@ -23,6 +23,7 @@ import typer
 
 from cemq import __version__
 from cemq.errors import CemqError, InputError
+from cemq.extensions import load_extensions
 from cemq.files import check_writable, written_whole
 from cemq.recipe import RENAMED, Recipe
 
@@ -637,3 +638,4 @@ def _root(
 
     Errors are one line; CEMQ_TRACEBACK=1 in the environment shows where they come from.
     """
+    load_extensions()

@@ -74,6 +74,9 @@ class Recipe(BaseModel):
     cache: Literal["output", "residual", "modules"] = Field(
         "output", description="Predict skipped steps from: output, residual (of the blocks) or modules"
     )
+    policy: str | None = Field(
+        None, description="Decide while drawing, by no plan, e.g. teacache:threshold=0.2; see cemq doctor for names."
+    )
     calib: str | None = Field(
         None, description="Text file, one prompt or class label a line: beside the recipe, in calib_data/, or anywhere."
     )

@@ -10,8 +10,8 @@ import cemq
 PACKAGE = Path(cemq.__file__).parent
 ORDER = (
     "__main__", "cli", "build", "evaluation", "bench", "builtin", "bundle", "search", "runtime", "schedule", "quantize",
-    "prior", "memory", "pipelines", "predict", "recipe", "metrics", "parallel", "families", "files", "reclaim",
-    "errors",
+    "prior", "memory", "pipelines", "predict", "recipe", "metrics", "parallel", "families", "files", "extensions",
+    "reclaim", "errors",
     "_register", "__init__",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

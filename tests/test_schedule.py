@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cemq.errors import InfeasibleBudgetError, InputError
-from cemq.predict.predictors import PREDICTORS
+from cemq.predict.predictors import DAMPING, PREDICTORS, taylor
 from cemq.prior.error_prior import VIEWS, ErrorPrior
 from cemq.schedule import (
     AUTO,
@@ -469,12 +469,32 @@ def test_every_solver_computes_in_full_where_every_step_may_be(solver):
     assert plan_schedule(prior_of(*trajectories(9)), 9, solver=solver).full_steps == tuple(range(9))
 
 
-def test_what_looks_further_back_is_planned_as_taylor1():
+@pytest.mark.parametrize("corrector", ["none", "linear", "quadratic"])
+@pytest.mark.parametrize(
+    ("name", "rule"), [("reuse", taylor(0)), ("damped", taylor(1, DAMPING)), ("taylor1", taylor(1))]
+)
+def test_any_predictor_is_costed_by_the_weights_that_it_gives(monkeypatch, name, rule, corrector):
+    """What is known in closed form, under another name: by its rows alone."""
+    monkeypatch.setitem(PREDICTORS, "nameless", rule)
+    settings = {"corrector": corrector, "gamma": 2.0, "max_gap": 9}
+    generator = np.random.default_rng(1)
+    prior = dataclasses.replace(
+        prior_of(*trajectories(9)), sensitivity=generator.uniform(0.2, 3, (2, 9)), coherence=3.0,
+        response=generator.uniform(0, 1, (2, 9)),
+    )  # fmt: skip
+    known, found = (segment_costs(prior, (each,), **settings).costs for each in (name, "nameless"))
+    assert np.array_equal(np.isfinite(known), np.isfinite(found))
+    assert found[np.isfinite(found)] == pytest.approx(known[np.isfinite(known)], rel=1e-9, abs=1e-9)
+
+
+def test_a_predictor_that_looks_further_back_is_planned_as_what_it_is():
     prior = prior_of(*trajectories(10))
-    for name in ("taylor2", "goc", "mean-velocity"):
-        schedule = plan_schedule(prior, 4, predictor=name)
-        assert schedule.full_steps == plan_schedule(prior, 4, predictor="taylor1").full_steps
-        assert schedule.predictor == name
+    planned = {name: plan_schedule(prior, 4, predictor=name).full_steps for name in ("taylor1", "taylor2", "goc")}
+    assert len(set(planned.values())) > 1
+    table = segment_costs(prior, ("taylor2",), gamma=2.0, max_gap=10)
+    served = CacheSchedule(num_steps=10, full_steps=(0, 2, 4, 6), predictor="taylor2").served
+    errors = prior.step_sizes[6:, None] * (served @ trajectories(10)[0] - trajectories(10)[1])[6:]
+    assert table.costs[6, 2, 4] == pytest.approx(np.mean(np.square(errors.sum(0))), rel=1e-6)  # evenly spaced: exact
 
 
 def test_an_unknown_solver_names_the_nearest_one():

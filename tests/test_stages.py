@@ -72,7 +72,7 @@ def test_a_build_from_kept_stages_gives_the_bundle_of_one_that_kept_nothing(tmp_
     stages.quantize(runner, asked.quantization, calls)
     prior = kept("prior", runner.profile(samples.profiled, originals.trajectories, scheme="w8a8", dtype="float32"))
     plans = kept("plans", stages.choose_plans(runner, prior, samples, originals, asked))
-    fidelity = kept("fidelity", stages.check(runner, plans, samples, originals))
+    fidelity = kept("fidelity", stages.check(runner, plans, samples, originals, asked))
     manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)
     (tmp_path / "in parts").mkdir()
     stages.write_bundle(tmp_path / "in parts", runner, asked, plans, manifest)

@@ -20,9 +20,12 @@ from cemq.bench.architectures import Architecture, Inputs
 from cemq.bench.machine import compile_obstacle, describe_machine
 from cemq.bench.random_models import quantization_config, random_model
 from cemq.errors import first_line
+from cemq.extensions import load_extensions
 from cemq.pipelines.batches import Progress
 from cemq.pipelines.opening import default_dtype
-from cemq.quantize import BACKENDS, CemqConfig, installed
+from cemq.predict.predictors import PREDICTORS
+from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, installed
+from cemq.runtime.policies import known_policies
 
 OK, NOT_TRIED = "ok", "-"
 LARGEST_ERROR = 0.3  # fp4 weights of random models come to half of it
@@ -121,9 +124,11 @@ def examine(*, quick: bool = False, progress: Progress | None = None) -> dict[st
         quick: Leave torch.compile out, which takes most of the time.
 
     Returns:
-        Plain data: machine, notes, and a row for each backend, scheme and device. A row's ``probes`` say ``ok``, why
-        not, or ``-`` for what was not tried; a backend that is not installed has one row, with a ``reason``.
+        Plain data: machine, notes, what is known by name, the extensions that were loaded, and a row for each backend,
+        scheme and device. A row's ``probes`` say ``ok``, why not, or ``-`` for what was not tried; a backend that is
+        not installed has one row, with a ``reason``.
     """
+    extensions = load_extensions()
     probes = {name: probe for name, probe in PROBES.items() if not (quick and name == "compile")}
     devices = _devices()
     pairs = [(backend, scheme) for backend in BACKENDS if installed(backend) for scheme in BACKENDS[backend].layers]
@@ -161,7 +166,10 @@ def examine(*, quick: bool = False, progress: Progress | None = None) -> dict[st
         notes.append("without a CUDA device, offloading only shows that the calls work here, not that memory is saved")
     if quick:
         notes.append("torch.compile was left out")
-    return {"machine": describe_machine(), "notes": notes, "rows": rows}
+    known = {"predictors": list(PREDICTORS), "policies": list(known_policies()), "schemes": list(SCHEMES)}
+    return {
+        "machine": describe_machine(), "notes": notes, "rows": rows, "known": known, "extensions": extensions,
+    }  # fmt: skip
 
 
 def _try(

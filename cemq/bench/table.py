@@ -55,6 +55,10 @@ def print_doctor(result: dict[str, Any]) -> None:
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(result["machine"]):
         facts.add_row(name, value)
+    for what, names in result["known"].items():
+        facts.add_row(what, ", ".join(names))
+    for name, state in result["extensions"].items():
+        facts.add_row("extension", f"{name}: {state}")
     console.print(facts)
     console.print()
     probes = next((list(row["probes"]) for row in result["rows"] if row["probes"]), [])

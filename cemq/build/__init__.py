@@ -53,11 +53,9 @@ def quantize_and_schedule(
         originals, calls = stages.run_originals(runner, samples, asked)
         stages.quantize(runner, asked.quantization, calls)
         del calls  # they may be gigabytes
-        prior = runner.profile(
-            samples.profiled, originals.trajectories, scheme=asked.recipe.scheme, dtype=asked.dtype
-        )
+        prior = runner.profile(samples.profiled, originals.trajectories, scheme=asked.recipe.scheme, dtype=asked.dtype)
         plans = stages.choose_plans(runner, prior, samples, originals, asked)
-        fidelity = stages.check(runner, plans, samples, originals)
+        fidelity = stages.check(runner, plans, samples, originals, asked)
         manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)
         if folder is not None:
             stages.write_bundle(folder, runner, asked, plans, manifest)

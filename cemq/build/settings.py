@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from cemq.bundle.manifest import MANIFEST
-from cemq.errors import InputError, ModelError
+from cemq.errors import InputError, ModelError, choose
 from cemq.pipelines.batches import read_conditions
 from cemq.pipelines.opening import ModelSource, check_device, default_device, default_dtype, locate
 from cemq.quantize import QuantizationSettings
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
+from cemq.runtime.policies import Policy, parse_policy
 from cemq.schedule import SEARCH
+from cemq.schedule.plan import CACHES
 from cemq.search.settings import AUTO_BUDGET, PlanSettings
 
 ALSO_STEPS = 0.4  # of the steps, which plans are made for as well: the fewer steps, the less predictions alone find
 LEAST_ALSO_STEPS = 12  # of so many or more
+_OF_PLANS = {
+    *("also_steps", "budget", "cache", "corrector", "effort", "planning_samples", "predictor", "rectify", "solver"),
+    *("target_psnr", "tolerance", "view"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +39,24 @@ class BuildSettings:
         return QuantizationSettings.of(self.recipe)
 
     @property
+    def policy(self) -> Policy | None:
+        """What decides while pictures are drawn, in place of a plan."""
+        return parse_policy(self.recipe.policy) if self.recipe.policy else None
+
+    @property
+    def cache(self) -> str:
+        """What skipped steps are served from."""
+        return self.policy.cache if self.policy else self.recipe.cache
+
+    @property
     def planning(self) -> PlanSettings:
         return PlanSettings.of(self.recipe)
 
     def other_steps(self, steps: int) -> tuple[int, ...]:
         """Step counts to plan for besides ``steps``."""
         asked = self.recipe.also_steps
+        if self.recipe.policy:
+            return ()
         if asked is not None:
             return tuple(dict.fromkeys(count for count in asked if count != steps))
         fewer = round(ALSO_STEPS * steps)
@@ -62,6 +80,9 @@ def resolve_recipe(model: str | None, recipe: str | None, settings: dict[str, An
     for name in ("tolerance", "target_psnr"):
         if name in given and resolved.budget != AUTO_BUDGET:
             raise InputError(f"{name}: only budget=auto looks at it, found budget={resolved.budget}: leave one out")
+    if resolved.policy:
+        for name in sorted(given.keys() & _OF_PLANS):
+            raise InputError(f"policy={resolved.policy}: nothing is planned then, so leave {name} out")
     if not resolved.model:
         raise InputError("no model: name builtin:NAME, a pipeline folder or a Hub id, or a recipe that names one")
     return resolved
@@ -75,7 +96,10 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
     """
     settled = resolve_recipe(model, recipe, settings)
     QuantizationSettings.of(settled).check()
-    PlanSettings.of(settled).check(settled.steps)
+    if not settled.policy:
+        PlanSettings.of(settled).check(settled.steps)
+    else:
+        choose("cache", parse_policy(settled.policy).cache, CACHES)
     if settled.also_steps and settled.solver != SEARCH:
         raise InputError(
             f"also_steps: other step counts are searched for, found --solver {settled.solver}: leave one out"

@@ -44,8 +44,10 @@ from cemq.pipelines.trajectory import Trajectory
 from cemq.prior.error_prior import ErrorPrior
 from cemq.quantize import RECORDED_BYTES, Call, QuantizationSettings, quantize_pipeline, record_calls
 from cemq.recipe import find_calibration, make_recipe
-from cemq.runtime import attached, cache_checked
+from cemq.runtime import attached, cache_checked, policy_attached
+from cemq.runtime.policies import describe_policy
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
+from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
 from cemq.search.choose import Planned, check_correctable, plan
 from cemq.search.trials import ClosedLoop
@@ -102,12 +104,14 @@ def open_runner(settings: BuildSettings, progress: Progress | None, processes: P
     pipe = open_pipeline(settings.source.folder, dtype=settings.dtype, device=settings.device)
     pipe.set_progress_bar_config(disable=True)
     steps = recipe.steps or _default_steps(pipe)
-    settings.planning.check(steps)
+    if settings.policy is None:
+        settings.planning.check(steps)
     check_call(type(pipe), recipe.call)
     call = make_recipe({"call": read_call(type(pipe), recipe.call)}).call
     check_drivable(pipe)
     check_steps(pipe, steps, *settings.other_steps(steps))
-    check_correctable(recipe.corrector, recipe.cache, pipe.scheduler, steps)
+    if settings.policy is None:
+        check_correctable(recipe.corrector, recipe.cache, pipe.scheduler, steps)
     settings.quantization.check_pipeline(pipe)
     return Runner(pipe=pipe, steps=steps, call=call, progress=progress, processes=processes)
 
@@ -135,9 +139,7 @@ def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
     return Samples(profiled=sets[0], planning=sets[1], check=sets[2], held_out=held_out)
 
 
-def run_originals(
-    runner: Runner, samples: Samples, settings: BuildSettings
-) -> tuple[Originals, Calls | ReplayError]:
+def run_originals(runner: Runner, samples: Samples, settings: BuildSettings) -> tuple[Originals, Calls | ReplayError]:
     """Every run at full precision, and the calls that quantization is fitted to, of all processes.
 
     Raises:
@@ -145,7 +147,7 @@ def run_originals(
         ReplayError: The calls cannot be replayed, and what was asked for cannot do without.
     """
     dtypes = tensor_dtypes(runner.pipe)  # of before any run: a pipeline may cast what it decodes with
-    if settings.recipe.cache != "output":
+    if settings.cache != "output":
         said = _check_cache(runner, samples.profiled[0], settings)
         if runner.processes.is_main:
             logging.getLogger(BUILD_LOG).info(said)
@@ -190,6 +192,8 @@ def choose_plans(
         InfeasibleBudgetError: No schedule meets what the budget asks for.
     """
     recipe = settings.recipe
+    if settings.policy is not None:
+        return _unplanned(prior, settings)
     planned = _plan(runner, prior, samples, originals, settings)
     own = Plan(
         schedule=planned.schedule, sampler=prior.metadata.sampler, prior=planned.prior, correction=planned.correction,
@@ -210,13 +214,14 @@ def choose_plans(
     return Plans(own=own, planned=planned, others=others)
 
 
-def check(runner: Runner, plans: Plans, samples: Samples, originals: Originals) -> Fidelity:
-    """Run the plan on samples that it has never seen."""
-    with attached(runner.pipe, plans.own):
+def check(runner: Runner, plans: Plans, samples: Samples, originals: Originals, settings: BuildSettings) -> Fidelity:
+    """Run the plan, or the policy, on samples that it has never seen."""
+    policy = settings.policy
+    with attached(runner.pipe, plans.own) if policy is None else policy_attached(runner.pipe, policy):
         found = runner.run(samples.check, "scheduled check")
     fidelity = measure_fidelity(originals.check, found, runner.processes)
     note = said_of_steps(plans.own.schedule, fidelity.num_steps, fidelity.full_steps)
-    if note and runner.processes.is_main:
+    if note and policy is None and runner.processes.is_main:
         logging.getLogger(BUILD_LOG).warning(note)
     return fidelity
 
@@ -244,8 +249,9 @@ def describe(
         num_inference_steps=runner.steps,
         schedule=own.schedule,
         correction=own.correction and own.correction.method,
-        cache=recipe.cache,
+        cache=settings.cache,
         sampler=own.sampler,
+        policy=settings.policy and describe_policy(settings.policy),
         call=dict(runner.call),
         profiled_seeds=samples.seeds,
         held_out_conditions=samples.held_out[:MAX_HELD_OUT],
@@ -275,6 +281,15 @@ def write_bundle(folder: Path, runner: Runner, settings: BuildSettings, plans: P
     evidence = plans.planned.evidence | {"other_runs": others}
     (folder / EVIDENCE).write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
     seal(folder, manifest)
+
+
+def _unplanned(prior: ErrorPrior, settings: BuildSettings) -> Plans:
+    """Nothing but the prior, which says what a policy has to cope with."""
+    num_steps = prior.num_steps
+    schedule = CacheSchedule(num_steps=num_steps, full_steps=tuple(range(num_steps)), solver="full")
+    planned = Planned(schedule=schedule, correction=None, prior=prior, evidence={"policy": settings.recipe.policy})
+    own = Plan(schedule=schedule, sampler=prior.metadata.sampler, prior=prior, cache=settings.cache)
+    return Plans(own=own, planned=planned, others={})
 
 
 def _plan(
@@ -318,7 +333,7 @@ def _check_cache(runner: Runner, batch: Batch, settings: BuildSettings) -> str:
         raise _EnoughError
 
     one = Batch(conditions=batch.conditions[:1], seeds=batch.seeds[:1])
-    with cache_checked(runner.pipe, settings.recipe.cache) as memory, suppress(_EnoughError):
+    with cache_checked(runner.pipe, settings.cache) as memory, suppress(_EnoughError):
         run(runner.pipe, one, steps=runner.steps, call=runner.call, on_step=stop)
     return (
         f"the cache keeps {format_bytes(memory.step_bytes)} a sample ({memory.contents}) of every full-compute step "

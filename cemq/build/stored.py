@@ -1,7 +1,7 @@
 """Results of stages as files: JSON for what they hold, safetensors for their tensors and arrays, and no pickle.
 
-A value may be made of None, numbers, texts, lists, tuples, dictionaries, tensors, arrays, dtypes and devices, and of the
-dataclasses that stages return. Tensors that are the same object are written once, and read as one.
+A value may be made of None, numbers, texts, lists, tuples, dictionaries, tensors, arrays, dtypes and devices, and of
+the dataclasses that stages return. Tensors that are the same object are written once, and read as one.
 """
 
 from __future__ import annotations

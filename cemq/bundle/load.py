@@ -13,12 +13,14 @@ from cemq.bundle.hub import find_bundle
 from cemq.bundle.manifest import PRIOR, Manifest, OtherRun, read_bundle, read_checksum
 from cemq.bundle.plan_memory import plan_memory
 from cemq.bundle.save import save_as_bundle
-from cemq.errors import BundleError, CemqError, PlacementError, choose
+from cemq.errors import BundleError, CemqError, InputError, PlacementError, choose
+from cemq.extensions import load_extensions
 from cemq.files import absolute
 from cemq.memory.offload import disk_folder, free_host_memory, place
 from cemq.pipelines.opening import DTYPES, check_device, default_device, open_pipeline
 from cemq.prior.error_prior import ErrorPrior
-from cemq.runtime.attach import attach
+from cemq.runtime.attach import apply_policy, attach
+from cemq.runtime.policies import make_policy
 from cemq.schedule import AUTO, SEARCH
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import Correction, make_correction
@@ -65,6 +67,7 @@ def from_pretrained(
         HubError: There is no such folder, and nothing of that name can be fetched.
         InputError: Unknown dtype or device, or ``vram`` is no size.
     """
+    load_extensions()
     folder = absolute(find_bundle(path, revision))  # the pipeline outlives a change of the working folder
     manifest = read_bundle(folder, verify=verify)
     prior = ErrorPrior.load(folder / PRIOR)
@@ -80,6 +83,8 @@ def from_pretrained(
         predictor=asked.get("predictor", AUTO),
     )
     plan = replace(plan, others=tuple(_other(plan, run) for run in manifest.other_runs))
+    if budget is not None and manifest.policy is not None:
+        raise InputError(f"budget={budget}: the policy {manifest.policy['name']} of this bundle decides: leave it out")
     if budget is not None:
         plan = plan.with_budget(budget)
     dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype
@@ -111,7 +116,10 @@ def from_pretrained(
         place(pipe, memory, device=where, offload_folder=offload)
         pipe.cemq_memory_plan = memory
         logging.getLogger("cemq").info("%s: %s", folder, memory.summary())
-    attach(pipe, plan)
+    if manifest.policy is None:
+        attach(pipe, plan)
+    else:
+        apply_policy(pipe, make_policy(manifest.policy["name"], manifest.policy["settings"]))
     save_as_bundle(pipe, folder, manifest, dtype=dtype)
     return pipe
 

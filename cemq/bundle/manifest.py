@@ -99,6 +99,7 @@ class Manifest:
     cache: str = "output"
     other_runs: tuple[OtherRun, ...] = ()
     dtypes: dict[str, ComponentDtypes] | None = None  # by component
+    policy: dict[str, Any] | None = None  # its name and settings, where one decides in place of the schedule
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -114,7 +115,7 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
-        _checked(cls, fields, optional={"cache", "other_runs", "dtypes"})  # bundles of before have none of them
+        _checked(cls, fields, optional={"cache", "other_runs", "dtypes", "policy"})  # bundles of before have none
         others = tuple(OtherRun.from_dict(each) for each in fields.get("other_runs", ()))
         dtypes = {name: ComponentDtypes.from_dict(each) for name, each in (fields.get("dtypes") or {}).items()} or None
         return _typed(cls, fields | _parsed(fields) | {"other_runs": others, "dtypes": dtypes})
@@ -321,6 +322,12 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def policy_text(policy: dict[str, Any] | None) -> str:
+    if policy is None:
+        return "none: the schedule decides"
+    return f"{policy['name']}, {', '.join(f'{key} {value}' for key, value in policy['settings'].items())}"
+
+
 def _model_card(manifest: Manifest) -> str:
     schedule, fidelity = manifest.schedule, manifest.fidelity
     others = [f"{run.schedule.num_steps} steps, {run.schedule.budget} in full" for run in manifest.other_runs]
@@ -352,5 +359,6 @@ pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
 | corrector | {schedule.corrector} |
 | correction | {manifest.correction or "none"} |
 | sampler | {manifest.sampler.scheduler}, {schedule.num_steps} steps |
+| policy | {policy_text(manifest.policy)} |
 | planned for as well | {"; ".join(others) or "no other step count"} |
 """

@@ -16,6 +16,7 @@ from cemq.bundle.dtypes import differing, tensor_dtypes
 from cemq.bundle.manifest import MANIFEST, Manifest, seal, staging, write_pipeline
 from cemq.errors import BundleError
 from cemq.runtime.attach import find_hook
+from cemq.runtime.policies import describe_policy
 
 _LEFT_TO_OTHERS = ("README.md", MANIFEST, "model_index.json")
 
@@ -51,7 +52,10 @@ def write_again(pipe: Any, output: Path, origin: Path, manifest: Manifest, *, dt
             raise BundleError(f"{name} holds LoRA layers, and its bundle none: call unload_lora_weights() to save it")
     hook = find_hook(pipe)
     changed = []
-    if hook is not None and hook.plan.schedule != manifest.schedule:
+    if hook is not None and hook.run.policy is not None:
+        if describe_policy(hook.run.policy) != manifest.policy:
+            changed.append(f"follows the policy {hook.run.policy.name}")
+    elif hook is not None and hook.plan.schedule != manifest.schedule:
         changed.append(f"follows {hook.plan.schedule.budget} full-compute steps instead of {manifest.schedule.budget}")
     if dtype != manifest.dtype:
         changed.append(f"was loaded in {dtype} instead of {manifest.dtype}")

@@ -177,7 +177,8 @@ def evaluate(
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
     if picture is not None and processes.is_main:
         write_side_by_side(picture, references[0].images, outcomes[0].images)
-    if note := said_of_steps(schedule_hook(scheduled).schedule, fidelity.num_steps, fidelity.full_steps):
+    note = said_of_steps(schedule_hook(scheduled).schedule, fidelity.num_steps, fidelity.full_steps)
+    if note and manifest.policy is None:  # which plans nothing
         warnings.warn(f"cemq: {note}", stacklevel=2)
     return Evaluation(
         **dataclasses.asdict(fidelity),

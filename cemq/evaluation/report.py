@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cemq.bundle.manifest import EVIDENCE, PRIOR, read_bundle
+from cemq.bundle.manifest import EVIDENCE, PRIOR, policy_text, read_bundle
 from cemq.metrics import psnr_of
 from cemq.prior.error_prior import ErrorPrior
 
@@ -44,6 +44,7 @@ def describe(bundle: Path) -> dict[str, Any]:
             "response": prior.response.tolist(),
         },
         "correction": manifest.correction,
+        "policy": manifest.policy,
         "other_runs": [
             {
                 "num_inference_steps": run.num_inference_steps,
@@ -88,6 +89,7 @@ def print_description(description: dict[str, Any]) -> None:
         f"{', '.join([names] if isinstance(names := schedule['predictor'], str) else dict.fromkeys(names))}",
         "corrector": schedule.get("corrector", "none"),
         "correction": description["correction"] or "none",
+        "policy": policy_text(description["policy"]),
         "cache": description["cache"],
         "fidelity": f"PSNR {fidelity['psnr_db']:.1f} dB, SSIM {fidelity['ssim']:.4f}, relative L2 "
         f"{fidelity['relative_l2']:.4f} on {fidelity['samples']} held-out samples at build time",
@@ -97,7 +99,8 @@ def print_description(description: dict[str, Any]) -> None:
     console.print(f"\n{schedule['strip']}", soft_wrap=True)
     for run in description["other_runs"]:
         console.print(f"{run['schedule']['strip']}   with {run['num_inference_steps']} steps", soft_wrap=True)
-    _print_curve(console, description["planning"]["curve"])
+    if "curve" in description["planning"]:  # a policy plans nothing
+        _print_curve(console, description["planning"]["curve"])
     table = Table("step", "timestep", "full", "quantization floor", "predicted error", box=None, padding=(0, 2))
     prior = description["prior"]
     for step, timestep in enumerate(description["sampler"]["timesteps"][: schedule["num_steps"]]):

@@ -50,10 +50,12 @@ class TeaCache:
     cache: str = "residual"
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
+        if not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
             raise InputError(f"teacache: threshold={self.threshold}: choose 0 or more")
-        if not self.coefficients:
-            raise InputError("teacache: coefficients: give at least one, highest power first")
+        given = self.coefficients if isinstance(self.coefficients, tuple) else (self.coefficients,)
+        if not given or not all(isinstance(each, (int, float)) for each in given):
+            raise InputError("teacache: coefficients: give numbers, highest power first")
+        object.__setattr__(self, "coefficients", tuple(map(float, given)))
 
     def begin(self, num_steps: int) -> _Accumulating:
         return _Accumulating(self)
