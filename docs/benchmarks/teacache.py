@@ -47,13 +47,9 @@ def measure(model: str, scheme: str, steps: int) -> list[dict[str, Any]]:
     pipe.set_progress_bar_config(disable=True)
     conditions = check_conditions(pipe, read_conditions(find_calibration(recipe.calib)))
     profiled, held_out = split_conditions(conditions, profiled=8, seed=0)
+    drawn = [(profiled, 8, 0), (held_out, PLANNING, 8), (held_out, EVALUATED, EVALUATION_SEED_OFFSET)]
     calibration, planning, evaluation = (
-        make_batches(chosen, samples=samples, first_seed=seed, batch_size=8)
-        for chosen, samples, seed in (
-            (profiled, 8, 0),
-            (held_out, PLANNING, 8),
-            (held_out, EVALUATED, EVALUATION_SEED_OFFSET),
-        )  # fmt: skip
+        make_batches(chosen, samples=samples, first_seed=seed, batch_size=8) for chosen, samples, seed in drawn
     )
     runner = Runner(pipe=pipe, steps=steps, call=recipe.call)
     trajectories, aims, references = runner.record(calibration), runner.run(planning), runner.run(evaluation)
@@ -96,12 +92,12 @@ def page(rows: list[dict[str, Any]], machine: dict[str, Any], minutes: float) ->
         "",
         f"`python docs/benchmarks/teacache.py`, {minutes:.0f} minutes, {one_line(machine)}.",
         "",
-        f"{STEPS} steps, PSNR in dB against full precision on {EVALUATED} samples that nothing was fitted to, drawn eight",
-        "at once. TeaCache (arXiv:2411.19108) with the polynomial of each model, fitted to its full-precision runs as",
-        "published; `residual` is what it was published with, `output` caches what skipped steps of a plan are predicted",
-        "from. Beside it, at no more full-compute steps (the count rounded down): the plan of `--effort quick` on",
-        f"{PLANNING} planning samples, without `--rectify`, and evenly spaced steps that reuse the latest output. W8A8",
-        "is rounded to nearest.",
+        f"{STEPS} steps, PSNR in dB against full precision on {EVALUATED} samples that nothing was fitted to, drawn",
+        "eight at once. TeaCache (arXiv:2411.19108) with the polynomial of each model, fitted to its full-precision",
+        "runs as published; `residual` is what it was published with, `output` caches what skipped steps of a plan are",
+        "predicted from. Beside it, at no more full-compute steps (the count rounded down): the plan of",
+        f"`--effort quick` on {PLANNING} planning samples, without `--rectify`, and evenly spaced steps that reuse the",
+        "latest output. W8A8 is rounded to nearest.",
         "",
         "| model | scheme | cache | threshold | full steps | TeaCache | planned | uniform, reuse |",
         "|---|---|---|---|---|---|---|---|",
