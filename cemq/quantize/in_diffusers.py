@@ -269,6 +269,9 @@ class CemqQuantizer(DiffusersQuantizer):
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise BundleError(f"{type(model).__name__} lacks {len(missing)} tensors ({shown}): write the bundle again")
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.answer_in_compute_dtype()  # biases may have come after weights
         refuse_float_methods(model)
         return model
 

@@ -157,18 +157,19 @@ class TextEncoderQuantizer(HfQuantizer):
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise BundleError(f"{type(model).__name__} lacks {len(missing)} tensors ({shown}): write the bundle again")
         for name, tensor in loaded.items():
-            shape, dtype = self.shapes[name], self.exact.get(name, tensor.dtype)
+            shape, dtype = self.shapes[name], self.exact.get(name, tensor.data.dtype)
             if name in self.exact and tensor.shape == (*shape, 1):
                 tensor.data = tensor.data.squeeze(-1)
-            if tensor.shape != shape or tensor.dtype != dtype:
+            if tensor.shape != shape or tensor.data.dtype != dtype:
                 raise BundleError(
-                    f"{type(model).__name__}: tensor '{name}' is {tuple(tensor.shape)} {tensor.dtype}, expected "
+                    f"{type(model).__name__}: tensor '{name}' is {tuple(tensor.shape)} {tensor.data.dtype}, expected "
                     f"{tuple(shape)} {dtype}: the file was not written under this config.json"
                 )
             if name not in self.exact and tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()  # a float product over unaligned memory differs in the last bits
         for _, layer in _layers(model):
             layer.requires_grad_(False)
+            layer.answer_in_compute_dtype()
         refuse_float_methods(model)
         return model
 
