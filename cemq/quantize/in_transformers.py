@@ -122,6 +122,8 @@ class TextEncoderQuantizer(HfQuantizer):
             return
         for name, linear, layer, scheme in _quantizable(model, self.quantization_config):
             sizes, bias, dtype = (linear.in_features, linear.out_features), linear.bias is not None, linear.weight.dtype
+            if dtype == torch.float16 and _kept_in_float32(model, name):
+                dtype = torch.float32
             _put(model, name, layer(*sizes, scheme=scheme, bias=bias, dtype=dtype, device="meta"))
             parent = model.get_submodule(name.rpartition(".")[0])
             if not parent._buffers:  # or transformers draws normal numbers for a missing weight, and fails: it is int8
