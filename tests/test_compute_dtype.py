@@ -1,21 +1,29 @@
 """Whoever asks a quantized module for its dtype gets the one that is computed in, never that of stored integers."""
 
 import copy
+import importlib
+import inspect
 import pickle
+import pkgutil
+import re
 
 import accelerate
+import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import identical, make_denoiser, relative
 from diffusers import AnyFlowTransformer3DModel, CosmosTransformer3DModel, WanTransformer3DModel
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
+from family_checks import draw
 from test_defaults import PAIRS
 from tiny_pipelines import FAMILIES
 from torch import nn
 
 from cemq.errors import ModelError
-from cemq.models import denoisers
-from cemq.quantize import SCHEMES, CemqConfig, InputStatistics, QuantizedLinear, quantize_in_place
+from cemq.pipelines.opening import denoisers
+from cemq.quantize import SCHEMES, CemqConfig, InputStatistics, NativeLinear, QuantizedLinear, quantize_in_place
+from cemq.quantize.in_diffusers import quantizable
 
 
 def asked_dtypes(module):
@@ -45,16 +53,93 @@ def quantized(model, scheme="w8a8", **options):
     return model
 
 
+def cast_to_answers(module, arguments):
+    """A hook that hands a module its inputs in the dtypes that it is asked for, one after the other."""
+    for _, answer in asked_dtypes(module):
+        arguments = tuple(
+            value.to(answer) if torch.is_tensor(value) and value.is_floating_point() else value for value in arguments
+        )
+    return arguments
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own names
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
-def test_every_part_of_every_family_answers_with_the_dtype_it_computes_in(name, scheme):
+def test_every_part_of_every_family_answers_with_the_dtype_it_computes_in(name):
     for _, model in denoisers(FAMILIES[name].pipeline()):
-        quantized(model, scheme)
+        quantized(model)
         assert_answers(model, torch.float32)
         nn.Module.to(model, torch.bfloat16)
         assert_answers(model, torch.bfloat16)
         assert all(type(tensor) is torch.Tensor for tensor in model.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "wan" else pytest.mark.slow) for n in FAMILIES])
+def test_a_picture_is_the_same_where_every_part_has_its_inputs_cast_to_what_it_answers(name):
+    pipe = FAMILIES[name].pipeline()
+    for _, model in denoisers(pipe):
+        quantized(model, "w4a8")
+    expected = draw(pipe, FAMILIES[name])
+    for _, model in denoisers(pipe):
+        for module in model.modules():
+            module.register_forward_pre_hook(cast_to_answers)
+    assert np.array_equal(draw(pipe, FAMILIES[name]), expected)
+
+
+def transformers():
+    """Every transformer of diffusers, by name."""
+    for module in pkgutil.iter_modules(diffusers.models.transformers.__path__, "diffusers.models.transformers."):
+        for name, found in vars(importlib.import_module(module.name)).items():
+            if inspect.isclass(found) and issubclass(found, ModelMixin) and found.__module__ == module.name:
+                yield name, found
+
+
+TRANSFORMERS = dict(transformers())
+
+# what their constructors cannot do without
+SIZES = {
+    "DreamLiteTransformer2DModel": {"in_channels": 32},
+    "EasyAnimateTransformer3DModel": {"in_channels": 16, "out_channels": 16, "patch_size": 2},
+    "HiDreamImageTransformer2DModel": {
+        "in_channels": 16, "patch_size": 2, "axes_dims_rope": (64, 32, 32), "caption_channels": [64, 64],
+        "text_emb_dim": 64, "max_resolution": (128, 128), "llama_layers": [0, 1],
+    },
+    "HunyuanDiT2DModel": {"in_channels": 4, "patch_size": 2},
+    "LatteTransformer3DModel": {
+        "in_channels": 4, "patch_size": 2, "sample_size": 16, "cross_attention_dim": 1152, "caption_channels": 64,
+    },
+    "LuminaNextDiT2DModel": {
+        "multiple_of": 256, "ffn_dim_multiplier": 1.0, "cross_attention_dim": 2048, "num_kv_heads": 8,
+    },
+    "OmniGenTransformer2DModel": {"rope_scaling": {"short_factor": [1.0] * 48, "long_factor": [1.0] * 48}},
+    "Transformer2DModel": {"in_channels": 32},
+    "TransformerTemporalModel": {"in_channels": 32},
+    "WanVACETransformer3DModel": {"vace_layers": [0]},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_every_part_of_every_transformer_answers_as_before_it_was_quantized(name):
+    kind = TRANSFORMERS[name]
+    depths = {
+        option: 1
+        for option, found in inspect.signature(kind.__init__).parameters.items()
+        if re.search("layers|depth|blocks", option) and type(found.default) is int and found.default > 1
+    }
+    with torch.device("meta"):
+        model = kind(**depths | SIZES.get(name, {})).to(torch.bfloat16)
+    before = {part: dict(asked_dtypes(module)) for part, module in model.named_modules()}
+    config, layers = CemqConfig("w8a8", full_precision=()), 0
+    for part, linear, scheme in quantizable(model, config):
+        sizes = linear.in_features, linear.out_features
+        layer = NativeLinear(*sizes, scheme=scheme, bias=linear.bias is not None, dtype=torch.bfloat16, device="meta")
+        model.set_submodule(part, layer.to_empty(device="cpu"))  # its memory is never touched
+        layers += 1
+    assert layers
+    for part, module in model.named_modules():
+        found = dict(asked_dtypes(module))
+        assert {question: found[question] for question in before[part]} == before[part], part
 
 
 TINY_VIDEO = {
@@ -124,6 +209,56 @@ def test_a_layer_answers_however_it_was_made_cast_copied_or_filled(backend, sche
         assert torch.equal(other(values), expected)
 
 
+class Embedder(nn.Module):
+    """Two layers, and both ways in which models ask for what to cast to."""
+
+    def __init__(self, kind, scheme, bias):
+        super().__init__()
+        known = InputStatistics(largest=(4.0,), channel_largest=torch.ones(64))
+        for name in ("first", "second"):
+            linear = nn.Linear(64, 64, bias=bias).bfloat16()
+            self.add_module(name, kind.from_linear(linear, SCHEMES[scheme], known))
+
+    def forward(self, values):
+        values = self.first(values.to(self.first.weight.dtype))
+        return self.second(values.float().to(next(self.second.parameters()).dtype))
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo tells where other libraries break the graph
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "scheme"),
+    [pytest.param(*pair, marks=[] if pair == ("native", "w4a8") else pytest.mark.slow) for pair in PAIRS],
+)
+@torch.no_grad()
+def test_a_compiled_model_is_answered_and_multiplies_with_the_integers(backend, scheme, bias, fresh_compiler):
+    torch.manual_seed(0)
+    model = Embedder(CemqConfig(scheme, backend=backend).layer_class(SCHEMES[scheme]), scheme, bias)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=backend == "native")
+    values = torch.randn(40, 64)
+    assert compiled(values).dtype == torch.bfloat16
+    assert relative(compiled(values), model(values)) < 0.01
+    before = model(values)
+    for layer in (model.first, model.second):  # as offloaders put other memory in
+        layer.weight.data = layer.weight.data.flip(0)
+    assert relative(model(values), before) > 0.1
+    assert relative(compiled(values), model(values)) < 0.01
+
+
+def test_a_move_keeps_the_parameter_and_taking_offloading_off_keeps_its_answer():
+    layer = CemqConfig("w8a8").layer_class(SCHEMES["w8a8"]).from_linear(nn.Linear(64, 32, bias=False), SCHEMES["w8a8"])
+    layer.bfloat16()
+    weight, values = layer.weight, torch.randn(3, 64)
+    assert layer.to("cpu").weight is weight
+    expected = layer(values)
+    accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
+    assert layer.weight.is_meta
+    assert torch.equal(layer(values), expected)
+    accelerate.hooks.remove_hook_from_module(layer)
+    assert_answers(layer, torch.bfloat16)
+    assert torch.equal(layer(values), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("quantize_first", [True, False])
 def test_a_loaded_model_answers(dtype, quantize_first, tmp_path):
@@ -153,7 +288,7 @@ def test_float_weights_are_not_loaded_into_integers(scheme, strict):
 def test_under_sequential_offload_a_layer_is_fed_floats_or_refuses(bias):
     """At rest its tensors are on meta, and accelerate asks them what to bring: only a bias can answer for the layer."""
 
-    class Embedder(nn.Module):
+    class OneLayer(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(64, 64, bias=bias)
@@ -162,7 +297,7 @@ def test_under_sequential_offload_a_layer_is_fed_floats_or_refuses(bias):
             return self.layer(values.to(next(self.layer.parameters()).dtype))
 
     torch.manual_seed(0)
-    model, values = Embedder(), torch.rand(3, 64)
+    model, values = OneLayer(), torch.rand(3, 64)
     model.layer = CemqConfig("w8a8").layer_class(SCHEMES["w8a8"]).from_linear(model.layer, SCHEMES["w8a8"])
     expected = model(values)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))

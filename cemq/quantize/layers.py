@@ -43,19 +43,35 @@ class IntegerWeight(nn.Parameter):
 
     Models cast what they hand to a layer to ``layer.weight.dtype`` or to that of a module's first parameter, and would
     cut timesteps down to whole numbers. On the meta device it answers with its own: there loaders and offloaders ask,
-    who have to bring just that. ``data`` is the plain tensor.
+    who have to bring just that.
+
+    ``integers`` is the plain tensor over the same memory. It is kept, not made when asked for: torch.compile believes
+    what the weight says of itself, and wants one object for each tensor that it is given.
     """
 
     computes_in: ClassVar[torch.dtype]
     stored_as: ClassVar[torch.dtype]
+    integers: torch.Tensor
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> IntegerWeight:
         # accelerate, after a forward that did not end, brings what it keeps in the dtype that it was answered
-        return super().__new__(cls, data.data.to(cls.stored_as), requires_grad)
+        integers = data.data.to(cls.stored_as)
+        weight = super().__new__(cls, integers, requires_grad)
+        weight.integers = integers
+        return weight
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.integers
+
+    @data.setter
+    def data(self, tensor: torch.Tensor) -> None:  # how offloaders and casts put other memory in
+        nn.Parameter.data.__set__(self, tensor)
+        self.integers = tensor.data
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.Tensor.dtype.__get__(self) if self.is_meta else self.computes_in
+        return self.stored_as if self.is_meta else self.computes_in
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
@@ -63,7 +79,7 @@ class IntegerWeight(nn.Parameter):
 
 @functools.cache
 def _integer_weight(computes_in: torch.dtype, stored_as: torch.dtype) -> type[IntegerWeight]:
-    """A class for each pair of dtypes, for copies keep the class of a parameter and nothing else."""
+    """A class for each pair of dtypes: what copies a parameter keeps its class and nothing else."""
     return type("IntegerWeight", (IntegerWeight,), {"computes_in": computes_in, "stored_as": stored_as})
 
 
@@ -120,19 +136,20 @@ class QuantizedLinear(nn.Module):
     @property
     def integers(self) -> torch.Tensor:
         """The stored weight in its own dtype."""
-        return self._parameters["weight"].data
+        return self.weight.integers
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As any module's, but what is stored for the weight becomes an `IntegerWeight`."""
         if name == "weight" and param is not None and not param.data.is_floating_point():
-            weight = _integer_weight(self.dtype, param.data.dtype)(param)
-            weight.__dict__.update(param.__dict__)  # marks of transformers' loader
-            param = weight
+            kind = _integer_weight(self.dtype, param.data.dtype)
+            if type(param) is not kind:
+                marks, param = param.__dict__, kind(param)
+                param.__dict__.update(marks | param.__dict__)  # transformers' loader marks what it has loaded
         super().register_parameter(name, param)
 
     def answer_in_compute_dtype(self) -> None:
         """Have the weight answer anew, after something else has put parameters in or cast the bias."""
-        self.register_parameter("weight", self._parameters["weight"])
+        self.register_parameter("weight", self.weight)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         # copied into integers of the same shape, float weights would become whole numbers without a word
