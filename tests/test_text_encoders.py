@@ -331,7 +331,7 @@ def test_the_sensitive_layer_of_t5_takes_eight_bits_in_a_four_bit_scheme(kind):
 
 
 def test_the_sensitive_layer_of_t5_stays_in_full_precision_where_it_cannot_take_eight_bits(tmp_path):
-    model = quantized("t5", "w4a16", eight_bit=[])  # T5 would cast its input to the dtype of the packed weight: uint8
+    model = quantized("t5", "w4a16", eight_bit=[])  # on meta, a packed weight would have T5 cast its input to uint8
     assert linears_of(model) == {name for name in linears_of(make("t5")) if name.endswith(".wo")}
     model.save_pretrained(tmp_path)
     assert identical(T5EncoderModel.from_pretrained(tmp_path), model)

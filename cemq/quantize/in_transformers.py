@@ -24,7 +24,8 @@ from cemq.quantize.schemes import Scheme
 # Heads see one row per prompt or none at all; vision towers only run in pipelines that edit pictures.
 FULL_PRECISION = ("*lm_head*", "*text_projection*", "*visual*", "*vision_*", "*multi_modal_projector*")
 
-# T5's outliers pass through here. T5 casts its input to the dtype of the stored weight unless that is int8.
+# T5's outliers pass through here. T5 casts its input to the dtype that the weight answers with, unless that is int8:
+# under sequential offloading, where it lies on meta, uint8 would be the answer for one of four bits.
 EIGHT_BIT = ("*.wo",)
 
 
