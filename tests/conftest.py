@@ -160,3 +160,10 @@ def dit_folder(tmp_path):
     folder = tmp_path / "pipeline"
     make_dit().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -97,7 +97,7 @@ def test_layers_of_modules_that_are_kept_in_float32_keep_their_bias_there(tmp_pa
     pipe, loaded = built(FAMILIES["wan"], tmp_path, "bfloat16", full_precision=())
     assert_same(loaded, pipe)
     layer = loaded.transformer.condition_embedder.time_embedder.linear_1
-    assert (layer.weight.dtype, layer.bias.dtype) == (torch.int8, torch.float32)
+    assert (layer.integers.dtype, layer.weight.dtype, layer.bias.dtype) == (torch.int8, torch.float32, torch.float32)
     assert loaded.transformer.blocks[0].attn1.to_q.bias.dtype == torch.bfloat16
 
 

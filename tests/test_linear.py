@@ -239,13 +239,6 @@ def test_a_traced_layer(rows):
     assert torch.allclose(traced(values), layer(values), atol=1e-5)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize(
     ("scheme", "dtype"), [("w8a8", torch.float32), ("w4a8", torch.bfloat16), ("w4a16", torch.float32)]
 )

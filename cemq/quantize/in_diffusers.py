@@ -203,15 +203,18 @@ class CemqQuantizer(DiffusersQuantizer):
     is_trainable = False
     is_compileable = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
+    ) -> None:
         config = self.quantization_config
         for name, module, scheme in quantizable(model, config):
+            kept = not set(keep_in_fp32_modules or ()).isdisjoint(name.split("."))
             empty = config.layer_class(scheme)(
                 module.in_features,
                 module.out_features,
                 scheme=scheme,
                 bias=module.bias is not None,
-                dtype=module.weight.dtype,
+                dtype=torch.float32 if kept else module.weight.dtype,
                 device="meta",
             )
             if not self.pre_quantized:  # the float weight is about to be loaded under this name
@@ -269,6 +272,9 @@ class CemqQuantizer(DiffusersQuantizer):
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise BundleError(f"{type(model).__name__} lacks {len(missing)} tensors ({shown}): write the bundle again")
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.answer_in_compute_dtype()  # biases may have come after weights
         refuse_float_methods(model)
         return model
 

@@ -24,7 +24,8 @@ from cemq.quantize.schemes import Scheme
 # Heads see one row per prompt or none at all; vision towers only run in pipelines that edit pictures.
 FULL_PRECISION = ("*lm_head*", "*text_projection*", "*visual*", "*vision_*", "*multi_modal_projector*")
 
-# T5's outliers pass through here. T5 casts its input to the dtype of the stored weight unless that is int8.
+# T5's outliers pass through here. T5 casts its input to the dtype that the weight answers with, unless that is int8:
+# under sequential offloading, where it lies on meta, uint8 would be the answer for one of four bits.
 EIGHT_BIT = ("*.wo",)
 
 
@@ -122,6 +123,8 @@ class TextEncoderQuantizer(HfQuantizer):
             return
         for name, linear, layer, scheme in _quantizable(model, self.quantization_config):
             sizes, bias, dtype = (linear.in_features, linear.out_features), linear.bias is not None, linear.weight.dtype
+            if dtype == torch.float16 and _kept_in_float32(model, name):
+                dtype = torch.float32
             _put(model, name, layer(*sizes, scheme=scheme, bias=bias, dtype=dtype, device="meta"))
             parent = model.get_submodule(name.rpartition(".")[0])
             if not parent._buffers:  # or transformers draws normal numbers for a missing weight, and fails: it is int8
@@ -157,18 +160,19 @@ class TextEncoderQuantizer(HfQuantizer):
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise BundleError(f"{type(model).__name__} lacks {len(missing)} tensors ({shown}): write the bundle again")
         for name, tensor in loaded.items():
-            shape, dtype = self.shapes[name], self.exact.get(name, tensor.dtype)
+            shape, dtype = self.shapes[name], self.exact.get(name, tensor.data.dtype)
             if name in self.exact and tensor.shape == (*shape, 1):
                 tensor.data = tensor.data.squeeze(-1)
-            if tensor.shape != shape or tensor.dtype != dtype:
+            if tensor.shape != shape or tensor.data.dtype != dtype:
                 raise BundleError(
-                    f"{type(model).__name__}: tensor '{name}' is {tuple(tensor.shape)} {tensor.dtype}, expected "
+                    f"{type(model).__name__}: tensor '{name}' is {tuple(tensor.shape)} {tensor.data.dtype}, expected "
                     f"{tuple(shape)} {dtype}: the file was not written under this config.json"
                 )
             if name not in self.exact and tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()  # a float product over unaligned memory differs in the last bits
         for _, layer in _layers(model):
             layer.requires_grad_(False)
+            layer.answer_in_compute_dtype()
         refuse_float_methods(model)
         return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -36,11 +37,58 @@ class InputStatistics:
     hessian: torch.Tensor | None = None
 
 
+class IntegerWeight(nn.Parameter):
+    """The integers of a quantized layer, a plain tensor but for one thing: asked for its dtype, it answers with the one
+    that its layer computes in.
+
+    Models cast what they hand to a layer to ``layer.weight.dtype`` or to that of a module's first parameter, and would
+    cut timesteps down to whole numbers. On the meta device it answers with its own: there loaders and offloaders ask,
+    who have to bring just that.
+
+    ``integers`` is the plain tensor over the same memory. It is kept, not made when asked for: torch.compile believes
+    what the weight says of itself, and wants one object for each tensor that it is given.
+    """
+
+    computes_in: ClassVar[torch.dtype]
+    stored_as: ClassVar[torch.dtype]
+    integers: torch.Tensor
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> IntegerWeight:
+        # accelerate, after a forward that did not end, brings what it keeps in the dtype that it was answered
+        integers = data.data.to(cls.stored_as)
+        weight = super().__new__(cls, integers, requires_grad)
+        weight.integers = integers
+        return weight
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.integers
+
+    @data.setter
+    def data(self, tensor: torch.Tensor) -> None:  # how offloaders and casts put other memory in
+        nn.Parameter.data.__set__(self, tensor)
+        self.integers = tensor.data
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored_as if self.is_meta else self.computes_in
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+@functools.cache
+def _integer_weight(computes_in: torch.dtype, stored_as: torch.dtype) -> type[IntegerWeight]:
+    """A class for each pair of dtypes: what copies a parameter keeps its class and nothing else."""
+    return type("IntegerWeight", (IntegerWeight,), {"computes_in": computes_in, "stored_as": stored_as})
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer whose stored tensors are plain ones, so that any loader, offloader or copy can handle them.
 
     Subclasses say which tensors they store (`layout`), how a float weight turns into them (`quantize`) and how they are
-    multiplied (`multiply`). Tensors of the layout keep their dtype whatever the model is cast to.
+    multiplied (`multiply`). Tensors of the layout keep their dtype whatever the model is cast to. The first parameter
+    is the bias, if there is one: who asks for the dtype of that finds the one that is computed in.
     """
 
     needs_largest: ClassVar[bool] = False  # static activation scales: cannot be made without statistics
@@ -57,9 +105,12 @@ class QuantizedLinear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self._compute_dtype = dtype
+        self.register_parameter(
+            "bias", _frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        )
         for name, (shape, kind) in self.layout(in_features, out_features, scheme).items():
             setattr(self, name, _frozen(torch.empty(shape, dtype=kind, device=device)))
-        self.bias = _frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
     def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:
@@ -77,17 +128,44 @@ class QuantizedLinear(nn.Module):
         """(rows, in) to (rows, out)."""
         raise NotImplementedError
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The float dtype that the layer was made for or last cast to; what it is fed may be of another one."""
+        return self._compute_dtype if self.bias is None else self.bias.dtype
+
+    @property
+    def integers(self) -> torch.Tensor:
+        """The stored weight in its own dtype."""
+        return self.weight.integers
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As any module's, but what is stored for the weight becomes an `IntegerWeight`."""
+        if name == "weight" and param is not None and not param.data.is_floating_point():
+            kind = _integer_weight(self.dtype, param.data.dtype)
+            if type(param) is not kind:
+                marks, param = param.__dict__, kind(param)
+                param.__dict__.update(marks | param.__dict__)  # transformers' loader marks what it has loaded
+        super().register_parameter(name, param)
+
+    def answer_in_compute_dtype(self) -> None:
+        """Have the weight answer anew, after something else has put parameters in or cast the bias."""
+        self.register_parameter("weight", self.weight)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         # copied into integers of the same shape, float weights would become whole numbers without a word
         for name, (_, kind) in self.layout(self.in_features, self.out_features, self.scheme).items():
             given = state_dict.get(prefix + name)
-            if given is not None and given.dtype != kind:
-                found, wanted = (str(dtype).removeprefix("torch.") for dtype in (given.dtype, kind))
+            if given is not None and given.data.dtype != kind:
+                found, wanted = (str(dtype).removeprefix("torch.") for dtype in (given.data.dtype, kind))
                 raise ModelError(
                     f"tensor '{prefix}{name}' is {found}, and the quantized layer it is loaded into holds {wanted}: "
                     "load float weights into the full-precision model and quantize that"
                 )
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.answer_in_compute_dtype()
 
     @classmethod
     def from_linear(
@@ -130,7 +208,9 @@ class QuantizedLinear(nn.Module):
             for name, (_, kind) in self.layout(self.in_features, self.out_features, self.scheme).items()
             if kind.is_floating_point
         }
-        super()._apply(fn, recurse)
+        self._compute_dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        super()._apply(lambda tensor: fn(tensor.data if isinstance(tensor, IntegerWeight) else tensor), recurse)
+        self.answer_in_compute_dtype()
         for name, tensor in exact.items():
             if getattr(self, name).dtype != tensor.dtype:  # a cast of the model: move the scale, do not round it
                 setattr(self, name, _frozen(tensor.to(getattr(self, name).device)))
@@ -200,17 +280,17 @@ class NativeLinear(QuantizedLinear):
 
     def integer_weight(self) -> torch.Tensor:
         """The int8 weight (out, in) that takes part in the product."""
-        return integer_weight(self.weight, getattr(self, "group_scale", None), self.in_features)
+        return integer_weight(self.integers, getattr(self, "group_scale", None), self.in_features)
 
     def multiply(self, values: torch.Tensor) -> torch.Tensor:
         group_scale, smooth = getattr(self, "group_scale", None), getattr(self, "smooth", None)
         if self.scheme.activation_bits == 8 and values.shape[0] >= FEW_ROWS:
-            weights = self.weight, group_scale, self.weight_scale, self.weight_sum
+            weights = self.integers, group_scale, self.weight_scale, self.weight_sum
             fused = self.gelu and not self.scheme.low_rank
             output = integer_linear(values, *weights, self.bias, smooth, fused)
         else:
             fused = False
-            output = weight_only_linear(values, self.weight, group_scale, self.weight_scale, self.bias, smooth)
+            output = weight_only_linear(values, self.integers, group_scale, self.weight_scale, self.bias, smooth)
         if self.scheme.low_rank:
             scaled = values if smooth is None else values * smooth
             output = output + F.linear(F.linear(scaled.to(self.down.dtype), self.down), self.up).to(output.dtype)

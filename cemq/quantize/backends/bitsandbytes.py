@@ -51,7 +51,7 @@ class Int8Linear(QuantizedLinear):
         quantized, absmax, outliers = bnb.int8_vectorwise_quant(tokens, threshold=OUTLIER)
         bias = None if self.bias is None else self.bias.to(values.dtype)
         multiply = torch.ops.bitsandbytes.int8_mixed_scaled_mm
-        return multiply(values, quantized, self.weight, absmax, self.weight_absmax, outliers, bias)[0]
+        return multiply(values, quantized, self.integers, absmax, self.weight_absmax, outliers, bias)[0]
 
 
 class FourBitLinear(QuantizedLinear):
@@ -80,7 +80,7 @@ class FourBitLinear(QuantizedLinear):
         return {"weight": packed.reshape(rows, -1), "weight_absmax": state.absmax.reshape(rows, -1)}
 
     def multiply(self, values: torch.Tensor) -> torch.Tensor:
-        kind, padded_in = _FOUR_BIT_TYPES[self.scheme.name], 2 * self.weight.shape[1]
+        kind, padded_in = _FOUR_BIT_TYPES[self.scheme.name], 2 * self.integers.shape[1]
         state = bnb.QuantState(
             absmax=self.weight_absmax.flatten(),
             shape=torch.Size((self.out_features, padded_in)),
@@ -91,7 +91,7 @@ class FourBitLinear(QuantizedLinear):
         )
         values = F.pad(values, (0, padded_in - self.in_features)).contiguous()
         bias = None if self.bias is None else self.bias.to(values.dtype)
-        return matmul_4bit(values, self.weight.view(1, -1), quant_state=state, bias=bias)
+        return matmul_4bit(values, self.integers.view(1, -1), quant_state=state, bias=bias)
 
 
 @functools.cache

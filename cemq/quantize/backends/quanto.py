@@ -109,9 +109,9 @@ class QuantoLinear(QuantizedLinear):
         scale = self.weight_scale.to(dtype)
         if self.scheme.weight_bits == 8:
             activations = qint8 if self.scheme.activation_bits == 8 else None
-            return WeightQBytesTensor(qint8, 0, shape, stride, self.weight, scale, activations)
-        size = self.weight.shape[1]
-        packed = _Packed(self.weight, 4, (scale.shape[0], size), (size, 1))
+            return WeightQBytesTensor(qint8, 0, shape, stride, self.integers, scale, activations)
+        size = self.integers.shape[1]
+        packed = _Packed(self.integers, 4, (scale.shape[0], size), (size, 1))
         return WeightQBitsTensor(qint4, 0, size, shape, stride, packed, scale, self.weight_shift.to(dtype))
 
     def _for_int8pack(

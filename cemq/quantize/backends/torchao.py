@@ -39,7 +39,7 @@ class TorchaoLinear(QuantizedLinear):
         if dtype == torch.float16:  # torchao rounds to it before it multiplies with the weight scale, and overflows
             values = values.float()
         block = [1, self.in_features]
-        weight = Int8Tensor(self.weight, self.weight_scale, block, values.dtype, act_quant_kwargs=_ACTIVATIONS)
+        weight = Int8Tensor(self.integers, self.weight_scale, block, values.dtype, act_quant_kwargs=_ACTIVATIONS)
         return F.linear(values.contiguous(), weight, self.bias).to(dtype)
 
 
