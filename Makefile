@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint fix wheel bench families train clean
+.PHONY: demo test lint fix wheel docs bench families train clean
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
@@ -20,7 +20,7 @@ demo: .venv/installed  ## quantize and schedule the built-in digits model, compa
 	$(BIN)/cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o out/digits --overwrite
 	$(BIN)/cemq evaluate out/digits --samples 8 --picture out/side-by-side.png
 
-test: lint wheel  ## lint, build the wheel and look into it, run every test
+test: lint wheel docs  ## lint, build the wheel and look into it, build the docs, run every test
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: .venv/installed-dev
@@ -34,6 +34,9 @@ fix: .venv/installed-dev
 wheel: .venv/installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --quiet --wheel --no-isolation
+
+docs: .venv/installed-dev  ## the site, into out/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 
 bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; takes hours
 	$(BIN)/python docs/benchmarks/quantization.py

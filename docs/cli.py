@@ -14,15 +14,15 @@ PAGE = Path(__file__).with_suffix(".md")
 WIDTH = 100
 INTRODUCTION = """# Command line
 
-What `--help` prints, written by `python docs/cli.py`. What the options of a build do, and where that is explained, is on the page
-[options and recipes](options.md). Results go to stdout, progress and complaints to stderr; a command ends with 0 when it is done,
-1 with one line that says what is wrong, 2 when it was called wrongly, 130 when it was interrupted.
+What `--help` prints, written by `python docs/cli.py`; what the options of a build do stands in
+[options and recipes](options.md). Results go to stdout, progress and complaints to stderr. A command ends with 0 when
+it is done, 1 with one line that says what is wrong, 2 when it was called wrongly, 130 when it was interrupted.
 """
 
 
 def help_of(*command: str) -> str:
     """What ``cemq COMMAND --help`` prints on a terminal of 100 columns."""
-    shown = CliRunner().invoke(app, [*command, "--help"], prog_name="cemq", terminal_width=WIDTH, catch_exceptions=False)
+    shown = CliRunner().invoke(app, [*command, "--help"], prog_name="cemq", terminal_width=WIDTH)
     return "\n".join(line.rstrip() for line in shown.output.strip().splitlines())
 
 

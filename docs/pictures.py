@@ -1,8 +1,8 @@
 """Draws pictures/digits.png, which README and the index open with: ``python docs/pictures.py BUNDLE``.
 
-Above, the first eight samples that `cemq evaluate` takes, in full precision and from the bundle; below, which of its steps are
-computed. The bundle shown is that of ``cemq quantize-and-schedule builtin:sd3-digits --scheme w4a8 --budget 10 --effort quick
---planning-samples 16 -o out/digits``.
+Above, the first eight samples that `cemq evaluate` takes, in full precision and from the bundle; below, which of its
+steps are computed. The bundle shown is that of ``cemq quantize-and-schedule builtin:sd3-digits --scheme w4a8 --budget
+10 --effort quick --planning-samples 16 -o out/digits``.
 """
 
 from __future__ import annotations
