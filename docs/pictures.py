@@ -19,7 +19,7 @@ from cemq.metrics import psnr_db
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches
 from cemq.pipelines.opening import locate, open_pipeline
 from cemq.pipelines.outputs import as_levels
-from cemq.pipelines.runner import run_batch
+from cemq.runtime.outcome import run_batch
 
 PICTURE = Path(__file__).with_name("pictures") / "digits.png"
 SAMPLES, ZOOM, GAP, LINE, MARGIN = 8, 3, 6, 34, 16
@@ -63,7 +63,7 @@ def sheet(original: np.ndarray, scheduled: np.ndarray, manifest: Manifest) -> Im
         f"full precision, {schedule.num_steps} of {schedule.num_steps} steps computed",
         f"{manifest.scheme.upper()} ({share:.0%} of the bytes), {schedule.budget} of {schedule.num_steps} steps "
         f"computed: {decibels:.1f} dB to the above",
-        "from noise to picture: steps that are computed, and steps that are predicted",
+        "from noise to picture: dark steps are computed, light ones predicted",
     )
     top = 0
     for text, row in zip(texts, (*rows, None), strict=True):
