@@ -36,7 +36,7 @@ wheel: .venv/installed-dev
 	$(BIN)/python -m build --quiet --wheel --no-isolation
 
 docs: .venv/installed-dev  ## the site, into out/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; takes hours
 	$(BIN)/python docs/benchmarks/quantization.py
