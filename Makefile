@@ -48,7 +48,7 @@ bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; takes hours
 	$(BIN)/python docs/benchmarks/placement.py
 
 families: .venv/installed-dev  ## the table of docs/families.md anew; about five minutes
-	$(BIN)/python docs/families.py
+	$(BIN)/python tests/families_page.py
 
 train: .venv/installed-dev  ## train the built-in models anew, into out/trained
 	$(BIN)/python -m cemq.builtin.training.train dit-digits sd3-digits -o out/trained
