@@ -21,7 +21,7 @@ demo: .venv/installed  ## quantize and schedule the built-in digits model, compa
 	$(BIN)/cemq evaluate out/digits --samples 8 --picture out/side-by-side.png
 
 test: lint wheel docs  ## lint, build the wheel and look into it, build the docs, run every test
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=20
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
