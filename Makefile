@@ -1,4 +1,4 @@
-# Each target sets up what it needs: a Python 3.10+ with venv is all that must be there.
+# Each target sets up what it needs: a Python 3.11+ with venv is all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
