@@ -1,9 +1,9 @@
-# Each target sets up what it needs: a Python 3.10+ with venv is all that must be there.
+# Each target sets up what it needs: a Python 3.11+ with venv is all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint fix wheel bench families train clean
+.PHONY: demo test lint fix wheel docs bench families train clean
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
@@ -20,8 +20,8 @@ demo: .venv/installed  ## quantize and schedule the built-in digits model, compa
 	$(BIN)/cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o out/digits --overwrite
 	$(BIN)/cemq evaluate out/digits --samples 8 --picture out/side-by-side.png
 
-test: lint wheel  ## lint, build the wheel and look into it, run every test
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+test: lint wheel docs  ## lint, build the wheel and look into it, build the docs, run every test
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=20
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -35,6 +35,9 @@ wheel: .venv/installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --quiet --wheel --no-isolation
 
+docs: .venv/installed-dev  ## the site, into out/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
+
 bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; takes hours
 	$(BIN)/python docs/benchmarks/quantization.py
 	$(BIN)/python docs/benchmarks/planning.py
@@ -45,7 +48,7 @@ bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; takes hours
 	$(BIN)/python docs/benchmarks/placement.py
 
 families: .venv/installed-dev  ## the table of docs/families.md anew; about five minutes
-	$(BIN)/python docs/families.py
+	$(BIN)/python tests/families_page.py
 
 train: .venv/installed-dev  ## train the built-in models anew, into out/trained
 	$(BIN)/python -m cemq.builtin.training.train dit-digits sd3-digits -o out/trained

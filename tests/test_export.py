@@ -417,11 +417,3 @@ def test_diffusers_own_push_of_a_loaded_bundle_uploads_a_bundle(bundle, monkeypa
     monkeypatch.setattr(DiTPipeline, "_upload_folder", upload_folder)
     load(bundle).push_to_hub("digits")
     assert uploaded == {"someone/digits": read_bundle(bundle)}
-
-
-@pytest.mark.parametrize("name", ["export", "push", "plan-memory"])
-def test_every_new_command_is_documented_with_an_example(name):
-    shown = CliRunner().invoke(cli.app, [name, "--help"])
-    assert f"Example: cemq {name}" in " ".join(shown.output.split())
-    docs = "".join(path.read_text() for path in (Path(__file__).parents[1] / "docs").glob("*.md"))
-    assert f"cemq {name}" in docs

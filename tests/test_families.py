@@ -13,7 +13,7 @@ from cemq.families import FAMILY_FULL_PRECISION, FRAME_RATES, full_precision_pat
 from cemq.pipelines.opening import denoisers
 from cemq.quantize import CemqConfig
 
-# One of every kind by default; the others with --slow, and `docs/families.py` runs them all.
+# One of every kind by default; the others with --slow, and `tests/families_page.py` runs them all.
 FEW = ("dit", "flux", "hunyuan_dit", "sd15", "stable_audio", "wan22", "z_image", "hidream")
 COMPILED = ("dit", "wan22", "z_image")
 pytestmark = pytest.mark.filterwarnings(

@@ -1,6 +1,7 @@
 """The rooms of the package and the one way imports point: down this list."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,10 @@ def test_files_of_a_room_do_not_import_in_a_circle():
     while ready := {name for name in graph.keys() - done if graph[name] <= done}:
         done |= ready
     assert graph.keys() == done
+
+
+def test_contributing_lists_the_rooms_in_their_order():
+    page = (PACKAGE.parent / "docs" / "contributing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", page, flags=re.M)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", row)]
+    assert listed == [room for room in ORDER if not room.startswith("_")]

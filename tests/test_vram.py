@@ -1,7 +1,9 @@
 """Memory under ``vram=`` of a bundle larger than the limit, as docs/benchmarks/placement.py builds and measures it."""
 
-import importlib.util
+import ast
+import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,18 +13,20 @@ import torch
 import cemq
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark of memory is read from /proc")
+BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def benchmark(request):
-    """A script of docs/benchmarks as a module."""
-    path = Path(__file__).parents[1] / "docs" / "benchmarks" / f"{request.param}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_{request.param}", path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # its dataclasses look themselves up
-        spec.loader.exec_module(module)
-        yield module
+def run(script, *arguments):
+    """A script of docs/benchmarks, in a process of its own."""
+    command = [sys.executable, BENCHMARKS / script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def stage(*arguments):
+    """What a stage of placement.py prints."""
+    done = run("placement.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(
@@ -30,11 +34,11 @@ def benchmark(request):
     params=[("sd3", "none", "group offload to disk, block level"), ("dit", "w8a8", "sequential offload to disk")],
     ids=["sd3", "dit"],
 )
-def larger(request, benchmark, tmp_path_factory):
+def larger(request, tmp_path_factory):
     """A bundle larger than what a placement needs of memory; that placement, and what it needs."""
     model, scheme, placement = request.param
     bundle = tmp_path_factory.mktemp("larger") / "bundle"
-    benchmark.build(bundle, model, scheme, steps=10)
+    stage("build", bundle, model, scheme, 10)
     plan = cemq.plan_memory(bundle, "1000GiB", device="cpu")
     wanted = next(e for e in plan.estimates if e.name == placement)
     limit = wanted.device_bytes + plan.reserve_bytes
@@ -43,40 +47,36 @@ def larger(request, benchmark, tmp_path_factory):
     shutil.rmtree(bundle)
 
 
-@pytest.mark.parametrize("benchmark", ["placement"], indirect=True)
-def test_loading_and_drawing_never_take_more_than_the_plan(benchmark, larger, tmp_path):
+def test_loading_and_drawing_never_take_more_than_the_plan(larger, tmp_path):
     bundle, placement, limit = larger
-    # a process of its own; the first load, which writes the files that weights rest in
-    found = benchmark.call("memory", bundle, limit, tmp_path / "offload")
+    found = stage("memory", bundle, limit, tmp_path / "offload")  # the first load, which writes what weights rest in
     assert (found["placement"], found["planned"]) == (placement, limit)
     assert 0 < found["loading"] <= found["peak"] <= limit
 
 
-@pytest.mark.parametrize("benchmark", ["placement"], indirect=True)
-def test_a_kernel_that_grants_what_is_planned_kills_only_who_loads_without_vram(benchmark, larger, tmp_path):
+def test_a_kernel_that_grants_what_is_planned_kills_only_who_loads_without_vram(larger, tmp_path):
     bundle, _, limit = larger
-    ends = {vram: benchmark.enforced(limit, bundle, vram, tmp_path / "offload") for vram in (limit, 0)}
+    ends = {vram: stage("enforced", limit, bundle, vram, tmp_path / "offload") for vram in (limit, 0)}
     if None in ends.values():
         pytest.skip("no memory control group can be made here: that takes root and a cgroup file system to write to")
     assert ends == {limit: "finished", 0: "killed"}
 
 
-@pytest.mark.parametrize("benchmark", ["flux_vram"], indirect=True)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure for an hour")
-def test_the_measurement_for_gpus_says_in_one_line_that_it_needs_one(benchmark):
-    with pytest.raises(SystemExit, match=r"^flux_vram\.py: no CUDA device here"):
-        benchmark.main([])
+def test_the_measurement_for_gpus_says_in_one_line_that_it_needs_one():
+    done = run("flux_vram.py")
+    assert done.returncode == 1
+    assert done.stderr.startswith("flux_vram.py: no CUDA device here")
+    assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("benchmark", ["flux_vram"], indirect=True)
-def test_the_measurement_for_gpus_runs_at_tiny_size(benchmark, tmp_path):
-    bundle = tmp_path / "bundle"
-    benchmark.build(bundle, benchmark.TINY, "cpu")
-    whole, least = benchmark.limits_of(bundle, "cpu", tiny=True)
-    assert least < whole
-    for limit, placement in ((whole, "on device"), (least, "group offload to disk")):
-        found = benchmark.measure(bundle, limit, "cpu", tmp_path / "offload")
+def test_the_measurement_for_gpus_runs_at_tiny_size():
+    done = run("flux_vram.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    rows = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for found, placement in zip(rows, ("on device", "group offload to disk"), strict=True):
         assert found["placement"].startswith(placement)
-        assert found["planned"] < limit
-        assert (found["full_evaluations"], found["skipped_evaluations"]) == (benchmark.BUDGET, 18)
+        assert found["planned"] < found["limit"]
+        assert (found["full_evaluations"], found["skipped_evaluations"]) == (10, 18)
         assert 0 < found["skipped_step_seconds"] < found["full_step_seconds"]
+    assert rows[1]["limit"] < rows[0]["limit"]

@@ -1,7 +1,7 @@
 """A tiny pipeline of every family, in its real diffusers class, with random weights and built without any file.
 
 `FAMILIES` maps a name to a `Family`: how it is built, and what it is called with beside the prompt. The tests and
-``docs/families.py`` share them. Weights are random: they show that the plumbing is right, nothing of image quality.
+``families_page.py`` share them. Weights are random: they show that the plumbing is right, nothing of image quality.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ is memory.
 Placements that keep weights in host memory are put on with the CPU as the device, where they save nothing: the weights
 that are there at a time are counted instead. For every placement: weights moved on each step, and the time of 10 of 50
 steps against 50 of 50. Writes placement.md and placement.json beside itself, row by row. About 20 minutes on 2 CPU
-cores; --quick tries everything with 10 steps and writes nothing. (tests/test_vram.py runs ``build`` and ``memory``.)
+cores; --quick tries everything with 10 steps and writes nothing. (tests/test_vram.py runs ``build``, ``memory`` and
+``enforced``.)
 """
 
 from __future__ import annotations
@@ -523,6 +524,9 @@ if __name__ == "__main__":
     elif stage == "memory":
         folder, vram, offload, *group = filter(None, arguments)
         print(json.dumps(memory(Path(folder), int(vram), Path(offload), *map(Path, group))))
+    elif stage == "enforced":
+        limit, folder, vram, offload = arguments[:4]
+        print(json.dumps(enforced(int(limit), Path(folder), int(vram), Path(offload))))
     elif stage == "timing":
         print(json.dumps(timing(Path(arguments[0]), arguments[1], Path(arguments[2]))))
     else:

@@ -1,7 +1,7 @@
-"""Writes the table of families.md: every family of pipelines against every promise, tried on tiny ones.
+"""Writes the table of docs/families.md: every family of pipelines against every promise, tried on tiny ones.
 
-``python docs/families.py`` tries all of them, in about five minutes on one core; ``python docs/families.py flux
-wan`` prints only these.
+``python tests/families_page.py`` tries all of them, in about five minutes on one core; ``python
+tests/families_page.py flux wan`` prints only these.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).with_name("families.md")
-sys.path.insert(0, str(PAGE.parents[1] / "tests"))
-
 import diffusers
 import torch
 import transformers
@@ -25,7 +22,8 @@ from tiny_pipelines import FAMILIES, STEPS, Family
 from cemq.errors import CemqError
 from cemq.pipelines.opening import denoisers
 
-BEGIN, END = "<!-- table, written by docs/families.py -->\n", "<!-- end of table -->\n"
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+BEGIN, END = "<!-- table, written by tests/families_page.py -->\n", "<!-- end of table -->\n"
 
 
 def describe(family: Family) -> list[str]:
