@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from cemq.runtime.runner import Runner
 from PIL import Image, ImageDraw, ImageFont
 
 import cemq
@@ -19,7 +20,6 @@ from cemq.metrics import psnr_db
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches
 from cemq.pipelines.opening import locate, open_pipeline
 from cemq.pipelines.outputs import as_levels
-from cemq.runtime.outcome import run_batch
 
 PICTURE = Path(__file__).with_name("pictures") / "digits.png"
 SAMPLES, ZOOM, GAP, LINE, MARGIN = 8, 3, 6, 34, 16
@@ -38,7 +38,8 @@ def draw_samples(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarr
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
     original, scheduled = (
-        run_batch(pipe, batch, steps=manifest.num_inference_steps, call=manifest.call).images for pipe in pipes
+        Runner(pipe=pipe, steps=manifest.num_inference_steps, call=manifest.call).run_one(batch).images
+        for pipe in pipes
     )
     return original, scheduled
 

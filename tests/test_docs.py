@@ -17,8 +17,11 @@ from typer.main import get_command
 import cemq
 from cemq.cli import app
 from cemq.errors import ModelError
+from cemq.pipelines.batches import Batch, run
 from cemq.predict.predictors import PREDICTORS, serving_matrix
+from cemq.recipe import Recipe
 from cemq.runtime import schedule_hook
+from cemq.runtime.policies import POLICIES, parse_policy
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -173,11 +176,29 @@ def test_the_schedule_of_ones_own_runs_as_shown(dit, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out == f"{prior.final_error(named['early'].served)}\n"
 
 
-def test_the_predictor_of_ones_own_serves_as_shown(monkeypatch):
+def test_the_predictor_of_ones_own_serves_as_shown():
     (code,) = examples("extending.md", "A predictor")
-    named = {}
-    exec(code, named)
-    monkeypatch.setitem(PREDICTORS, "mean-of-two", named["mean_of_two"])
-    served = serving_matrix(6, (0, 3), ("mean-of-two", "mean-of-two"))
+    try:
+        exec(code, {})
+        served = serving_matrix(6, (0, 3), ("mean-of-two", "mean-of-two"))
+    finally:
+        PREDICTORS.pop("mean-of-two", None)
     assert served[1].tolist() == [1, 0, 0, 0, 0, 0]
     assert served[5].tolist() == [0.5, 0, 0, 0.5, 0, 0]
+
+
+def test_the_policy_of_ones_own_decides_as_shown(dit):
+    (code,) = examples("extending.md", "A policy")
+    try:
+        exec(code, {"pipe": dit, "__name__": "mine"})
+        run(dit, Batch(conditions=(1,), seeds=(1,)), steps=7, call={})
+        assert schedule_hook(dit).steps_run == (7, 3)
+        assert parse_policy("every-nth:n=3") == schedule_hook(dit).run.policy
+    finally:
+        POLICIES.pop("every-nth", None)
+
+
+def test_every_option_of_a_build_is_explained():
+    page = read(DOCS / "options.md")
+    described = [name for name, field in Recipe.model_fields.items() if field.description]
+    assert [name for name in described if f"`--{name.replace('_', '-')}`" not in page] == []
