@@ -50,7 +50,7 @@ def section(page: str, heading: str) -> str:
 
 
 def options_of(command: str) -> set[str]:
-    parameters = [each for each in COMMANDS[command].params if each.param_type_name == "option"]
+    parameters = [each for each in COMMANDS[command].params if each.param_type_name == "option" and not each.hidden]
     return {name for each in parameters for name in (*each.opts, *each.secondary_opts)} | {"-h", "--help"}
 
 
