@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from cemq.runtime.runner import Runner
 from PIL import Image, ImageDraw, ImageFont
 
 import cemq
@@ -20,6 +19,7 @@ from cemq.metrics import psnr_db
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches
 from cemq.pipelines.opening import locate, open_pipeline
 from cemq.pipelines.outputs import as_levels
+from cemq.runtime.runner import Runner
 
 PICTURE = Path(__file__).with_name("pictures") / "digits.png"
 SAMPLES, ZOOM, GAP, LINE, MARGIN = 8, 3, 6, 34, 16
