@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from typer.main import get_command
 
@@ -19,6 +20,8 @@ from cemq.cli import app
 from cemq.errors import ModelError
 from cemq.pipelines.batches import Batch, run
 from cemq.predict.predictors import PREDICTORS, serving_matrix
+from cemq.quantize import BACKENDS, SCHEMES
+from cemq.quantize.coded import CodedLinear
 from cemq.recipe import Recipe
 from cemq.runtime import schedule_hook
 from cemq.runtime.policies import POLICIES, parse_policy
@@ -196,6 +199,21 @@ def test_the_policy_of_ones_own_decides_as_shown(dit):
         assert parse_policy("every-nth:n=3") == schedule_hook(dit).run.policy
     finally:
         POLICIES.pop("every-nth", None)
+
+
+def test_the_number_format_of_ones_own_stores_as_shown():
+    (code,) = examples("extending.md", "A number format")
+    names = ("w8a16-e4m3", "w8a8-e4m3")
+    try:
+        exec(code, {})
+        layer = CodedLinear.from_linear(torch.nn.Linear(48, 32), SCHEMES[names[1]])
+        values = torch.randn(64, 48)
+        assert layer.integers.dtype == torch.uint8
+        assert layer(values).isfinite().all()
+    finally:
+        for name in names:
+            SCHEMES.pop(name, None)
+            BACKENDS["native"].layers.pop(name, None)
 
 
 def test_every_option_of_a_build_is_explained():

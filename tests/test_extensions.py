@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_dit
 
 from cemq.errors import InputError
 from cemq.predict.predictors import PREDICTORS, register_predictor, serving_matrix
+from cemq.quantize.schemes import SCHEMES, Format, register_format
 
 PREDICTOR = """
 import numpy as np
@@ -45,11 +47,31 @@ class EveryNth:
     def keeps(self, call, *, served):
         return (call.step - call.step % self.n,)
 """
+FORMAT = """
+import torch
+import cemq
+
+class Nibbles:
+    stored, packed = "uint8", 2
+
+    def encode(self, values):
+        scale = values.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 7
+        codes = (values / scale).round().to(torch.int8) + 8
+        codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)).to(torch.uint8)
+        return codes[:, ::2] * 16 + codes[:, 1::2], scale
+
+    def decode(self, codes, scale):
+        pairs = torch.stack([codes // 16, codes % 16], -1).reshape(len(codes), -1)
+        return (pairs.float() - 8) * scale
+
+cemq.register_format(cemq.Format(name="nibbles", bits=4, codec=Nibbles()))
+"""
 USE = """
 import itertools, json, sys
 from pathlib import Path
 import numpy as np
 import cemq
+from cemq.bench import examine
 from cemq.extensions import load_extensions
 
 folder = Path(sys.argv[1])
@@ -77,6 +99,20 @@ manifest = cemq.quantize_and_schedule(
     calib=str(folder / "labels.txt"), device="cpu", policy="every-nth:n=3",
 )
 found["policy"], found["full_steps"] = manifest.policy, manifest.full_steps
+manifest = cemq.quantize_and_schedule(
+    str(folder / "pipeline"), folder / "format", steps=6, samples=1, planning_samples=1, scheme="w4a4-nibbles",
+    effort="quick", budget=6, rectify="none", calib=str(folder / "labels.txt"), device="cpu",
+)
+found["bytes"], found["psnr_db"] = [manifest.model_bytes, manifest.reference_bytes], manifest.fidelity["psnr_db"]
+pipe = cemq.from_pretrained(folder / "format", device="cpu")
+layer = pipe.transformer.transformer_blocks[0].attn1.to_q
+weight = layer.state_dict()["weight"]
+found["layer"] = [type(layer).__name__, str(weight.dtype), list(weight.shape), str(layer.weight.dtype)]
+cemq.generate(folder / "format", "1", seed=3, device="cpu").save(folder / "one.png")
+rows = examine(quick=True)["rows"]
+found["schemes"] = sorted({row["scheme"] for row in rows if "nibbles" in row["scheme"]})
+found["states"] = sorted({state for row in rows if "nibbles" in row["scheme"]
+                          for state in row["probes"].values()})
 print(json.dumps(found))
 """
 
@@ -107,20 +143,29 @@ def use(site, folder):
 
 def test_an_installed_extension_is_planned_built_and_loaded(tmp_path):
     (tmp_path / "site").mkdir()
-    site = installed(tmp_path / "site", "extra", mean_of_two=PREDICTOR, every_nth=POLICY, broken="import nowhere")
+    site = installed(
+        tmp_path / "site", "extra", mean_of_two=PREDICTOR, every_nth=POLICY, nibbles=FORMAT, broken="import nowhere"
+    )
     make_dit().save_pretrained(tmp_path / "pipeline")
     (tmp_path / "labels.txt").write_text("1\n2\n3\n")
     done = use(site, tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["extensions"] == {
-        "mean_of_two": "ok", "every_nth": "ok", "broken": "ModuleNotFoundError: No module named 'nowhere'",
+        "mean_of_two": "ok", "every_nth": "ok", "nibbles": "ok",
+        "broken": "ModuleNotFoundError: No module named 'nowhere'",
     }  # fmt: skip
     assert "cemq: extension broken cannot be loaded" in done.stderr
     assert found["planned"] == found["best"]
     assert found["predictors"] == ["mean-of-two"]
     assert found["policy"] == {"name": "every-nth", "settings": {"n": 3, "cache": "output"}}
     assert found["full_steps"] == 2
+    assert found["bytes"][0] < 0.65 * found["bytes"][1]  # what is no linear layer stays
+    assert found["psnr_db"] > 10
+    assert found["layer"] == ["CodedLinear", "torch.uint8", [32, 16], "torch.float32"]
+    assert (tmp_path / "one.png").stat().st_size > 100
+    assert found["schemes"] == ["w4a16-nibbles", "w4a4-nibbles"]
+    assert found["states"] == ["ok"]
 
 
 @pytest.mark.parametrize(
@@ -147,3 +192,29 @@ def test_a_registered_predictor_serves_like_any_other():
         assert np.array_equal(served[3], np.eye(5)[2])
     finally:
         del PREDICTORS["half-way"]
+
+
+class _Codec:
+    stored, packed = "uint8", 1
+
+    def __init__(self, encode=None, decode=None, **fields):
+        self.encode = encode or (lambda values: ((values + 8).to(torch.uint8), torch.ones(len(values), 1)))
+        self.decode = decode or (lambda codes, scale: codes.float() - 8)
+        vars(self).update(fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "message"),
+    [
+        ("x y", _Codec(), "a name of small letters and digits"),
+        ("none", None, "give a codec"),
+        ("floats", _Codec(encode=lambda v: (v, torch.ones(2, 1)), stored="float32"), "expected integers of float32"),
+        ("halves", _Codec(packed=2), r"expected integers of uint8 \(2, 17\)"),
+        ("far", _Codec(decode=lambda codes, scale: -codes.float()), "what is decoded is off by"),
+    ],
+)
+def test_a_format_whose_codec_does_not_do_what_it_says_is_refused(name, codec, message):
+    before = dict(SCHEMES)
+    with pytest.raises(InputError, match=message):
+        register_format(Format(name=name, bits=8, codec=codec))
+    assert before == SCHEMES

@@ -5,7 +5,18 @@ from cemq.quantize.calibrate import RECORDED_BYTES, Call, quantize_calibrated, r
 from cemq.quantize.in_diffusers import CemqConfig, quantize_in_place
 from cemq.quantize.layers import InputStatistics, NativeLinear, QuantizedLinear
 from cemq.quantize.pipeline import QuantizationSettings, quantize_pipeline
-from cemq.quantize.schemes import BACKENDS, NO_SCHEME, SCHEMES, Backend, Scheme, check_scheme, installed
+from cemq.quantize.schemes import (
+    BACKENDS,
+    NO_SCHEME,
+    SCHEMES,
+    Backend,
+    Codec,
+    Format,
+    Scheme,
+    check_scheme,
+    installed,
+    register_format,
+)
 
 __all__ = [
     "BACKENDS",
@@ -15,6 +26,8 @@ __all__ = [
     "Backend",
     "Call",
     "CemqConfig",
+    "Codec",
+    "Format",
     "InputStatistics",
     "NativeLinear",
     "QuantizationSettings",
@@ -27,5 +40,6 @@ __all__ = [
     "quantize_in_place",
     "quantize_pipeline",
     "record_calls",
+    "register_format",
     "stored_bits",
 ]

@@ -78,6 +78,8 @@ class CemqConfig(QuantizationConfigMixin):
         if _matches(name, self.full_precision):
             return None
         scheme = SCHEMES[self.scheme]
+        if scheme.is_coded:
+            return scheme
         wider = f"w8a{scheme.activation_bits}"
         if scheme.weight_bits < 8 and wider in BACKENDS[self.backend].layers and _matches(name, self.eight_bit):
             scheme = SCHEMES[wider]

@@ -91,6 +91,7 @@ class QuantizedLinear(nn.Module):
     is the bias, if there is one: who asks for the dtype of that finds the one that is computed in.
     """
 
+    is_fitted: ClassVar[bool] = False  # `quantize` makes use of a Hessian
     needs_largest: ClassVar[bool] = False  # static activation scales: cannot be made without statistics
 
     def __init__(
@@ -234,6 +235,7 @@ class NativeLinear(QuantizedLinear):
     One with ``gelu`` gives the tanh form of it (`fuse_gelu`).
     """
 
+    is_fitted = True
     gelu = False
 
     @classmethod

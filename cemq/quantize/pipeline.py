@@ -55,7 +55,8 @@ class QuantizationSettings:
     def check(self) -> None:
         """Raises SchemeError or InputError for what cannot go together, before any model is opened."""
         check_scheme(self.scheme, self.backend)
-        four_bit = self.scheme != NO_SCHEME and SCHEMES[self.scheme].weight_bits == 4
+        asked = SCHEMES.get(self.scheme)
+        four_bit = asked is not None and asked.weight_bits == 4 and not asked.is_coded
         for option, asked in (("low rank", self.low_rank), ("bits budget", self.bits_budget is not None)):
             if asked and not (four_bit and self.backend == "native"):
                 found = f"{self.backend} {self.scheme}"
@@ -91,7 +92,8 @@ class QuantizationSettings:
             return False
         config = self.config(denoiser)
         if self.backend == "native":
-            return self.gptq or config.smoothed or self.bits_budget is not None
+            is_fitted = config.layer_class(SCHEMES[self.scheme]).is_fitted
+            return is_fitted and (self.gptq or config.smoothed or self.bits_budget is not None)
         return any(
             config.layer_class(scheme).needs_largest and scheme.activation_bits == 8
             for _, _, scheme in quantizable(denoiser, config)

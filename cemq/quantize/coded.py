@@ -1,0 +1,46 @@
+"""Layers for number formats that come with a codec: stored in it, multiplied as floats."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from cemq.quantize.kernels import FEW_ROWS
+from cemq.quantize.layers import InputStatistics, Layout, QuantizedLinear
+from cemq.quantize.schemes import Codec, Format, Scheme
+
+
+class CodedLinear(QuantizedLinear):
+    """``weight`` holds the codes of `Codec.encode` (out, codes a row), ``weight_scale`` its scales, float32 (out, 1).
+
+    With few rows (time embedding, adaLN) activations stay as they are, as in the native layer.
+    """
+
+    @classmethod
+    def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:
+        codec = _codec(scheme.weight)
+        stored = getattr(torch, codec.stored)
+        return {
+            "weight": ((out_features, -(-in_features // codec.packed)), stored),
+            "weight_scale": ((out_features, 1), torch.float32),
+        }
+
+    @classmethod
+    def quantize(
+        cls, weight: torch.Tensor, scheme: Scheme, statistics: InputStatistics | None
+    ) -> dict[str, torch.Tensor]:
+        codes, scale = _codec(scheme.weight).encode(weight.float())
+        return {"weight": codes, "weight_scale": scale}
+
+    def multiply(self, values: torch.Tensor) -> torch.Tensor:
+        weight = _codec(self.scheme.weight).decode(self.integers, self.weight_scale)[:, : self.in_features]
+        if self.scheme.activation is not None and values.shape[0] >= FEW_ROWS:
+            codec = _codec(self.scheme.activation)
+            values = codec.decode(*codec.encode(values.float()))[:, : self.in_features].to(values.dtype)
+        bias = None if self.bias is None else self.bias.to(values.dtype)
+        return F.linear(values, weight.to(values.dtype), bias)
+
+
+def _codec(format: Format) -> Codec:
+    assert format.codec is not None, f"{format.name} is multiplied by kernels of its own"
+    return format.codec
