@@ -26,7 +26,12 @@ SCHEMES = ("bfloat16", "w8a8", "w4a8")
 TINY = {
     "flux-dev": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
     "wan-1.3b": {"num_layers": 2, "num_attention_heads": 1, "text_dim": 64, "ffn_dim": 128},
-}
+    "qwen-image": {"num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
+    "sd3.5-medium": {
+        "num_layers": 4, "num_attention_heads": 2, "joint_attention_dim": 64, "caption_projection_dim": 128,
+        "pooled_projection_dim": 64, "pos_embed_max_size": 16, "sample_size": 8, "dual_attention_layers": (0, 1),
+    },
+}  # fmt: skip
 
 
 def cases(setting: Setting) -> list[Case]:
