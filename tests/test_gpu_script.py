@@ -81,11 +81,15 @@ def hangs():
     yield {"started": subprocess.Popen(["sleep", "600"]).pid}
     time.sleep(600)
 
+def sleeps():
+    time.sleep(600)
+    yield
+
 def works():
     yield {"right": True}
 
 def cases(setting):
-    return [Case(labels={"what": f.__name__}, measure=f) for f in (fails, crashes, hangs, works)]
+    return [Case(labels={"what": f.__name__}, measure=f) for f in [fails, crashes, hangs, works]]
 """
 QUIET = "class logging:\n    set_verbosity_error = staticmethod(lambda: None)\n"
 
@@ -99,7 +103,7 @@ def script(tmp_path):
         shutil.copy(BENCHMARKS / name, folder / name)
     for name in ("diffusers", "transformers"):
         (folder / f"{name}.py").write_text(QUIET)
-    (folder / "gpu_parts" / "rounding.py").write_text(CASES)
+    (folder / "gpu_parts" / "correctness.py").write_text(CASES)
     return folder / "gpu.py"
 
 
@@ -114,8 +118,8 @@ def runs(pid):
 def test_a_case_that_fails_crashes_or_hangs_is_a_row_and_the_next_one_goes_on(script, tmp_path):
     output = tmp_path / "record.json"
     output.write_text(json.dumps({"parts": {"linears": {"date": "2026-01-02T03:04", "rows": []}}}))
-    record, _ = measure(output, "--parts", "rounding", "--silence", "5", script=script)
-    rows = record["parts"]["rounding"]["rows"]
+    record, _ = measure(output, "--parts", "correctness", "--silence", "5", script=script)
+    rows = record["parts"]["correctness"]["rows"]
     hung = next(row["started"] for row in rows if "started" in row)
     assert [row for row in rows if "started" not in row] == [
         {"what": "fails", "seen": 1},
@@ -131,16 +135,17 @@ def test_a_case_that_fails_crashes_or_hangs_is_a_row_and_the_next_one_goes_on(sc
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 def test_a_part_whose_time_is_over_says_where_it_was_and_the_next_part_runs(script, tmp_path):
-    (script.parent / "gpu_parts" / "rounding.py").write_text(CASES.replace("(fails, crashes, hangs,", "(hangs,"))
-    (script.parent / "gpu_parts" / "machine.py").write_text(CASES.replace("(fails, crashes, hangs,", "("))
-    (script.parent / "gpu_parts" / "linears.py").write_text("raise ImportError('no such library')")
+    parts = script.parent / "gpu_parts"
+    (parts / "rounding.py").write_text(CASES.replace("[fails, crashes, hangs,", "[sleeps,"))
+    (parts / "machine.py").write_text(CASES.replace("[fails, crashes, hangs,", "["))
+    (parts / "linears.py").write_text("raise ImportError('no such library')")
     record, page = measure(
         tmp_path / "record.json", "--parts", "rounding,linears,machine", "--stretch", "0.6", script=script
     )
-    assert record["parts"]["rounding"]["stopped"] == {"after_seconds": 12, "at": {"what": "hangs"}}
+    assert record["parts"]["rounding"]["stopped"] == {"after_seconds": 12, "at": {"what": "sleeps"}}
     assert record["parts"]["linears"]["failed"] == "exit code 1: ImportError: no such library"
     assert record["parts"]["machine"]["rows"] == [{"what": "works", "right": True}]
-    assert "**Stopped after its 12 s, at what hangs.**" in page
+    assert "**Stopped after its 12 s, at what sleeps.**" in page
     assert "**Failed: exit code 1: ImportError: no such library**" in page
 
 
