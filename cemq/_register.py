@@ -12,8 +12,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _REGISTERS = {  # what enters itself in a library's tables when it is imported
-    "diffusers.quantizers.auto": "cemq.quantize.quantizer",
-    "transformers.quantizers.auto": "cemq.quantize.text_encoders",
+    "diffusers.quantizers.auto": "cemq.quantize.in_diffusers",
+    "transformers.quantizers.auto": "cemq.quantize.in_transformers",
 }
 
 

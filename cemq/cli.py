@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
+import io
 import json
 import logging
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from cemq import __version__
 from cemq.errors import CemqError, InputError
+from cemq.files import check_writable, written_whole
 
 app = typer.Typer(
     help="Quantize a diffusion transformer, plan which steps it may skip, and ship both as one folder.",
@@ -39,25 +43,67 @@ Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written b
 
 
 def main() -> None:
-    """Entry point of the ``cemq`` command."""
+    """Entry point of the ``cemq`` command; it prints to streams of any encoding."""
+    _make_printable(sys.stdout, sys.stderr)
     app()
 
 
+def _make_printable(*streams: Any) -> None:
+    """What a stream's encoding does not have is printed in ASCII, and no error."""
+    codecs.register_error("cemq", _in_ascii)
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="cemq")
+
+
 def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A CemqError ends the command as one line and exit code 1, Ctrl-C as one line and 130."""
+    """A CemqError ends the command as one line and exit code 1, Ctrl-C as one line and 130.
+
+    So does what the system refuses, wherever it does. ``CEMQ_TRACEBACK=1`` shows where an error comes from.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
+            for name, value in kwargs.items():
+                if value == "":  # an unset variable of a script, more likely than a wish for the default
+                    raise InputError(f"{name.replace('_', ' ')}: found an empty text; give a value, or leave it out")
             command(*args, **kwargs)
-        except CemqError as error:
-            print(f"cemq: {error}", file=sys.stderr)
+        except BrokenPipeError:  # whoever reads the output has seen enough
+            raise
+        except (CemqError, OSError) as error:
+            if os.environ.get("CEMQ_TRACEBACK"):
+                traceback.print_exception(error)
+            said = str(error)
+            if isinstance(error, OSError) and error.strerror:
+                said = error.strerror + (f": '{error.filename}'" if error.filename else "")
+            print(f"cemq: {_in_one_line(said)}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             print("cemq: interrupted; nothing was written", file=sys.stderr)
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+def _in_one_line(text: str) -> str:
+    r"""Text that may hold names of files, which may hold anything, as it can be shown in one line.
+
+    >>> _in_one_line("no 'a\nb'")
+    "no 'a\\nb'"
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+# What cemq draws, for terminals and files that hold ASCII alone.
+_DRAWN = str.maketrans("█▌·▁▂▃▄▅▆▇━╸╺", "#+.1234567---")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = error.object[error.start : error.end].translate(_DRAWN)
+    return found.encode("ascii", "backslashreplace").decode("ascii"), error.end
 
 
 def _quiet() -> None:
@@ -80,7 +126,7 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from cemq.sampling import BUILD_LOG
+    from cemq.pipelines.batches import BUILD_LOG
 
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -103,16 +149,13 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 
 
 def _call_arguments(pairs: list[str] | None) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs; values are read as YAML, so that 2.0 is a number and true a truth value."""
+    """``KEY=VALUE`` pairs; what kind of value the text stands for, the pipeline's signature says later."""
     arguments = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
             raise InputError(f"--call {pair!r}: write KEY=VALUE, e.g. guidance_scale=2.0")
-        try:
-            arguments[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            arguments[key] = value
+        arguments[key] = value
     return arguments
 
 
@@ -126,7 +169,7 @@ def _counts(option: str, text: str | None) -> list[int] | None:
     names = _names(text) if text else None
     if not names:
         return None
-    if not all(name.isdigit() for name in names) and names != ["none"]:
+    if not all(name.isdecimal() for name in names) and names != ["none"]:
         raise InputError(f"{option} {text!r}: write whole numbers separated by commas, e.g. 20,28, or none")
     return [int(name) for name in names if name != "none"]
 
@@ -189,7 +232,7 @@ def quantize_and_schedule(
     planning_samples: Annotated[
         int | None, typer.Option(min=1, help="Other samples, to run schedules on [64; large models' recipes: 16].")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="First seed of the profiling samples [0].")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="First seed of the profiling samples [0].")] = None,
     call: Call = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: by device.")] = None,
@@ -200,15 +243,15 @@ def quantize_and_schedule(
 
     Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
     """
-    from cemq import workflow
-    from cemq.processes import launched
+    from cemq.build import quantize_and_schedule as build
+    from cemq.parallel import launched
 
     with launched() as processes:
         settings = {
             "scheme": scheme, "backend": backend, "rounding": rounding, "low_rank": low_rank,
             "bits_budget": bits_budget, "components": _names(components) if components else None,
             "steps": steps, "also_steps": _counts("--also-steps", also_steps), "solver": solver,
-            "budget": int(budget) if budget and budget.isdigit() else budget,
+            "budget": int(budget) if budget and budget.isdecimal() else budget,
             "dtype": dtype, "tolerance": tolerance, "target_psnr": target_psnr, "correction": correction,
             "effort": effort, "predictor": predictor, "corrector": corrector, "prior": prior, "cache": cache,
             "calib": calib, "samples": samples, "planning_samples": planning_samples, "seed": seed,
@@ -216,7 +259,7 @@ def quantize_and_schedule(
         }  # fmt: skip
         _quiet()
         with _progress() as progress:
-            manifest = workflow.quantize_and_schedule(
+            manifest = build(
                 model, output, recipe=recipe, device=device, overwrite=overwrite, progress=progress,
                 processes=processes, **settings,
             )  # fmt: skip
@@ -226,7 +269,7 @@ def quantize_and_schedule(
         schedule, fidelity = manifest.schedule, manifest.fidelity
         print(schedule.strip())
         print(
-            f"{output}: {manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full, "
+            f"{output}: {manifest.scheme}, {manifest.full_steps:g} of {schedule.num_steps} steps in full, "
             f"{fidelity['psnr_db']:.1f} dB to full precision on {fidelity['samples']} held-out samples, "
             f"denoiser {manifest.model_bytes / 1e6:.1f} MB (was {manifest.reference_bytes / 1e6:.1f})"
         )
@@ -241,7 +284,7 @@ def generate(
     label: Annotated[str | None, typer.Option(help="Class name or number, for class-conditional models.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the bundle's.")] = None,
     budget: Budget = None,
-    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")] = 0,
     call: Call = None,
     device: Device = None,
     vram: Annotated[
@@ -258,13 +301,13 @@ def generate(
     if (prompt is None) == (label is None):
         raise InputError("give either --prompt or --label")
     arguments = _call_arguments(call)
-    from cemq import workflow
-    from cemq.outputs import check_path
+    from cemq.bundle.generate import generate_sample
+    from cemq.pipelines.outputs import check_path
 
     check_path(output)
     _quiet()
     condition = label if prompt is None else prompt
-    workflow.generate_sample(
+    generate_sample(
         bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device, vram=vram,
         offload_folder=offload_folder, output=output,
     ).save(output)  # fmt: skip
@@ -291,7 +334,7 @@ def evaluate(
     Example: cemq evaluate digits --samples 16 --picture side-by-side.png
     """
     from cemq import evaluate as run_evaluation
-    from cemq.processes import launched
+    from cemq.parallel import launched
 
     with launched() as processes:
         _quiet()
@@ -356,21 +399,24 @@ def analyze(
 
     Example: cemq analyze digits --schedules 60
     """
-    from cemq.analysis import analyze as run_analysis
-    from cemq.analysis import draw
+    from cemq.build import bundle_of
+    from cemq.evaluation.analysis import analyze as run_analysis
+    from cemq.evaluation.analysis import check_analysis, draw
     from cemq.evaluation.compare import check_picture_path
-    from cemq.processes import launched
+    from cemq.parallel import launched
 
     with launched() as processes:
         if plot:
-            check_picture_path(plot)
+            check_picture_path(plot, "plot")
         _quiet()
         with _progress() as progress:
-            found = run_analysis(
-                bundle, scheme=scheme, recipe=recipe, schedules=schedules, predictors=_names(predictors),
-                samples=samples, seed=seed, budget=budget, corrector=corrector, device=device, progress=progress,
-                processes=processes,
-            )  # fmt: skip
+            asked = {
+                "schedules": schedules, "predictors": _names(predictors), "budget": budget, "corrector": corrector,
+            }  # fmt: skip
+            shared = {"device": device, "progress": progress, "processes": processes}
+            check = functools.partial(check_analysis, **asked)
+            with bundle_of(bundle, check=check, scheme=scheme, recipe=recipe, **shared) as folder:
+                found = run_analysis(folder, samples=samples, seed=seed, **asked, **shared)
         if plot and processes.is_main:
             draw(found, plot)
         if as_json:
@@ -416,8 +462,8 @@ def bench(
     """
     if bundle and (arch or schemes or compiled):
         raise InputError("--arch, --schemes and --compile do not go with a bundle: leave out one or the other")
-    if output and not output.absolute().parent.is_dir():
-        raise InputError(f"output '{output}': the folder '{output.parent}' does not exist")
+    if output:
+        check_writable(output)
     from cemq.bench import bench_architecture, bench_bundle
     from cemq.bench.table import print_benchmark
 
@@ -439,7 +485,8 @@ def bench(
         else:
             result = bench_architecture(arch or "dit-small", progress=progress, **settings)
     if output:
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        with written_whole(output) as partial:
+            partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if as_json:
         _print_json(result)
     else:
@@ -490,8 +537,8 @@ def plan_memory(
 
     Example: cemq plan-memory digits --vram 8GiB --call height=1024
     """
-    from cemq.footprint import plan_memory as run_plan
-    from cemq.placement import format_bytes
+    from cemq.bundle.plan_memory import plan_memory as run_plan
+    from cemq.memory.placement import format_bytes
 
     _quiet()
     plan = run_plan(
@@ -534,16 +581,15 @@ def export(
 
     Example: cemq export digits --format cache-dit -o digits.yaml
     """
-    from cemq.exporting import export as run_export
+    from cemq.bundle.schedule_file import export as run_export
 
     text = run_export(bundle, format)
     if output is None:
         print(text, end="")
         return
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"output '{output}' cannot be written: {error.strerror or error}") from None
+    check_writable(output)
+    with written_whole(output) as partial:
+        partial.write_text(text, encoding="utf-8")
     print(output)
 
 
@@ -563,7 +609,7 @@ def push(
 
     Example: cemq push digits someone/digits-w8a8
     """
-    from cemq.hub import push_to_hub
+    from cemq.bundle.hub import push_to_hub
 
     print(
         push_to_hub(bundle, repository, private=private, revision=revision, create_pr=create_pr, commit_message=message)
@@ -582,4 +628,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Quantize a diffusion transformer, plan which steps it may skip, and ship both as one folder."""
+    """Quantize a diffusion transformer, plan which steps it may skip, and ship both as one folder.
+
+    Errors are one line; CEMQ_TRACEBACK=1 in the environment shows where they come from.
+    """

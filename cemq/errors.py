@@ -18,12 +18,20 @@ class SchemeError(CemqError):
     """No such quantization scheme or backend."""
 
 
+class ReplayError(CemqError):
+    """A recorded call of a denoiser does not give again what it gave."""
+
+
 class InfeasibleBudgetError(CemqError):
     """No schedule has this many full-compute steps."""
 
 
 class PriorMismatchError(CemqError):
     """An error prior was measured under another sampler, step count or scheme."""
+
+
+class PipelineError(CemqError):
+    """The pipeline itself refused how it was called, or failed while it ran; the cause is its own exception."""
 
 
 class BundleError(CemqError):

@@ -38,6 +38,9 @@ EIGHT_BIT = ("*norm*.linear*", "*adaln*", "*modulation*", "*mod.*", "*time*embed
 # Denoisers in the order they are looked for.
 DENOISERS = ("transformer", "transformer_2", "unet")
 
+# What denoisers call the timestep among the arguments of their forward.
+TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t")
+
 # Lists of blocks among a denoiser's own children: what may be cached in place of its output. Token refiners and
 # projections are lists too, and run on every step.
 BLOCK_LISTS = ("*blocks", "layers")

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import os
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from cemq.errors import InputError, choose
+from cemq.errors import InputError, choose, first_line
 
 _PACKAGE = Path(__file__).parent
+SEEDS = 1 << 63  # of them, from 0; torch would take as many again
+
+
+def _plain(call: dict[str, Any]) -> dict[str, Any]:
+    """What a bundle's JSON gives back as it was. Raises ValueError for anything else, before it is built."""
+    for name, value in call.items():
+        try:
+            same = json.loads(json.dumps(value, allow_nan=False)) == value
+        except (TypeError, ValueError, RecursionError):  # no JSON; NaN or a circle; too deep
+            same = False
+        if not same:
+            raise ValueError(f"{name} must be text, a finite number, or lists and named values of them")
+    return call
 
 
 class Recipe(BaseModel):
     """How to build a bundle; every field is optional in a file, and a key that is not listed here is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     model: str | None = None
     scheme: str = "w8a8"
@@ -38,9 +54,9 @@ class Recipe(BaseModel):
     samples: int = Field(default=16, ge=1)
     batch_size: int = Field(default=4, ge=1)
     planning_samples: int = Field(default=64, ge=1)  # that candidates are run on; others than those profiled
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     dtype: str | None = None
-    call: dict[str, Any] = {}
+    call: Annotated[dict[str, Any], AfterValidator(_plain)] = {}
     full_precision: list[str] | None = None  # patterns of layers to keep; None: those of `families`
     rounding: Literal["gptq", "nearest"] = "gptq"  # of weights, native backend
     smoothed: bool = False  # scale the inputs of 8-bit activations per channel, native backend
@@ -66,15 +82,15 @@ def load_recipe(name_or_file: str) -> Recipe:
     Raises:
         InputError: No such recipe, not YAML, an unknown key or a value of the wrong type.
     """
-    path = Path(name_or_file).expanduser()
+    path = Path(os.path.expanduser(name_or_file))
     if path.suffix not in (".yaml", ".yml"):
         path = shipped("recipes") / f"{choose('recipe', name_or_file, recipe_names())}.yaml"
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"recipe '{path}' cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"recipe '{path}' is not YAML: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the latter two: no such date, too deep
+        raise InputError(f"recipe '{path}' is not YAML: {first_line(error)}") from None
     if not isinstance(fields, dict):
         raise InputError(f"recipe '{path}' holds no settings: write 'key: value' lines")
     return make_recipe(fields, f"recipe '{path}'")
@@ -89,7 +105,8 @@ def make_recipe(fields: dict[str, Any], origin: str = "settings") -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][:1])
-        raise InputError(f"{origin}: {place}={first['input']!r} is wrong: {first['msg'].lower()}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{origin}: {place}={reprlib.repr(first['input'])} is wrong: {said.lower()}") from None
 
 
 def recipe_for(model: str) -> str | None:
@@ -99,6 +116,5 @@ def recipe_for(model: str) -> str | None:
 
 def find_calibration(name: str) -> Path:
     """A calibration file: as given, else in calib_data/."""
-    given = Path(name).expanduser()
-    packaged = shipped("calib_data") / name
-    return packaged if not given.is_file() and packaged.is_file() else given
+    given, packaged = Path(os.path.expanduser(name)), shipped("calib_data") / name
+    return packaged if not os.path.isfile(given) and os.path.isfile(packaged) else given

@@ -23,7 +23,7 @@ from family_checks import CHECKS, NotApplicableError, plain_run
 from tiny_pipelines import FAMILIES, STEPS, Family
 
 from cemq.errors import CemqError
-from cemq.models import denoisers
+from cemq.pipelines.opening import denoisers
 
 BEGIN, END = "<!-- table, written by docs/families.py -->\n", "<!-- end of table -->\n"
 

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from cemq.builtin.training import models as built
-from cemq.models import locate, open_pipeline
+from cemq.pipelines.opening import locate, open_pipeline
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,17 +23,20 @@ from tiny_pipelines import STEPS, Family, small_hidream
 from torch import nn
 
 import cemq
-from cemq import workflow
-from cemq.evaluation import measure_fidelity, run_batch
-from cemq.models import denoisers, open_pipeline
-from cemq.outputs import as_array, rate_of
+from cemq.bundle.generate import generate_sample
+from cemq.errors import PipelineError
+from cemq.evaluation import measure_fidelity
+from cemq.pipelines.batches import Batch, make_batches, run
+from cemq.pipelines.opening import denoisers, open_pipeline
+from cemq.pipelines.outputs import as_array, rate_of
+from cemq.pipelines.trajectory import Trajectory, force, record
 from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
-from cemq.runtime import attached, detach, inner, schedule_hook
-from cemq.runtime.inner import block_stack
-from cemq.runtime.modules import find_parts
-from cemq.sampling import Batch, make_batches, run
+from cemq.runtime import attached, detach, schedule_hook
+from cemq.runtime.cached import inner
+from cemq.runtime.cached.inner import block_stack
+from cemq.runtime.cached.modules import find_parts
+from cemq.runtime.outcome import run_batch
 from cemq.schedule import CacheSchedule
-from cemq.trajectory import Trajectory, force, record
 
 CPU = torch.device("cpu")
 
@@ -225,7 +228,7 @@ def bundle(family: Family) -> None:
         fidelity = measure_fidelity(*outcomes)
         for key, value in manifest.fidelity.items():
             assert np.isclose(value, getattr(fidelity, key), rtol=1e-6, atol=1e-9), f"{key} changed on the way"
-        sample = workflow.generate_sample(folder / "bundle", family.conditions[0], seed=5)
+        sample = generate_sample(folder / "bundle", family.conditions[0], seed=5)
         assert (sample.kind, sample.rate) == (family.kind, rate_of(pipe, family.call))
         path = folder / {"image": "sample.png", "video": "sample.gif", "audio": "sample.wav"}[family.kind]
         sample.save(path)
@@ -272,7 +275,7 @@ def _takes(family: Family, put_on: Callable[[Any], None]) -> bool:
     put_on(pipe)
     try:
         draw(pipe, family)
-    except RuntimeError as error:
+    except PipelineError as error:
         if "device meta" not in str(error):
             raise
         return False

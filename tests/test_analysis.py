@@ -1,4 +1,5 @@
 import tempfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,13 +9,23 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import cemq
-from cemq import analysis
-from cemq.analysis import analyze, cem_cost, costs_of, errors_found, rank_correlation, unweighted
+from cemq import build
+from cemq.build import bundle_of
 from cemq.cli import app
-from cemq.closed_loop import Trial
 from cemq.errors import CemqError, InputError, ModelError
-from cemq.prior import VIEWS, ErrorPrior
+from cemq.evaluation import analysis
+from cemq.evaluation.analysis import (
+    analyze,
+    cem_cost,
+    check_analysis,
+    costs_of,
+    errors_found,
+    rank_correlation,
+    unweighted,
+)
+from cemq.prior.error_prior import VIEWS, ErrorPrior
 from cemq.schedule import CacheSchedule, cem_costs, plan_schedule, solve_cem
+from cemq.search.trials import Trial
 
 
 def test_rank_correlation_sees_the_order_alone():
@@ -34,9 +45,8 @@ def test_rank_correlation_agrees_with_scipy_where_values_are_tied():
 def test_what_one_sample_makes_of_a_schedule_is_left_out_of_its_error():
     usual, schedule = np.array([40.0, 42, 44, 46, 48, 50]), CacheSchedule(num_steps=4, full_steps=(0, 2))
     rows = [usual + 1, usual - 1, usual + np.array([0, 0, -30.0, 0, 0, 0]), usual + np.array([0, 0, 30.0, 0, 0, 0])]
-    trials = [
-        Trial(schedule=schedule, correction=None, sample_relative_l2=np.ones(6), sample_psnr_db=row) for row in rows
-    ]
+    measured = {"schedule": schedule, "full_steps": 2.0, "correction": None, "sample_relative_l2": np.ones(6)}
+    trials = [Trial(**measured, sample_psnr_db=row) for row in rows]
     assert -20 * np.log10(errors_found(trials)) == pytest.approx([46, 44, 45, 45])
 
 
@@ -119,9 +129,11 @@ def test_an_analysis_of_too_few_or_impossibly_many_schedules_is_refused(bundle):
     ],
 )
 def test_what_cannot_be_analyzed_is_refused_before_a_model_is_quantized(asked, message, monkeypatch):
-    monkeypatch.setattr(analysis, "quantize_and_schedule", lambda *_, **__: pytest.fail("began long work"))
-    with pytest.raises(CemqError, match=message):
-        analyze("builtin:dit-digits", schedules=60, device="cpu", **asked)
+    monkeypatch.setattr(build, "quantize_and_schedule", lambda *_, **__: pytest.fail("began long work"))
+    usual = {"schedules": 60, "predictors": ["reuse"], "budget": None, "corrector": None}
+    check = partial(check_analysis, **usual | asked)
+    with pytest.raises(CemqError, match=message), bundle_of("builtin:dit-digits", check=check):
+        pass
 
 
 def test_a_model_is_analyzed_through_a_bundle_that_is_not_kept(bundle, tmp_path, monkeypatch):
@@ -129,16 +141,19 @@ def test_a_model_is_analyzed_through_a_bundle_that_is_not_kept(bundle, tmp_path,
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(SETTINGS | {"calib": str(bundle.parent / "labels.txt")}))
     same = {"schedules": 5, "predictors": ("reuse",), "samples": 1, "budget": 3, "device": "cpu"}
-    found = analyze(bundle.parent / "pipeline", recipe=str(recipe), scheme="w4a8", **same)
+    asked, checked = {"recipe": str(recipe), "scheme": "w4a8", "device": "cpu"}, []
+    with bundle_of(bundle.parent / "pipeline", check=checked.append, **asked) as folder:
+        found = analyze(folder, **same)
+    assert checked == [SETTINGS["steps"]]
     assert found["points"] == analyze(bundle, **same)["points"]
     assert list(tmp_path.iterdir()) == [recipe]
 
 
 def test_a_bundle_is_not_quantized_again_to_be_analyzed(bundle):
     with pytest.raises(InputError, match="is a bundle already: leave scheme and recipe out"):
-        analyze(bundle, scheme="w8a8", device="cpu")
+        bundle_of(bundle, check=print, scheme="w8a8").__enter__()
     with pytest.raises(ModelError, match="no such model 'nowhere'"):
-        analyze("nowhere", device="cpu")
+        bundle_of("nowhere", check=lambda steps: None).__enter__()
 
 
 def test_an_analysis_from_the_command_line_is_printed_and_drawn(bundle, tmp_path):

@@ -6,14 +6,15 @@ from conftest import run_python
 from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
-from cemq.bundle import PRIOR, read_bundle
+from cemq.bundle.manifest import PRIOR, read_bundle
 from cemq.cli import app
-from cemq.correction import make_correction
-from cemq.prior import ErrorPrior
+from cemq.pipelines.batches import Batch, run
+from cemq.prior.error_prior import ErrorPrior
 from cemq.quantize import BACKENDS
 from cemq.quantize.schemes import installed
-from cemq.runtime import Plan, attached
-from cemq.sampling import Batch, run
+from cemq.runtime import attached
+from cemq.schedule.plan import Plan
+from cemq.schedule.rectify import make_correction
 
 FAST = (
     "--steps", "4", "--budget", "2", "--samples", "2", "--planning-samples", "4", "--solver", "uniform", "--effort",
@@ -35,8 +36,8 @@ from pathlib import Path
 
 import cemq
 import numpy as np
-from cemq.bundle import read_bundle
-from cemq.sampling import Batch, run
+from cemq.bundle.manifest import read_bundle
+from cemq.pipelines.batches import Batch, run
 
 file, *folders = map(Path, sys.argv[1:])
 pictures = {}

@@ -121,12 +121,13 @@ def test_stored_tensors_are_plain_and_follow_the_layout(backend, scheme):
         layout = layer.layout(inner, columns, SCHEMES[scheme])
         assert {name for name, _ in layer.named_parameters()} == {*layout, "bias"}
         assert not list(layer.buffers())
+        stored = layer.state_dict()
         for name, (shape, dtype) in layout.items():
-            stored = getattr(layer, name)
-            assert (tuple(stored.shape), stored.dtype) == (shape, dtype)
-            assert type(stored) is nn.Parameter
-            assert type(stored.data) is torch.Tensor
-            assert stored.is_contiguous()
+            assert isinstance(getattr(layer, name), nn.Parameter)
+            assert type(getattr(layer, name).data) is torch.Tensor
+            assert type(stored[name]) is torch.Tensor
+            assert (tuple(stored[name].shape), stored[name].dtype) == (shape, dtype)
+            assert stored[name].is_contiguous()
 
 
 @every_pair

@@ -276,7 +276,7 @@ def test_a_variant_that_does_not_run_is_one_line(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no such kernel\nand a long story")
 
-    monkeypatch.setattr("cemq.quantize.linear.NativeLinear.multiply", broken)
+    monkeypatch.setattr("cemq.quantize.layers.NativeLinear.multiply", broken)
     with pytest.raises(CemqError, match=r"^w8a8 does not run here: no such kernel; cemq doctor shows what does$"):
         bench_architecture(TINY, schemes=["w8a8"], rounds=1, device="cpu")
 
@@ -394,7 +394,7 @@ def test_the_doctor_reports_what_fails_and_what_is_missing(monkeypatch, capsys):
 
 
 def test_the_doctor_goes_on_after_a_scheme_that_does_not_run(monkeypatch):
-    monkeypatch.setattr("cemq.quantize.linear.NativeLinear.multiply", lambda self, values: 1 / 0)
+    monkeypatch.setattr("cemq.quantize.layers.NativeLinear.multiply", lambda self, values: 1 / 0)
     monkeypatch.setattr(doctor, "installed", lambda backend: backend == "native")
     result = examine(quick=True)
     tried = [row for row in result["rows"] if row["backend"] == "native"]

@@ -1,16 +1,22 @@
 """From the settings of a build to quantized components."""
 
+import itertools
 import json
 from pathlib import Path
 
+import diffusers as D
 import pytest
 import torch
 from conftest import make_dit
+from diffusers import DiTTransformer2DModel
+from diffusers.utils import load_image
+from tiny_pipelines import flux2_parts, picture, qwen3, tokenizer
 from torch import nn
+from transformers import Qwen3ForCausalLM
 
 import cemq
-from cemq.bundle import read_bundle
-from cemq.errors import InputError, SchemeError
+from cemq.bundle.manifest import read_bundle
+from cemq.errors import InputError, ReplayError, SchemeError
 from cemq.families import EIGHT_BIT, FULL_PRECISION
 from cemq.quantize import QuantizationPlan, QuantizedLinear, quantize_pipeline, record_calls, schemes
 
@@ -241,6 +247,61 @@ def test_text_encoders_are_quantized_where_they_are_named(tmp_path):
             pipe("a bold seven", num_inference_steps=4, height=32, width=32, generator=torch.manual_seed(0)).images[0]
         )
     assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
+@pytest.fixture
+def forgetful_dit(monkeypatch):
+    """The class of a denoiser that answers another way each time: a call of it cannot be replayed."""
+    counts, forward = itertools.count(), DiTTransformer2DModel.forward
+
+    def drifting(self, hidden_states, *args, **kwargs):
+        return forward(self, hidden_states * (1 + 0.1 * next(counts)), *args, **kwargs)
+
+    monkeypatch.setattr(DiTTransformer2DModel, "forward", drifting)
+
+
+@pytest.mark.usefixtures("forgetful_dit")
+def test_weights_are_rounded_where_calls_cannot_be_replayed_and_the_build_says_so_once(tmp_path, caplog):
+    with caplog.at_level("INFO", "cemq.build"):
+        model, _ = build(tmp_path, scheme="w4a8", smoothed=True, batch_size=1)
+    assert [message for message in caplog.messages if "replayed" in message] == [
+        "a call of DiTTransformer2DModel gives something else when it is replayed: weights are rounded to nearest"
+    ]
+    assert eight_bits(model)  # as with --rounding nearest; fitted ones need no more than four
+    assert not any(scheme.smoothed for scheme in schemes_of(model).values())
+
+
+@pytest.mark.usefixtures("forgetful_dit", "everything_installed")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "quanto"}, "gives something else when it is replayed, and quanto is fitted to calls: take"),
+        ({"bits_budget": 6.5}, "gives something else when it is replayed, and a bits budget is spent by replaying"),
+    ],
+)
+def test_what_needs_calls_is_refused_after_the_first_run_where_they_cannot_be_replayed(tmp_path, settings, message):
+    stages = []
+    with pytest.raises(ReplayError, match=message):
+        build(
+            tmp_path, head_dim=64, scheme="w4a8", batch_size=1, progress=lambda *said: stages.append(said), **settings
+        )
+    assert stages[-1] == ("reference runs", 0.5)
+
+
+def test_a_pipeline_that_empties_its_cache_is_fitted_to_what_was_in_it():
+    """FLUX.2 Klein with a KV cache of its reference picture: extracted on the first step, used, and cleared."""
+    pipe = D.Flux2KleinKVPipeline(
+        **flux2_parts(False), text_encoder=qwen3(Qwen3ForCausalLM), tokenizer=tokenizer("qwen", 64)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    with record_calls(pipe.transformer, every=1) as calls:
+        pipe(
+            prompt="a cat", image=load_image(picture(64)), num_inference_steps=3, height=16, width=16,
+            max_sequence_length=32, text_encoder_out_layers=[1], output_type="latent",
+        )  # fmt: skip
+    assert [call.keywords["kv_cache_mode"] for call in calls] == ["extract", "cached", "cached"]
+    quantize_pipeline(pipe, QuantizationPlan(scheme="w8a8"), {"transformer": calls})
+    assert schemes_of(pipe.transformer)
 
 
 def test_nothing_is_written_where_a_build_fails(tmp_path):

@@ -10,14 +10,15 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from safetensors import safe_open
 
 import cemq
-from cemq.bundle import EVIDENCE, FORMAT_VERSION, MANIFEST, PRIOR, read_bundle, staging
-from cemq.correction import make_correction
+from cemq.bundle.manifest import EVIDENCE, FORMAT_VERSION, MANIFEST, PRIOR, _checksum, read_bundle, staging
 from cemq.errors import BundleError, InfeasibleBudgetError
-from cemq.prior import ErrorPrior
+from cemq.pipelines.batches import Batch, run
+from cemq.prior.error_prior import ErrorPrior
 from cemq.recipe import make_recipe
-from cemq.runtime import Plan, attached, detach, schedule_hook
-from cemq.sampling import Batch, run
+from cemq.runtime import attached, detach, schedule_hook
 from cemq.schedule import plan_schedule
+from cemq.schedule.plan import Plan
+from cemq.schedule.rectify import make_correction
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 SETTINGS = {
@@ -208,11 +209,14 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 def test_an_existing_output_is_replaced_only_on_request_and_only_if_it_is_a_bundle(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
+    (output / "notes").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(BundleError, match="not a cemq bundle"), staging(output, overwrite=overwrite):
+            pass
+    assert [path.name for path in output.iterdir()] == ["notes"]
+    (output / MANIFEST).write_text("old")
     with pytest.raises(BundleError, match="exists already"), staging(output):
         pass
-    with pytest.raises(BundleError, match="not a cemq bundle"), staging(output, overwrite=True):
-        pass
-    (output / MANIFEST).write_text("old")
     with pytest.raises(ZeroDivisionError), staging(output, overwrite=True):
         raise ZeroDivisionError
     assert (output / MANIFEST).read_text() == "old"
@@ -241,3 +245,54 @@ def test_an_interrupt_between_the_two_renames_keeps_the_old_bundle(tmp_path, mon
 
 def test_a_bundle_records_only_what_the_recipe_set(bundle):
     assert make_recipe(read_bundle(bundle).recipe).steps == 8
+
+
+def resealed(folder, place, value):
+    """A manifest with another value at a place, and a checksum that fits: written so, not damaged."""
+    content = json.loads((folder / MANIFEST).read_text())
+    content.pop("checksum")
+    parent = content
+    for key in place[:-1]:
+        parent = parent[key]
+    parent[place[-1]] = value
+    (folder / MANIFEST).write_text(json.dumps(content | {"checksum": _checksum(content)}))
+
+
+NESTED = [[]]
+for _ in range(300):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        (("model",), [None, 3, [], NESTED]),
+        (("dtype",), ["x", None, [], 1.0]),
+        (("cache",), ["x", None, {}]),
+        (("fidelity",), [None, {}, [], {"psnr_db": "x"}]),
+        (("held_out_conditions",), [None, 3, [None], {}]),
+        (("schedule",), [None, [], {}, "x"]),
+        (("schedule", "num_steps"), [None, -1, 2.5, "x", float("nan"), 1e308, 10**30]),
+        (("schedule", "full_steps"), [None, [], ["x"], [0, 2.5], [0, 10**30], NESTED]),
+        (("schedule", "predictor"), [None, "x", [], {}]),
+        (("sampler",), [None, [], {}, "x"]),
+        (("sampler", "timesteps"), [None, "x", [None], NESTED]),
+        (("sampler", "config"), [None, "x", ["xyz"]]),
+        (("other_runs",), [None, 3, [None], [{}]]),
+        (("files",), [None, "x", [None], {"model_index.json": 3}]),
+    ],
+    ids=lambda each: ".".join(map(str, each)) if isinstance(each, tuple) else "",
+)
+def test_a_manifest_with_a_value_of_another_type_is_refused(copy, place, wrong):
+    whole = (copy / MANIFEST).read_text()
+    for value in wrong:
+        (copy / MANIFEST).write_text(whole)
+        resealed(copy, place, value)
+        with pytest.raises(BundleError):
+            read_bundle(copy)
+
+
+def test_a_manifest_nested_too_deeply_is_damaged(copy):
+    (copy / MANIFEST).write_text('{"checksum": ' + "[" * 100_000)
+    with pytest.raises(BundleError, match=r"cemq.json is damaged"):
+        load(copy)

@@ -1,5 +1,8 @@
 """Recording calls, quantizing to what they hold, and spending a budget of bits."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import identical, make_denoiser, predict, relative
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from cemq.errors import InputError, SchemeError
+from cemq.errors import InputError, ReplayError, SchemeError
 from cemq.quantize import (
     BACKENDS,
     CemqConfig,
@@ -133,6 +136,129 @@ def test_a_replayed_call_of_a_denoiser_gives_what_it_gave():
     with record_calls(model, every=1) as calls:
         expected = predict(model)
     assert torch.equal(replay(model, calls[0]).sample, expected)
+
+
+class Cache:
+    """What some pipelines hand their denoiser at every call and empty when they are done."""
+
+    def __init__(self):
+        self.parts, self.tag = [], {"count": [0]}
+
+
+class Caching(Toy):
+    """Remembers its inputs in a cache that it is given, and answers with their sum."""
+
+    def forward(self, values, *, cache):
+        cache.parts.append(values)
+        cache.tag["count"][0] += 1
+        values += 1  # in place
+        return (super().forward(sum(cache.parts) * cache.tag["count"][0])["sample"], cache)
+
+
+def run_caching(model, steps=4):
+    cache, outputs = Cache(), []
+    for step in range(steps):
+        outputs.append(model(torch.full((2, 100), float(step)), cache=cache)[0])
+    cache.parts.clear()
+    cache.tag.clear()
+    return outputs
+
+
+@torch.no_grad()
+def test_a_cache_that_is_emptied_later_is_replayed_as_it_was_as_often_as_one_likes():
+    model = Caching()
+    with record_calls(model, every=1) as calls:
+        expected = run_caching(model)
+    for _ in range(2):
+        for call, output in zip(calls, expected, strict=True):
+            assert torch.equal(replay(model, call)[0], output)
+    assert [len(call.keywords["cache"].parts) for call in calls] == [0, 1, 2, 3]
+
+
+@torch.no_grad()
+def test_layers_are_fitted_to_calls_whose_cache_was_emptied():
+    model = Caching()
+    with record_calls(model, every=1) as calls:
+        run_caching(model)
+    assert quantize_calibrated(model, CemqConfig("w4a8", **EVERYWHERE), calls, hessian_bytes=1) == 4
+
+
+def test_the_denoiser_itself_is_not_copied_with_what_refers_to_it():
+    model, cache = Toy(), Cache()
+    cache.parts = [model.left]
+    model.forward = lambda values, cache: cache.parts[0](values)
+    with record_calls(model, every=1) as calls:
+        model(torch.ones(2, 100), cache=cache)
+    assert calls[0].keywords["cache"].parts[0] is model.left
+
+
+class Stateful(Toy):
+    def forward(self, values):
+        return super().forward(values * (self.calls + 1))
+
+
+def test_a_denoiser_that_depends_on_more_than_its_arguments_is_found_out():
+    model = Stateful()
+    with pytest.raises(ReplayError, match="a call of Stateful gives something else when it is replayed"):  # noqa: SIM117
+        with record_calls(model, every=1):
+            model(torch.ones(2, 100))
+
+
+def test_a_call_that_fails_when_it_is_replayed_is_found_out():
+    model = Toy()
+    with pytest.raises(ReplayError, match=r"a call of Toy cannot be replayed: .*multiplied"):  # noqa: SIM117
+        with record_calls(model, every=1):
+            model(torch.ones(2, 100))
+            model.after = nn.Linear(7, 7)
+
+
+def test_arguments_that_cannot_be_copied_are_found_out_and_leave_the_run_alone():
+    model = Toy()
+    model.forward = lambda values, numbers: values + next(numbers)
+    with pytest.raises(ReplayError, match=r"a call of Toy cannot be copied: .*generator"):  # noqa: SIM117
+        with record_calls(model, every=1):
+            numbers = iter([1, 2])
+            assert model(torch.zeros(1), (number for number in numbers)) == 1
+            assert next(numbers) == 2
+
+
+def test_replaying_draws_no_random_number_and_an_output_that_is_no_number_is_replayed():
+    model = Toy()
+    model.forward = lambda values: values * torch.rand(1) * 0 + float("nan")
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    with record_calls(model, every=1):
+        model(torch.ones(2, 100))
+    assert torch.equal(torch.rand(1), expected[1:])
+
+
+def test_recorded_calls_stay_within_their_memory_and_keep_both_branches(caplog):
+    model, one = Toy(), 4 * 2 * 100
+    with caplog.at_level("INFO", "cemq.build"), record_calls(model, every=1, limit_bytes=4 * one) as calls:
+        for number in range(14):
+            model(torch.full((2, 100), float(number)))
+            assert len(calls) <= 4
+    assert [float(call.arguments[0][0, 0]) for call in calls] == [0, 9]
+    assert caplog.messages == ["recorded calls of Toy take much memory: one in 9 is kept, instead of one in 1"]
+
+
+def test_one_call_is_kept_however_large():
+    model = Toy()
+    with record_calls(model, every=1, limit_bytes=1) as calls:
+        for number in range(5):
+            model(torch.full((2, 100), float(number)))
+    assert [float(call.arguments[0][0, 0]) for call in calls] == [0]
+
+
+def test_recording_keeps_no_tensor_of_the_pipeline_alive():
+    model, values = Toy(), torch.ones(2, 100)
+    gone = weakref.ref(values)
+    with record_calls(model, every=1):
+        model(values)
+        del values
+        gc.collect()
+        assert gone() is None
 
 
 # --- quantizing to calls

@@ -7,11 +7,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cemq.correction import METHODS, Correction, channel_axis, make_correction, step_factors
 from cemq.errors import InputError
-from cemq.prior import ErrorPrior, PriorMetadata, SamplerFingerprint
-from cemq.sampler import landing_lengths, retimed
+from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.pipelines.noise_scheduler import landing_lengths, retimed
+from cemq.pipelines.outputs import channel_axis
+from cemq.prior.error_prior import ErrorPrior, PriorMetadata
 from cemq.schedule import CacheSchedule
+from cemq.schedule.rectify import METHODS, Correction, make_correction, step_factors
 
 STEPS, PLACES, CHANNELS = 6, 40, 3
 SCHEDULE = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4), predictor="taylor1")

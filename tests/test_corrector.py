@@ -23,23 +23,14 @@ from test_planning import BUDGET, CALL, STEPS, prepared
 from test_predict import full_steps_of
 from test_schedule import all_schedules, prior_of, trajectories
 
-from cemq.closed_loop import ClosedLoop
 from cemq.errors import InputError
-from cemq.evaluation.metrics import psnr_of
-from cemq.planning import check_planning, plan
-from cemq.predict import (
-    CORRECTORS,
-    PREDICTORS,
-    WORTH_CORRECTING,
-    correcting_matrix,
-    integrated_matrix,
-    serving_matrix,
-    straying_matrix,
-)
-from cemq.prior import ErrorPrior
-from cemq.runtime import Plan, attach, attached, detach, set_budget
-from cemq.sampler import fingerprint, intercepted, is_linear, next_sample, responses
-from cemq.sampling import Batch, run
+from cemq.metrics import psnr_of
+from cemq.pipelines.batches import Batch, run
+from cemq.pipelines.noise_scheduler import fingerprint, intercepted, is_linear, next_sample, responses
+from cemq.predict.correctors import CORRECTORS, WORTH_CORRECTING, correcting_matrix, integrated_matrix, straying_matrix
+from cemq.predict.predictors import PREDICTORS, serving_matrix
+from cemq.prior.error_prior import ErrorPrior
+from cemq.runtime import attach, attached, detach, set_budget
 from cemq.schedule import (
     CacheSchedule,
     plan_predicted,
@@ -48,8 +39,11 @@ from cemq.schedule import (
     solve_segments,
     suited_corrector,
 )
-from cemq.schedule.search import settle
+from cemq.schedule.local_search import settle
+from cemq.schedule.plan import Plan
 from cemq.schedule.segment import SLOPES
+from cemq.search.choose import check_planning, plan
+from cemq.search.trials import ClosedLoop
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 LINEAR_DDIM = {"clip_sample": False}
@@ -194,11 +188,11 @@ def watched(pipe, batch, call):
     """What the denoiser predicted at each step (after guidance), and the sample before the run and after each step."""
     outputs, samples = [], []
 
-    def step(original, **arguments):
+    def step(original, call):
         if not samples:
-            samples.append(arguments["sample"].clone())
-        outputs.append(arguments["model_output"].clone())
-        result = original(**arguments)
+            samples.append(call.get("sample").clone())
+        outputs.append(call.get("model_output").clone())
+        result = original(*call.args, **call.kwargs)
         samples.append(next_sample(result).clone())
         return result
 
@@ -407,7 +401,7 @@ def test_where_even_spacing_loses_little_there_is_nothing_to_correct(corrected, 
         cases[(at_budget + at_half) / 2] = {"none", "quadratic"}
     for worth, correctors in cases.items():
         loop = dataclasses.replace(loop, _trials={}, _batches_run={}, _fits={}, spent=0.0)
-        monkeypatch.setattr("cemq.planning.WORTH_CORRECTING", worth)
+        monkeypatch.setattr("cemq.search.choose.WORTH_CORRECTING", worth)
         found = plan(loop, budget, effort="quick", correction="none")
         lessons = [trial.schedule for trial in loop.trials if trial.schedule.solver == "sample"]
         assert {schedule.corrector for schedule in lessons} == correctors

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from cemq.evaluation.compare import Outcome, measure_fidelity, write_side_by_side
-from cemq.evaluation.metrics import middle_error, middle_mean, psnr_db, relative_l2, ssim
+from cemq.evaluation.compare import measure_fidelity, write_side_by_side
+from cemq.metrics import middle_error, middle_mean, psnr_db, relative_l2, ssim
+from cemq.runtime.outcome import Outcome
 
 
 def test_psnr_of_a_known_error():

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 import cemq
 from cemq import cli
-from cemq.bundle import MANIFEST, read_bundle
+from cemq.bundle.manifest import MANIFEST, read_bundle
+from cemq.bundle.schedule_file import _cache_dit, read_schedule
 from cemq.errors import BundleError, HubError, InputError, ModelError
-from cemq.exporting import _cache_dit, read_schedule
+from cemq.pipelines.batches import Batch, run
 from cemq.runtime import schedule_hook
-from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
@@ -136,7 +136,7 @@ def test_the_command_writes_a_file_or_prints(bundle, tmp_path):
         1, "cemq: unknown export format 'cachedit': choose from json, cache-dit; did you mean 'cache-dit'?",
     )  # fmt: skip
     nowhere = invoke(cli.app, ["export", str(bundle), "-o", str(tmp_path / "none" / "a.json")])
-    assert "cannot be written: No such file or directory" in nowhere.stderr
+    assert "does not exist" in nowhere.stderr
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_saving_what_the_fidelity_was_not_measured_on_is_refused(bundle, tmp_pat
         load(bundle).save_pretrained(tmp_path / "again", safe_serialization=False)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("")
-    with pytest.raises(BundleError, match="is not a cemq bundle: it will not be overwritten"):
+    with pytest.raises(BundleError, match="exists already and is not a cemq bundle: choose another name"):
         load(bundle).save_pretrained(tmp_path / "photos")
     assert not (tmp_path / "again").exists()
 
@@ -346,7 +346,7 @@ def test_a_pushed_bundle_loads_from_the_hub(bundle, hub):
 
 
 def test_the_card_keeps_a_base_model_that_the_hub_knows():
-    from cemq.hub import _card
+    from cemq.bundle.hub import _card
 
     text = '---\nbase_model: "owner/base"\ntags: [cemq]\n---\ncemq.from_pretrained("this-folder")\n'
     assert _card(text, "a/b", "owner/base") == text.replace("this-folder", "a/b")

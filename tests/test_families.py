@@ -10,7 +10,7 @@ from torch import nn
 
 from cemq.errors import ModelError
 from cemq.families import FAMILY_FULL_PRECISION, FRAME_RATES, full_precision_patterns
-from cemq.models import denoisers
+from cemq.pipelines.opening import denoisers
 from cemq.quantize import CemqConfig
 
 # One of every kind by default; the others with --slow, and `docs/families.py` runs them all.

@@ -6,14 +6,15 @@ from conftest import FLUX_CALL, make_dit, make_flux
 from family_checks import draw, plain_run
 from tiny_pipelines import FAMILIES, STEPS
 
-from cemq.closed_loop import ClosedLoop
-from cemq.evaluation import run_batch
-from cemq.models import denoisers
-from cemq.planning import plan
-from cemq.profiling import profile, record_references
-from cemq.runtime import Plan, attached
-from cemq.sampling import make_batches
+from cemq.pipelines.batches import make_batches
+from cemq.pipelines.opening import denoisers
+from cemq.prior.profile import profile, record_references
+from cemq.runtime import attached
+from cemq.runtime.outcome import run_batch
 from cemq.schedule import CacheSchedule
+from cemq.schedule.plan import Plan
+from cemq.search.choose import plan
+from cemq.search.trials import ClosedLoop
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own names
 ONE_BY_ONE = ("flux_true_cfg", "wan", "wan22", "qwenimage", "flux2_klein", "lumina2", "chroma")

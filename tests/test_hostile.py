@@ -18,15 +18,15 @@ from diffusers.hooks import apply_first_block_cache, apply_layerwise_casting
 from family_checks import abort, caches_outputs, counted_blocks, draw, every_step, few_steps, plain_run
 from tiny_pipelines import FAMILIES, FLUX_CALL, NEGATIVE, PROMPT, STEPS, autoencoder, picture
 
-from cemq.errors import InputError, ModelError
-from cemq.models import denoisers, open_pipeline
-from cemq.outputs import as_array
-from cemq.profiling import profile, record_references
-from cemq.runtime import attach, attached, detach, schedule_hook
-from cemq.sampler import fingerprint
-from cemq.sampling import Batch, check_drivable, run
+from cemq.errors import InputError, ModelError, PipelineError
+from cemq.pipelines.batches import Batch, check_drivable, run
+from cemq.pipelines.noise_scheduler import fingerprint
+from cemq.pipelines.opening import denoisers, open_pipeline
+from cemq.pipelines.outputs import as_array
+from cemq.pipelines.trajectory import record
+from cemq.prior.profile import profile, record_references
+from cemq.runtime import attach, attached
 from cemq.schedule import CacheSchedule, plan_schedule
-from cemq.trajectory import record
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
@@ -182,6 +182,21 @@ def test_image_to_image_at_another_strength_computes_in_full(strength):
         assert hook.skipped_evaluations == 0
 
 
+@pytest.mark.parametrize("strength", [0.35, 0.5, 0.8, 1.0])
+def test_image_to_image_at_any_strength_follows_the_tail_of_a_schedule_for_any_sampler(strength):
+    family = family_with("flux_img2img", strength=strength)
+    pipe = family.pipeline()
+    plain, trajectory = plain_run(pipe, family)
+    start = STEPS - trajectory.num_steps
+    with attached(pipe, CacheSchedule(num_steps=STEPS, full_steps=tuple(range(STEPS)))):
+        assert np.array_equal(draw(pipe, family), plain)
+    with attached(pipe, CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 5), predictor="reuse")) as hook:
+        values = draw(pipe, family)
+        full = len({start} | {step for step in (0, 2, 5) if step > start})
+        assert full_and_skipped(hook) == (full, STEPS - start - full)
+        assert np.array_equal(draw(pipe, family), values)
+
+
 def test_text_to_image_under_a_schedule_for_image_to_image_computes_in_full():
     family = family_with("flux_img2img", strength=0.7)
     pipe = family.pipeline()
@@ -200,7 +215,10 @@ def test_stable_diffusion_image_to_image_with_pndm():
     plain, trajectory = plain_run(pipe, family)
     assert trajectory.num_steps < len(pipe.scheduler.timesteps)
     with attached(pipe, few_steps(trajectory), trajectory.sampler) as hook:
-        draw(pipe, family)
+        expected = draw(pipe, family)
+    assert full_and_skipped(hook) == (2, trajectory.num_steps - 2)
+    with attached(pipe, few_steps(trajectory)) as hook:  # as many steps, of any sampler
+        assert np.array_equal(draw(pipe, family), expected)
     assert full_and_skipped(hook) == (2, trajectory.num_steps - 2)
     assert np.array_equal(draw(pipe, family), plain)
 
@@ -455,27 +473,32 @@ def test_a_pipeline_made_from_this_one_shares_its_schedule(flux):
         assert full_and_skipped(hook) == (2, 4)
 
 
-def test_a_second_schedule_on_a_shared_denoiser_is_refused(flux):
+def test_a_second_schedule_on_a_shared_denoiser_is_followed_beside_the_first(flux):
     other = flux_of_its_own_scheduler(flux)
-    _, trajectory = plain_run(other, FLUX)
-    with scheduled(flux, FLUX) as (_, _, expected):
-        with pytest.raises(ModelError, match="attached to this pipeline already: detach it first"):
-            attach(other, few_steps(trajectory), trajectory.sampler)
+    plain, trajectory = plain_run(other, FLUX)
+    with scheduled(flux, FLUX) as (hook, _, expected):
+        with attached(other, every_step(trajectory), trajectory.sampler) as second:
+            assert np.array_equal(draw(other, FLUX), plain)
+            assert np.array_equal(draw(flux, FLUX), expected)
+            assert (full_and_skipped(hook), full_and_skipped(second)) == ((2, 4), (STEPS, 0))
         assert np.array_equal(draw(flux, FLUX), expected)
         assert not vars(other.scheduler).keys() & {"step", "set_timesteps"}
 
 
-def test_a_second_schedule_on_half_of_the_denoisers_is_undone():
+def test_a_second_schedule_on_half_of_the_denoisers_is_followed_beside_the_first():
     family = FAMILIES["wan22"]
     pipe, other = family.pipeline(), family.pipeline()
     _, trajectory = plain_run(pipe, family)
     other.transformer_2 = pipe.transformer_2
     with attached(pipe, few_steps(trajectory), trajectory.sampler):
-        with pytest.raises(ModelError, match="already"):
-            attach(other, few_steps(trajectory), trajectory.sampler)
-        with pytest.raises(ModelError, match="no cemq schedule"):
-            detach(pipe) or schedule_hook(other)
-    assert "forward" not in vars(other.transformer)
+        expected = draw(pipe, family)
+        with attached(other, few_steps(trajectory), trajectory.sampler) as second:
+            assert np.array_equal(draw(other, family), expected)
+            assert full_and_skipped(second) == (4, 8)
+            assert np.array_equal(draw(pipe, family), expected)
+        assert "forward" not in vars(other.transformer)
+        assert np.array_equal(draw(pipe, family), expected)
+    assert "forward" not in vars(pipe.transformer_2)
 
 
 def in_threads(*tasks):
@@ -635,9 +658,69 @@ def test_lora_on_a_quantized_denoiser_is_refused_by_name():
 
     weights = lora_weights(FLUX.pipeline().transformer)
     pipe = quantized(FLUX, "w8a8")
+    before, modules = draw(pipe, FLUX), dict(pipe.transformer.named_modules())
+    for target in ("to_q", "proj_out"):  # a layer that is quantized, and one that is not
+        with pytest.raises(ModelError, match=r"^load_lora_adapter\(\) works on float weights[^\n]*fuse_lora\(\)"):
+            pipe.load_lora_weights({name.replace("to_q", target): tensor for name, tensor in weights.items()})
+    with pytest.raises(ModelError, match=r"^add_adapter\(\) works on float weights"):
+        pipe.transformer.add_adapter(object())
+    assert dict(pipe.transformer.named_modules()) == modules
+    assert np.array_equal(draw(pipe, FLUX), before)
+
+
+def test_a_pipeline_with_an_adapter_is_not_saved_as_a_bundle(flux, tmp_path):
+    from cemq.bundle.save import save_as_bundle
+    from cemq.errors import BundleError
+
+    pytest.importorskip("peft")
+    flux.load_lora_weights(lora_weights(flux.transformer))
+    save_as_bundle(flux, tmp_path / "origin", None, dtype="float32")
+    with pytest.raises(BundleError, match=r"^transformer holds LoRA layers[^\n]*unload_lora_weights\(\) to save it$"):
+        flux.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_lora_on_a_quantized_text_encoder_is_refused():
+    from cemq.quantize.in_transformers import TextEncoderConfig, quantize_text_encoder
+
+    encoder = FLUX.pipeline().text_encoder
+    quantize_text_encoder(encoder, TextEncoderConfig())
+    for method in (encoder.load_adapter, encoder.add_adapter):
+        with pytest.raises(ModelError, match="works on float weights, and this CLIPTextModel is quantized"):
+            method(adapter_state_dict={})
+
+
+@pytest.mark.parametrize("offload", [None, "model", "sequential"])
+def test_a_run_on_weights_that_nobody_brings_is_refused(flux, offload):
+    import accelerate
+
+    _, trajectory = plain_run(flux, FLUX)
+    layer = flux.transformer.transformer_blocks[0].attn.to_q
+    if offload == "model":
+        accelerate.cpu_offload_with_hook(flux.transformer, torch.device("cpu"))
+    if offload == "sequential":
+        accelerate.cpu_offload(flux.transformer, execution_device=torch.device("cpu"))
+    with attached(flux, few_steps(trajectory), trajectory.sampler) as hook:
+        draw(flux, FLUX)
+        assert full_and_skipped(hook) == (2, 4)
+        layer.lost = torch.nn.Parameter(torch.empty(3, device="meta"))
+        if offload == "sequential":  # of a module that accelerate knows it would be brought
+            flux.transformer.lost = torch.nn.Linear(3, 3, device="meta")
+        with pytest.raises(ModelError, match=r"^\d parameters of FluxTransformer2DModel are on the meta device[^\n]*"):
+            draw(flux, FLUX)
+        del layer.lost
+        if offload == "sequential":
+            del flux.transformer.lost
+        assert np.isfinite(draw(flux, FLUX)).all()
+
+
+def test_projections_of_quantized_attention_are_not_fused():
+    from family_checks import quantized
+
+    pipe = quantized(FLUX, "w8a8")
     before = draw(pipe, FLUX)
-    with pytest.raises(ValueError, match="NativeLinear"):
-        pipe.load_lora_weights(weights)
+    with pytest.raises(ModelError, match=r"^fuse_qkv_projections\(\) works on float weights[^\n]*fuse them before"):
+        pipe.transformer.fuse_qkv_projections()
     assert np.array_equal(draw(pipe, FLUX), before)
 
 
@@ -1034,7 +1117,7 @@ def test_too_few_pictures_for_a_batch_say_so():
     family = family_with("ltx", image=picture(32))
     pipe = D.LTXImageToVideoPipeline(**family.pipeline().components)
     pipe.set_progress_bar_config(disable=True)
-    with pytest.raises(InputError, match=r"fails on 2 samples of one picture .*set batch_size: 1"):
+    with pytest.raises(PipelineError, match=r"fails on 2 samples of one picture .*set batch_size: 1"):
         draw(pipe, family)
 
 

@@ -4,6 +4,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cemq.errors import ModelError
 from cemq.quantize import SCHEMES, NativeLinear, integers
 from cemq.quantize.kernels import cpu, integer_linear, integer_weight, weight_only_linear
 
@@ -171,6 +173,19 @@ def test_rows_need_not_be_contiguous():
         assert torch.equal(weight_only_linear(values, *arguments, None), weight_only_linear(dense, *arguments, None))
 
 
+def test_threads_that_share_layers_do_not_disturb_each_other():
+    layers = [NativeLinear.from_linear(nn.Linear(128, 96), SCHEMES[scheme]) for scheme in ("w8a8", "w4a8")]
+    inputs = [torch.randn(rows, 128) for rows in (3, 40)]
+
+    def outputs(_=None):
+        return [layer(values) for layer in layers for values in inputs]
+
+    expected = outputs()
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(outputs, range(60)):
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 @dtypes
 def test_a_row_that_is_not_finite_stays_so(dtype):
     layer = NativeLinear.from_linear(nn.Linear(40, 30), SCHEMES["w8a8"]).to(dtype)
@@ -208,6 +223,66 @@ def test_the_compiler_is_told_the_right_shapes(dtype, bits, rows):
         arguments = values, weight, group_scale, scale
         torch.library.opcheck(operators.integer_linear, (*arguments, sums, bias, smooth), test_utils=tests)
         torch.library.opcheck(operators.weight_only_linear, (*arguments, bias, smooth), test_utils=tests)
+
+
+# --- buffers that they refuse
+
+
+def kernel_arguments(rows=5, columns=128, outputs=6):
+    """Arguments of every kernel, by its name and theirs."""
+    weight, values = torch.ones(outputs, columns), torch.ones(rows, columns)
+    packed, group_scale, scale = integers.quantize_int4(weight, integers.GROUP_SIZE)
+    sums, bias = torch.ones(outputs, 1, dtype=torch.int32), torch.ones(outputs)
+    _, token_scale, zero_point = integers.quantize_tokens(values)
+    scales = {"scale": token_scale, "zero_point": zero_point, "weight_scale": scale, "weight_sum": sums}
+    product = torch.ones(rows, outputs, dtype=torch.int32)
+    int4 = {"weight": packed, "group_scale": group_scale, "weight_scale": scale}
+    int8 = {"weight": integers.quantize_channels(weight)[0], "group_scale": None, "weight_scale": scale}
+    return {
+        "quantize_tokens": {"values": values, "smooth": torch.ones(columns)},
+        "rescale": {"product": product, **scales, "bias": bias, "dtype": torch.float32},
+        "expand_int4": {"packed": packed, "group_scale": group_scale, "columns": columns},
+        "few_rows": {"values": values, **int4, "bias": bias},
+        "few_rows of int8": {"values": values, **int8, "bias": bias},
+    }
+
+
+FAULTS = {
+    "dtype": lambda tensor: tensor.to(torch.float64),
+    "size": lambda tensor: tensor[:-1].clone(),
+    "order": lambda tensor: torch.stack((tensor, tensor), -1)[..., 0],
+    "device": lambda tensor: tensor.to("meta"),
+}
+# these cast what they are given, and work on as many rows as there are
+NO_FAULTS = {("few_rows", "values", "dtype"), ("few_rows", "bias", "dtype")}
+NO_FAULTS |= {("few_rows", "values", "size"), ("quantize_tokens", "values", "size")}
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("kernel", "name", "fault"),
+    [
+        (kernel, name, fault)
+        for kernel, arguments in kernel_arguments().items()
+        for name, value in arguments.items()
+        for fault in FAULTS
+        if torch.is_tensor(value) and (kernel.split()[0], name, fault) not in NO_FAULTS
+    ],
+)
+def test_a_kernel_refuses_a_buffer_that_is_not_what_it_takes_it_for(kernel, name, fault):
+    arguments = kernel_arguments()[kernel]
+    run_kernel = getattr(cpu.kernels(), kernel.split()[0])
+    run_kernel(**arguments)
+    arguments[name] = FAULTS[fault](arguments[name])
+    with pytest.raises(ModelError, match=r"^a quantized layer's [^\n]*: load the model anew$"):
+        run_kernel(**arguments)
+
+
+@compiled
+def test_groups_that_do_not_fit_in_what_is_unpacked_at_a_time_are_refused():
+    packed, group_scale, scale = integers.quantize_int4(torch.ones(6, 960), 96)
+    with pytest.raises(ModelError, match="groups of 96 weights"):
+        cpu.kernels().few_rows(torch.ones(5, 960), packed, group_scale, scale, None)
 
 
 # --- building them

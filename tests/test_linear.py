@@ -16,7 +16,7 @@ from torch import nn
 
 from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, InputStatistics, NativeLinear, quantize_in_place
 from cemq.quantize.integers import quantize_tokens
-from cemq.quantize.linear import FusedGELU, fuse_gelu
+from cemq.quantize.layers import FusedGELU, fuse_gelu
 
 SIZES, SEEDS = st.integers(1, 150), st.integers(0, 10**6)
 FEATURES = st.integers(1, 150)

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 import cemq
 from cemq import cli
-from cemq.errors import ModelError
-from cemq.placement import format_bytes
+from cemq.errors import ModelError, PipelineError
+from cemq.memory.placement import format_bytes
+from cemq.pipelines.batches import Batch, run
 from cemq.runtime import attach, attached, cache_checked, schedule_hook
+from cemq.runtime.cached.modules import ModuleCache, Part, find_parts
 from cemq.runtime.history import Weighted, summed
-from cemq.runtime.modules import ModuleCache, Part, find_parts
-from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own names
@@ -72,7 +72,8 @@ def computed(model, *arguments):
 
 def test_what_is_kept_is_what_the_modules_return_before_the_gate():
     _, output, outputs = computed(Toy(), torch.ones(1), 10.0)
-    assert outputs == [(Part(0, "attn"), 2), (Part(0, "ff"), 3 * (1 + 10 * 2))]
+    given = (torch.Size([1]),)
+    assert outputs == [(Part(0, "attn"), given, 2), (Part(0, "ff"), given, 3 * (1 + 10 * 2))]
     assert output == 21 + 10 * 63
 
 
@@ -99,10 +100,10 @@ def test_what_is_kept_does_not_change_with_what_the_block_does_to_it():
 
     model = Toy(InPlace)
     cache, output, outputs = computed(model, torch.ones(1))
-    assert outputs[0][1] == 2
-    predicted = [(part, Weighted((value,), (1.0,))) for part, value in outputs]
+    assert outputs[0][2] == 2
+    predicted = [(part, shapes, Weighted((value,), (1.0,))) for part, shapes, value in outputs]
     assert cache.serve(lambda: model(torch.ones(1)), predicted) == output
-    assert outputs[0][1] == 2
+    assert outputs[0][2] == 2
 
 
 class Joint(Block):
@@ -120,7 +121,7 @@ def test_of_modules_that_one_projection_joins_it_alone_is_kept():
     model = Toy(Joint)
     cache, output, outputs = computed(model, torch.ones(3), 2.0)
     assert torch.equal(output, torch.full((3,), 1 + 2 * 70.0))
-    assert [part.name for part, _ in outputs if part.kept] == ["proj_out"]
+    assert [part.name for part, *_ in outputs if part.kept] == ["proj_out"]
     assert torch.equal(cache.serve(lambda: model(torch.zeros(3), 0.5), outputs), torch.full((3,), 35.0))
     assert {module.calls for module in model.blocks[0].children() if isinstance(module, Times)} <= {0, 1}
 
@@ -326,7 +327,7 @@ def test_the_bytes_that_are_said_are_those_that_are_held(name, caplog):
     family = FAMILIES[name]
     pipe = family.pipeline()
     schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4), predictor="taylor1")
-    with cache_checked(pipe, "modules") as memory, pytest.raises(RuntimeError, match="enough"):
+    with cache_checked(pipe, "modules") as memory, pytest.raises(PipelineError, match="enough"):
         run(pipe, batch_of(family), steps=STEPS, call=family.call, on_step=_enough)
     with caplog.at_level(logging.INFO, logger="cemq.runtime"):
         found = held(pipe, schedule, batch_of(family), family.call)

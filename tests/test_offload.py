@@ -11,10 +11,10 @@ import torch
 from conftest import FLUX_CALL, make_dit, make_flux
 from diffusers.hooks import apply_group_offloading, group_offloading
 
+from cemq.pipelines.batches import Batch, run
+from cemq.pipelines.noise_scheduler import fingerprint
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.runtime import attach, attached, detach, schedule_hook
-from cemq.sampler import fingerprint
-from cemq.sampling import Batch, run
 from cemq.schedule import CacheSchedule
 
 CPU = torch.device("cpu")

@@ -12,11 +12,12 @@ import cemq
 from cemq.cli import app
 from cemq.errors import InputError
 from cemq.evaluation import measure_fidelity
-from cemq.evaluation.compare import Outcome, write_side_by_side
-from cemq.outputs import Sample, as_array, as_pictures, check_path, kind_of, output_kind, rate_of
+from cemq.evaluation.compare import write_side_by_side
+from cemq.pipelines.outputs import Sample, as_array, as_pictures, check_path, kind_of, output_kind, rate_of
 from cemq.quantize import record_calls
-from cemq.quantize.build import QuantizationPlan
 from cemq.quantize.calibrate import weights_read_elsewhere
+from cemq.quantize.pipeline import QuantizationPlan
+from cemq.runtime.outcome import Outcome
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",  # the audio autoencoder

@@ -21,9 +21,9 @@ from cemq import cli
 from cemq.bench.architectures import ARCHITECTURES
 from cemq.bench.random_models import empty_model
 from cemq.errors import BundleError, InputError, ModelError, PlacementError
-from cemq.footprint import read_footprint
-from cemq.models import locate, open_pipeline
-from cemq.placement import (
+from cemq.memory.footprint import read_footprint
+from cemq.memory.offload import place
+from cemq.memory.placement import (
     ComponentMemory,
     estimate,
     parse_bytes,
@@ -31,10 +31,10 @@ from cemq.placement import (
     transformer_activation_bytes,
     vae_activation_bytes,
 )
+from cemq.pipelines.batches import Batch, check_conditions, run
+from cemq.pipelines.opening import locate, open_pipeline
 from cemq.recipe import load_recipe
 from cemq.runtime import attached, schedule_hook
-from cemq.runtime.place import place
-from cemq.sampling import Batch, check_conditions, run
 from cemq.schedule import CacheSchedule
 
 CPU = torch.device("cpu")
@@ -412,7 +412,7 @@ def test_one_picture_within_a_limit(bundle, tmp_path):
     assert str(alone.value) == str(loaded.value)
     with pytest.raises(PlacementError, match="nothing fits"):  # planned for what will be drawn
         cemq.generate(bundle, "a bold seven", call={"height": 4096, "width": 4096}, vram=least, **options)
-    with pytest.raises(InputError, match="height='tall' is no number"):
+    with pytest.raises(InputError, match="height='tall': StableDiffusion3Pipeline takes a number there"):
         cemq.plan_memory(bundle, "8GiB", call={"height": "tall"})
 
 

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 from conftest import make_dit
 
-from cemq import closed_search
-from cemq.closed_loop import FULL, ClosedLoop, Trial
-from cemq.closed_search import SEARCHED, Search, Wanted
-from cemq.correction import METHODS
 from cemq.errors import InfeasibleBudgetError, InputError
-from cemq.evaluation import run_batch
-from cemq.planning import EFFORTS, check_planning, plan
-from cemq.prior import ErrorPrior
-from cemq.profiling import profile, record_references
-from cemq.propagation import Fit, sample_schedules
+from cemq.pipelines.batches import make_batches
+from cemq.prior.error_prior import ErrorPrior
+from cemq.prior.profile import profile, record_references
 from cemq.quantize import CemqConfig, quantize_in_place
-from cemq.runtime import Plan, attached
-from cemq.sampling import make_batches
+from cemq.runtime import attached
+from cemq.runtime.outcome import run_batch
 from cemq.schedule import CacheSchedule, plan_schedule
+from cemq.schedule.plan import Plan
+from cemq.schedule.rectify import METHODS
+from cemq.search import explore as closed_search
+from cemq.search.choose import EFFORTS, check_planning, plan
+from cemq.search.explore import SEARCHED, Search, Wanted
+from cemq.search.propagation import Fit, sample_schedules
+from cemq.search.trials import FULL, ClosedLoop, Trial
 
 STEPS, BUDGET = 6, 3
 CALL = {"guidance_scale": 2.0}
@@ -177,6 +178,7 @@ def trial_of(schedule, samples):
         correction=None,
         sample_relative_l2=np.full(len(samples), 0.1),
         sample_psnr_db=np.array(samples),
+        full_steps=schedule.full_count,
     )
 
 
@@ -204,6 +206,7 @@ def test_a_tolerance_is_kept_with_a_standard_error_to_spare(errors, met):
             correction=None,
             sample_relative_l2=np.array(found),
             sample_psnr_db=np.zeros(len(found)),
+            full_steps=schedule.full_count,
         )
 
     wanted = Wanted(full=trial([1.0, 1.0, 5.0]), tolerance=0.15, psnr_db=None)  # the third sample was not searched
@@ -317,8 +320,8 @@ def test_what_can_be_planned_passes(changes):
 
 
 def test_the_search_takes_some_of_the_samples_and_the_finals_all(monkeypatch):
-    for constant, value in {"closed_search.SEARCHED": 2, "planning.SEARCHED": 2, "closed_loop._LESSON": 1}.items():
-        monkeypatch.setattr(f"cemq.{constant}", value)
+    for constant, value in {"explore.SEARCHED": 2, "choose.SEARCHED": 2, "trials._LESSON": 1}.items():
+        monkeypatch.setattr(f"cemq.search.{constant}", value)
     loop = ClosedLoop(**prepared(batch_size=1))
     found = plan(loop, BUDGET, effort="thorough", correction="none")
     searched = [trial for trial in loop.trials if trial.samples < loop.samples and trial.lesson_from is None]

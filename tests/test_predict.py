@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cemq.errors import InputError
-from cemq.predict import PREDICTORS, check_predictor, serving_matrix
+from cemq.predict.predictors import PREDICTORS, check_predictor, serving_matrix
 
 # rows 2, 4 and 5 of six steps with the full-compute steps 0, 1 and 3, as weights of their three outputs
 BY_HAND = {

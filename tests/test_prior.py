@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from cemq.errors import BundleError, InputError, PriorMismatchError
-from cemq.predict import reused_steps, serving_matrix
-from cemq.prior import VIEWS, ErrorPrior, PriorMetadata, SamplerFingerprint
+from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.predict.predictors import reused_steps, serving_matrix
+from cemq.prior.error_prior import VIEWS, ErrorPrior, PriorMetadata
 from cemq.schedule import CacheSchedule, uniform_steps
 
 STEPS, ELEMENTS = 6, 9

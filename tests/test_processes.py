@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import cemq
 from cemq import cli
-from cemq.analysis import analyze
-from cemq.processes import ALONE, Processes, launched
+from cemq.evaluation.analysis import analyze
+from cemq.parallel import ALONE, Processes, launched
 from cemq.recipe import load_recipe
 from cemq.schedule import CacheSchedule
 
@@ -98,7 +98,7 @@ MEET = """
 import sys
 import torch
 from cemq.errors import ProcessError
-from cemq.processes import launched
+from cemq.parallel import launched
 
 with launched() as processes:
     print("rank", processes.rank)
@@ -173,9 +173,10 @@ import sys
 from pathlib import Path
 
 import cemq
-from cemq import cli, closed_loop
-from cemq.analysis import analyze
-from cemq.processes import launched
+from cemq import cli
+from cemq.evaluation.analysis import analyze
+from cemq.parallel import launched
+from cemq.search import trials as closed_loop
 
 bundle, folder, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 with launched() as processes:

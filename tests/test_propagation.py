@@ -3,9 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cemq.analysis import rank_correlation, unweighted
-from cemq.prior import ErrorPrior
-from cemq.propagation import fit_propagation, sample_schedules
+from cemq.evaluation.analysis import rank_correlation, unweighted
+from cemq.prior.error_prior import ErrorPrior
+from cemq.search.propagation import fit_propagation, sample_schedules
 
 STEPS = 24
 

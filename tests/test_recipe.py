@@ -1,9 +1,9 @@
 import pytest
 
+from cemq.build import resolve_recipe
 from cemq.errors import InputError
+from cemq.pipelines.batches import read_conditions
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for, recipe_names, shipped
-from cemq.sampling import read_conditions
-from cemq.workflow import resolve_recipe
 
 
 @pytest.mark.parametrize("name", sorted(recipe_names()))

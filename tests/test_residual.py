@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FLUX_CALL, make_dit, make_flux
-from diffusers import DiTPipeline
+from diffusers import DiTPipeline, HookRegistry
 from diffusers.hooks import apply_group_offloading
 from family_checks import caches_outputs, counted_forwards, draw, few_steps, plain_run, quantized
 from test_hostile import family_with
@@ -20,14 +20,16 @@ from typer.testing import CliRunner
 
 import cemq
 from cemq import cli
-from cemq.bundle import MANIFEST, _checksum, read_bundle
+from cemq.bundle.manifest import MANIFEST, _checksum, read_bundle
 from cemq.errors import InputError, ModelError
-from cemq.runtime import Plan, attach, attached, cache_checked, detach, schedule_hook
-from cemq.runtime.inner import block_stack
-from cemq.runtime.modules import find_parts
-from cemq.runtime.residual import ResidualCache
-from cemq.sampling import Batch, run
+from cemq.pipelines.batches import Batch, run
+from cemq.runtime import attach, attached, cache_checked, detach, schedule_hook
+from cemq.runtime.attach import HOOK
+from cemq.runtime.cached.inner import block_stack
+from cemq.runtime.cached.modules import find_parts
+from cemq.runtime.cached.residual import ResidualCache
 from cemq.schedule import CacheSchedule
+from cemq.schedule.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own names
 CPU = torch.device("cpu")
@@ -333,10 +335,10 @@ def test_a_skipped_step_that_calls_other_blocks_is_computed():
     schedule = CacheSchedule(num_steps=2, full_steps=(0,))
     with attached(pipe, schedule, cache="residual") as hook, torch.no_grad():
         pipe.scheduler.set_timesteps(2)
-        transformer(**arguments)
-        pipe.scheduler.step(latents, pipe.scheduler.timesteps[0], latents)
         with pytest.warns(UserWarning, match="calls other blocks than the step it is served from; computing in full"):
-            found = transformer(**arguments, skip_layers=[1])[0]
+            for layers, timestep in zip((None, [1]), pipe.scheduler.timesteps, strict=True):
+                found = transformer(**arguments, skip_layers=layers)[0]
+                pipe.scheduler.step(latents, timestep, latents)
         assert (hook.full_evaluations, hook.skipped_evaluations) == (2, 0)
     with torch.no_grad():
         assert torch.equal(found, transformer(**arguments, skip_layers=[1])[0])
@@ -507,7 +509,7 @@ def test_another_thread_runs_every_block_while_this_one_is_served(dit, cache):
     plain, found = run_dit(dit), []
 
     def meanwhile(*_):
-        current = schedule_hook(dit).cache.hooks.current
+        current = HookRegistry.check_if_exists_or_initialize(dit.transformer).get_hook(HOOK).cache.hooks.current
         if current is not None and not current.computes and not found:
             thread = threading.Thread(target=lambda: found.append(run_dit(other)))
             thread.start()

@@ -7,16 +7,17 @@ import torch
 from conftest import FLUX_CALL
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HookRegistry, PNDMScheduler
 
-from cemq.correction import METHODS, Correction, make_correction
 from cemq.errors import InfeasibleBudgetError, InputError, ModelError
-from cemq.predict import PREDICTORS
-from cemq.profiling import profile, record_references
-from cemq.runtime import Plan, attach, attached, detach, schedule_hook, set_budget
-from cemq.runtime.hook import HOOK
-from cemq.sampler import fingerprint, intercepted, landing_lengths
-from cemq.sampling import Batch, make_batches, run
+from cemq.pipelines.batches import Batch, make_batches, run
+from cemq.pipelines.noise_scheduler import fingerprint, intercepted, landing_lengths
+from cemq.pipelines.trajectory import record
+from cemq.predict.predictors import PREDICTORS
+from cemq.prior.profile import profile, record_references
+from cemq.runtime import attach, attached, detach, schedule_hook, set_budget
+from cemq.runtime.attach import HOOK
 from cemq.schedule import CacheSchedule, plan_schedule
-from cemq.trajectory import record
+from cemq.schedule.plan import Plan
+from cemq.schedule.rectify import METHODS, Correction, make_correction
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 CALL = {"guidance_scale": 2.0}
@@ -326,11 +327,12 @@ def numbered_correction(steps=STEPS, channels=4):
 def test_what_the_sampler_consumes_is_corrected_on_full_and_skipped_steps(dit, schedule):
     fix = numbered_correction()
 
-    def by_hand(original, **arguments):
-        index = len(seen)
-        seen.append(arguments["model_output"])
+    def by_hand(original, call):
+        index, output = len(seen), call.get("model_output")
+        seen.append(output)
         table = [torch.tensor(x[index], dtype=torch.float32).view(1, 4, 1, 1) for x in (fix.gain, fix.offset)]
-        return original(**arguments | {"model_output": arguments["model_output"] * table[0] + table[1]})
+        call = call.replaced(model_output=output * table[0] + table[1])
+        return original(*call.args, **call.kwargs)
 
     seen = []
     with attached(dit, plan_of(dit, schedule)), intercepted(dit.scheduler, "step", by_hand):

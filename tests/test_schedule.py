@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cemq.errors import InfeasibleBudgetError, InputError
-from cemq.predict import PREDICTORS
-from cemq.prior import VIEWS, ErrorPrior
+from cemq.predict.predictors import PREDICTORS
+from cemq.prior.error_prior import VIEWS, ErrorPrior
 from cemq.schedule import (
     AUTO,
     SOLVERS,
@@ -882,6 +882,6 @@ def test_a_plan_takes_the_weighter_and_the_gap_rules_asked_for():
 
 
 def test_planning_loads_no_torch():
-    code = "import sys, cemq.schedule, cemq.prior; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    code = "import sys, cemq.schedule; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -26,7 +26,7 @@ from transformers import (
 
 from cemq.errors import BundleError, SchemeError
 from cemq.quantize import CemqConfig, QuantizedLinear, quantize_in_place
-from cemq.quantize.text_encoders import TextEncoderConfig, quantize_text_encoder
+from cemq.quantize.in_transformers import TextEncoderConfig, quantize_text_encoder
 
 FILE = "model.safetensors"
 WO = "encoder.block.0.layer.1.DenseReluDense.wo"
@@ -230,7 +230,9 @@ except RuntimeError as error:
     assert run_python(code, tmp_path) == "refused"
 
 
-@pytest.mark.parametrize("imports", ["import transformers.modeling_utils, cemq", "import cemq.quantize.text_encoders"])
+@pytest.mark.parametrize(
+    "imports", ["import transformers.modeling_utils, cemq", "import cemq.quantize.in_transformers"]
+)
 def test_transformers_knows_cemq_whichever_is_imported_first(imports):
     code = f"{imports}\nfrom transformers.quantizers import auto\nprint('cemq' in auto.AUTO_QUANTIZER_MAPPING)"
     assert run_python(code) == "True"

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import FLUX_CALL
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
 from cemq.errors import PriorMismatchError
-from cemq.profiling import profile, record_references
+from cemq.pipelines.batches import Batch, make_batches, run
+from cemq.pipelines.noise_scheduler import fingerprint, intercepted, next_sample
+from cemq.pipelines.trajectory import force, record, run_end
+from cemq.prior.profile import profile, record_references
 from cemq.quantize import CemqConfig, quantize_in_place
-from cemq.sampler import fingerprint, intercepted
-from cemq.sampling import Batch, make_batches, run
-from cemq.trajectory import force, record, run_end
 
 BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 CALL = {"guidance_scale": 2.0}
@@ -73,6 +73,59 @@ def test_forcing_the_same_model_gives_the_same_predictions(dit_multistep):
     assert all(torch.equal(a, b) for a, b in zip(forced.predictions, reference.predictions, strict=True))
 
 
+def changed_in_place(scheduler, returned):
+    """A pipeline that puts a part of every sample back, and spoils the model output, once the step is done."""
+
+    def step(original, call):
+        result = original(*call.args, **call.kwargs)
+        returned.append((call.get("model_output").clone(), next_sample(result).clone()))
+        call.get("model_output").zero_()
+        next_sample(result)[..., :2, :] = 0.0
+        return result
+
+    return intercepted(scheduler, "step", step)
+
+
+def test_recordings_stay_as_they_were_when_the_pipeline_changes_tensors_in_place(dit):
+    returned, forced_returned = [], []
+    with record(dit) as reference, run_end(dit) as end, changed_in_place(dit.scheduler, returned):
+        run(dit, BATCH, steps=STEPS, call=CALL)
+    with force(dit, reference) as forced, changed_in_place(dit.scheduler, forced_returned):
+        run(dit, BATCH, steps=STEPS, call=CALL)
+    assert torch.equal(end.sample, returned[-1][1])
+    for step in range(STEPS):
+        assert torch.equal(reference.predictions[step], returned[step][0])
+        assert torch.equal(reference.samples[step], returned[step][1])
+        assert torch.equal(forced.predictions[step], forced_returned[step][0])
+
+
+class InPlaceScheduler(DDIMScheduler):
+    def step(self, model_output, timestep, sample, return_dict=True):
+        result = super().step(model_output, timestep, sample, return_dict=return_dict)
+        sample.zero_()
+        model_output.zero_()
+        return result
+
+
+def test_measuring_step_sizes_leaves_a_run_alone_whose_sampler_works_in_place(dit):
+    plain = run(dit, BATCH, steps=STEPS, call=CALL)
+    dit.scheduler = InPlaceScheduler.from_config(dit.scheduler.config)
+    with record(dit, measure_steps=True) as trajectory:
+        assert np.array_equal(run(dit, BATCH, steps=STEPS, call=CALL), plain)
+    assert all(prediction.any() for prediction in trajectory.predictions)
+
+
+def test_a_run_leaves_the_arguments_of_its_call_as_they_are():
+    class Pipeline:
+        def __call__(self, prompt, num_inference_steps, generator, output_type, options):
+            return {"images": options["names"].pop()}
+
+    call = {"options": {"names": ["first"]}}
+    for _ in range(2):
+        assert run(Pipeline(), Batch(conditions=("x",), seeds=(1,)), steps=1, call=call) == "first"
+    assert call == {"options": {"names": ["first"]}}
+
+
 def test_forcing_a_longer_run_is_refused(dit):
     with record(dit) as reference:
         run(dit, BATCH, steps=3, call=CALL)
@@ -100,9 +153,9 @@ def test_interceptions_nest_and_a_deep_copy_is_left_alone():
     scheduler = FlowMatchEulerDiscreteScheduler()
 
     def around(name):
-        def step(original, **arguments):
+        def step(original, call):
             calls.append(name)
-            return original(**arguments)
+            return original(*call.args, **call.kwargs)
 
         return step
 

@@ -603,7 +603,7 @@ def z_image() -> Any:
     )  # fmt: skip
 
 
-def _flux2_parts(guidance: bool) -> dict[str, Any]:
+def flux2_parts(guidance: bool) -> dict[str, Any]:
     transformer = seeded(
         D.Flux2Transformer2DModel, patch_size=1, in_channels=4, num_layers=2, num_single_layers=2,
         attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16, timestep_guidance_channels=32,
@@ -640,14 +640,14 @@ def flux2() -> Any:
     processor = tokenizer("llama", 512)
     processor.chat_template = _USER_TEXT_ONLY
     return D.Flux2Pipeline(
-        **_flux2_parts(True), text_encoder=seeded(T.Mistral3ForConditionalGeneration, config), tokenizer=processor
+        **flux2_parts(True), text_encoder=seeded(T.Mistral3ForConditionalGeneration, config), tokenizer=processor
     )
 
 
 @family(**FLUX2_CALL)
 def flux2_klein() -> Any:
     return D.Flux2KleinPipeline(
-        **_flux2_parts(False), text_encoder=qwen3(T.Qwen3ForCausalLM), tokenizer=tokenizer("qwen", 64)
+        **flux2_parts(False), text_encoder=qwen3(T.Qwen3ForCausalLM), tokenizer=tokenizer("qwen", 64)
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cemq.bench.architectures import Inputs
-from cemq.evaluation.metrics import relative_l2
+from cemq.metrics import relative_l2
 
 
 @torch.no_grad()

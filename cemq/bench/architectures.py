@@ -37,7 +37,7 @@ class Architecture:
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
 
         return INPUTS[self.model_class](self, batch, draw)
 
@@ -46,13 +46,13 @@ def _square(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
     """What DiT, PixArt and SD3 have in common."""
     config = architecture.config
     sample = draw(batch, config["in_channels"], config["sample_size"], config["sample_size"])
-    return {"hidden_states": sample, "timestep": torch.full((batch,), 500, device=sample.device)}
+    return {"hidden_states": sample, "timestep": torch.full((batch,), 500, dtype=torch.int64, device=sample.device)}
 
 
 def _dit(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
     inputs = _square(architecture, batch, draw)
-    classes = torch.arange(batch, device=inputs["timestep"].device) % architecture.config["num_embeds_ada_norm"]
-    return inputs | {"class_labels": classes}
+    classes = torch.arange(batch, dtype=torch.int64, device=inputs["timestep"].device)
+    return inputs | {"class_labels": classes % architecture.config["num_embeds_ada_norm"]}
 
 
 def _pixart(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
@@ -74,7 +74,8 @@ def _sd3(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
 def _flux(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
     config, sizes = architecture.config, architecture.sizes
     sample = draw(batch, sizes["height"] * sizes["width"], config["in_channels"])
-    rows, columns = torch.meshgrid(torch.arange(sizes["height"]), torch.arange(sizes["width"]), indexing="ij")
+    places = (torch.arange(sizes[side], dtype=torch.int64, device=sample.device) for side in ("height", "width"))
+    rows, columns = torch.meshgrid(*places, indexing="ij")
     positions = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
     return {
         "hidden_states": sample,
@@ -83,7 +84,7 @@ def _flux(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
         "timestep": torch.full((batch,), 0.5, device=sample.device, dtype=sample.dtype),
         "img_ids": positions.to(sample),
         "txt_ids": torch.zeros(sizes["text_tokens"], 3, device=sample.device, dtype=sample.dtype),
-        "guidance": torch.full((batch,), 3.5, device=sample.device),
+        "guidance": torch.full((batch,), 3.5, dtype=torch.float32, device=sample.device),
     }
 
 
@@ -92,7 +93,7 @@ def _wan(architecture: Architecture, batch: int, draw: Draw) -> Inputs:
     sample = draw(batch, config["in_channels"], sizes["frames"], sizes["height"], sizes["width"])
     return {
         "hidden_states": sample,
-        "timestep": torch.full((batch,), 500, device=sample.device),
+        "timestep": torch.full((batch,), 500, dtype=torch.int64, device=sample.device),
         "encoder_hidden_states": draw(batch, sizes["text_tokens"], config["text_dim"]),
     }
 

@@ -14,14 +14,16 @@ from cemq.bench.forward import FULL_PRECISION
 from cemq.bench.machine import describe_machine
 from cemq.bench.measure import busy_note, make_rows, measure
 from cemq.bench.random_models import tensor_bytes
-from cemq.bundle import read_bundle
+from cemq.bundle.load import from_pretrained
+from cemq.bundle.manifest import read_bundle
 from cemq.errors import ModelError, choose
-from cemq.models import DTYPES, check_device, default_device, denoisers, locate, open_pipeline
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Progress, make_batches, run
+from cemq.pipelines.opening import DTYPES, check_device, default_device, denoisers, locate, open_pipeline
 from cemq.quantize import record_calls
 from cemq.quantize.allocate import replayed_output
 from cemq.quantize.calibrate import Call, replay
-from cemq.runtime import attached, detach, from_pretrained, schedule_hook
-from cemq.sampling import EVALUATION_SEED_OFFSET, Progress, make_batches, run
+from cemq.runtime import attached, detach, schedule_hook
+from cemq.runtime.outcome import said_of_steps
 
 _RECORDED_STEPS = 2  # of the short run that one call of the denoiser is taken from
 
@@ -91,15 +93,23 @@ def bench_bundle(
 
     whole = partial(run, batch=samples, steps=manifest.num_inference_steps, call=manifest.call)
 
-    def scheduled() -> None:
-        with attached(quantized, schedule, manifest.sampler, cache=manifest.cache):
-            whole(quantized)
+    steps_run = schedule.num_steps, schedule.full_count
 
-    cached = f"{manifest.scheme}, {schedule.budget} of {schedule.num_steps} steps in full"
+    def scheduled() -> None:
+        nonlocal steps_run
+        with attached(quantized, schedule, manifest.sampler, cache=manifest.cache) as hook:
+            whole(quantized)
+            steps_run = hook.steps_run
+
     runs = measure(
-        {name: partial(whole, pipe) for name, pipe in pipes.items()} | {cached: scheduled},
+        {name: partial(whole, pipe) for name, pipe in pipes.items()} | {"": scheduled},
         rounds=rounds, warm_up=1, device=place, progress=share("whole run"),
     )  # fmt: skip
+    num_steps, full_steps = steps_run
+    cached = f"{manifest.scheme}, {full_steps:g} of {num_steps} steps in full"
+    runs = {name or cached: timing for name, timing in runs.items()}
+    if note := said_of_steps(schedule, num_steps, full_steps):
+        notes.append(note)
     where = f"batch {batch}, {dtype} on {device}"
     return {
         "machine": describe_machine(),
@@ -112,7 +122,7 @@ def bench_bundle(
             "rounds": rounds,
             "device": device,
             "steps": manifest.num_inference_steps,
-            "full_steps": schedule.budget,
+            "full_steps": full_steps,
         },
         "notes": notes + (busy_note(forwards) or busy_note(runs)),
         "tables": [

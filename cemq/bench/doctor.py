@@ -20,9 +20,9 @@ from cemq.bench.architectures import Architecture, Inputs
 from cemq.bench.machine import compile_obstacle, describe_machine
 from cemq.bench.random_models import quantization_config, random_model
 from cemq.errors import first_line
-from cemq.models import default_dtype
+from cemq.pipelines.batches import Progress
+from cemq.pipelines.opening import default_dtype
 from cemq.quantize import BACKENDS, CemqConfig, installed
-from cemq.sampling import Progress
 
 OK, NOT_TRIED = "ok", "-"
 LARGEST_ERROR = 0.3  # fp4 weights of random models come to half of it
@@ -98,7 +98,7 @@ def _compile(subject: Subject) -> str:
     if found != OK:
         return found
     layers = model.transformer_blocks[0].ff
-    values = torch.randn(1, _ROWS, model.inner_dim).to(subject.output)
+    values = torch.randn(1, _ROWS, model.inner_dim, dtype=torch.float32, device="cpu").to(subject.output)
     with torch.no_grad():
         error = relative_error(layers(values), torch.compile(layers, fullgraph=True)(values))
     return OK if error <= _COMPILED_ERROR else f"another output: relative difference {error:.2g}"

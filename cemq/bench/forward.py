@@ -24,8 +24,8 @@ from cemq.bench.random_models import (
     tensor_bytes,
 )
 from cemq.errors import CemqError, InputError, choose, first_line
-from cemq.models import DTYPES, check_device, default_device
-from cemq.sampling import Progress
+from cemq.pipelines.batches import Progress
+from cemq.pipelines.opening import DTYPES, check_device, default_device
 
 FULL_PRECISION = "full precision"
 _USABLE = 0.9  # of the free memory may go into weights; the rest is for what they work on
@@ -82,7 +82,10 @@ def bench_architecture(
         if progress:
             progress(stage, done / total)
 
-    inputs = architecture.inputs(batch, dtype=kind, device=place)
+    try:
+        inputs = architecture.inputs(batch, dtype=kind, device=place)
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:  # torch has all of them for a huge size
+        raise InputError(f"batch={batch}: inputs of that size cannot be made: {first_line(error)}") from error
     notes, reference = [], None
     exact_fits = planned_bytes(empty, torch.float32) <= _USABLE * free
     if exact_fits and not (full_precision and kind == torch.float32):

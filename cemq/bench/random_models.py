@@ -19,7 +19,7 @@ from cemq.families import BLOCK_LISTS
 from cemq.quantize import NO_SCHEME, CemqConfig, QuantizationPlan, check_scheme, quantize_calibrated
 from cemq.quantize.allocate import layer_bytes
 from cemq.quantize.calibrate import Call
-from cemq.quantize.quantizer import mark_quantized, nothing_to_quantize, quantizable
+from cemq.quantize.in_diffusers import mark_quantized, nothing_to_quantize, quantizable
 
 _SMALL = 0.02  # standard deviation of biases and embeddings
 
@@ -143,7 +143,7 @@ def _draw(name: str, shape: torch.Size, embedding: bool, device: torch.device) -
     """Normal, scaled so that products keep the size of their inputs; the weights of norms are ones."""
     bias = name.endswith("bias")
     if len(shape) == 1 and not bias:
-        return torch.ones(shape, device=device)
+        return torch.ones(shape, dtype=torch.float32, device=device)
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     scale = _SMALL if bias or embedding else prod(shape[1:]) ** -0.5
-    return torch.randn(shape, generator=generator, device=device).mul_(scale)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).mul_(scale)

@@ -1,5 +1,5 @@
 """How far a bundle is from the full-precision, uncached original, and what it saves."""
 
-from cemq.evaluation.compare import Evaluation, Fidelity, Outcome, evaluate, measure_fidelity, run_batch
+from cemq.evaluation.compare import Evaluation, Fidelity, evaluate, measure_fidelity
 
-__all__ = ["Evaluation", "Fidelity", "Outcome", "evaluate", "measure_fidelity", "run_batch"]
+__all__ = ["Evaluation", "Fidelity", "evaluate", "measure_fidelity"]

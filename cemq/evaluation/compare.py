@@ -4,48 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from cemq.bundle import read_bundle
-from cemq.errors import InputError
-from cemq.evaluation.metrics import psnr_db, relative_l2, ssim
-from cemq.models import default_device, locate, open_pipeline, weight_bytes
-from cemq.outputs import as_array, as_levels, as_pictures
-from cemq.prior import SamplerFingerprint
-from cemq.processes import ALONE, Processes
-from cemq.runtime import ScheduleHook, from_pretrained, schedule_hook
-from cemq.sampling import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches, run
-from cemq.trajectory import run_end
+from cemq.bundle.load import from_pretrained
+from cemq.bundle.manifest import MANIFEST, read_bundle
+from cemq.errors import InputError, ModelError
+from cemq.files import absolute, check_writable, written_whole
+from cemq.metrics import psnr_db, relative_l2, ssim
+from cemq.parallel import ALONE, Processes
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Progress, iterate, make_batches
+from cemq.pipelines.opening import default_device, locate, open_pipeline, weight_bytes
+from cemq.pipelines.outputs import as_levels, as_pictures
+from cemq.runtime import schedule_hook
+from cemq.runtime.outcome import Outcome, run_batch, said_of_steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """Distance to the full-precision, uncached run of the same seeds; means over samples, and the spread of PSNR."""
+    """Distance to the full-precision, uncached run of the same seeds; means over samples, and the spread of PSNR.
+
+    ``num_steps`` and ``full_steps`` are those that were run, and run in full, a mean over samples too: not what was
+    planned.
+    """
 
     psnr_db: float
     psnr_db_std: float
     ssim: float
     relative_l2: float
     samples: int
+    num_steps: float
+    full_steps: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What the bundle cost and what it saved; ``wall_ratio`` is reference seconds / bundle seconds of this run."""
+    """What the bundle cost and what it saved; ``wall_ratio`` is reference seconds / bundle seconds of this run.
+
+    ``full_steps`` were counted; with one branch of guidance a step is half a one.
+    """
 
     psnr_db: float
     psnr_db_std: float
     ssim: float
     relative_l2: float
-    num_steps: int
-    full_steps: int
+    num_steps: float
+    full_steps: float
     compute_ratio: float
     wall_ratio: float
     model_bytes: int
@@ -57,32 +66,6 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
-    """Images, videos or audio (`cemq.outputs` knows the shapes) and latents of one batch, the seconds it took, and the
-    timesteps."""
-
-    images: np.ndarray
-    latents: torch.Tensor
-    seconds: float
-    sampler: SamplerFingerprint | None = None
-
-
-def run_batch(
-    pipe: Any, batch: Batch, *, steps: int, call: Mapping[str, Any], on_step: Callable[[], None] | None = None
-) -> Outcome:
-    """Run one batch to images, frames or audio, and keep its final latents."""
-    with run_end(pipe) as end:
-        started = time.perf_counter()
-        images = run(pipe, batch, steps=steps, call=call, on_step=on_step)
-        if end.sample.is_cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    values = as_array(images)
-    # DiT denoises its samples twice over, for guidance, and decodes the first half
-    return Outcome(images=values, latents=end.sample[: len(values)], seconds=seconds, sampler=end.sampler)
 
 
 def measure_fidelity(
@@ -98,17 +81,27 @@ def measure_fidelity(
             psnr_db(as_levels(a.images), as_levels(b.images)),
             _likeness(a.images, b.images),
             relative_l2(a.latents, b.latents),
+            *(np.full(len(b.images), count) for count in (b.num_steps, b.full_steps)),
         )
         for a, b in zip(references, outcomes, strict=True)
     ]
-    quality, likeness, errors = (np.concatenate(each) for each in zip(*processes.gather(scores), strict=True))
+    gathered = zip(*processes.gather(scores), strict=True)
+    quality, likeness, errors, steps, full_steps = (np.concatenate(each) for each in gathered)
     return Fidelity(
         psnr_db=float(quality.mean()),
         psnr_db_std=float(quality.std()),
         ssim=float(likeness.mean()),
         relative_l2=float(errors.mean()),
         samples=len(quality),
+        num_steps=_whole(steps.mean()),
+        full_steps=_whole(full_steps.mean()),
     )
+
+
+def _whole(count: float) -> float:
+    """An integer where it is one."""
+    rounded = round(float(count), 3)
+    return int(rounded) if rounded.is_integer() else rounded
 
 
 def _likeness(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -142,7 +135,7 @@ def evaluate(
         batch_size: Samples run together; None takes that of the bundle's recipe, or 4.
         picture: Write a PNG, full precision on the left and the bundle on the right; four frames of each video, the
             spectrograms of audio.
-        processes: Those that `cemq.processes.launched` gives, to run a share of the samples each; all return the same.
+        processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each; all return the same.
 
     Raises:
         CemqError: The bundle or the reference cannot be used, or a seed was used for profiling.
@@ -159,10 +152,18 @@ def evaluate(
         raise InputError(f"seed {min(used)} was used to profile this bundle: choose another --seed")
     if picture is not None:
         check_picture_path(Path(picture))
+        picture = absolute(picture)
     place = device or default_device()
     source = locate(reference or manifest.model)
+    if (source.folder / MANIFEST).is_file():
+        raise ModelError(f"reference '{source.name}' is a cemq bundle: give the full-precision model")
     scheduled = from_pretrained(bundle, device=place, budget=budget)
     original = open_pipeline(source.folder, dtype=manifest.dtype, device=place)
+    if type(original) is not type(scheduled):
+        raise ModelError(
+            f"reference '{source.name}' is a {type(original).__name__}, the bundle was made from a "
+            f"{manifest.pipeline_class}: give the model that it was made from"
+        )
     for pipe in (scheduled, original):
         pipe.set_progress_bar_config(disable=True)
 
@@ -174,16 +175,12 @@ def evaluate(
     fidelity = measure_fidelity(references, outcomes, processes)
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
     if picture is not None and processes.is_main:
-        write_side_by_side(Path(picture), references[0].images, outcomes[0].images)
-    hook = schedule_hook(scheduled)
-    ((num_steps, full_steps, compute_ratio),) = set(
-        processes.gather([_computed(hook, settings["steps"])] if outcomes else [])
-    )
+        write_side_by_side(picture, references[0].images, outcomes[0].images)
+    if note := said_of_steps(schedule_hook(scheduled).schedule, fidelity.num_steps, fidelity.full_steps):
+        warnings.warn(f"cemq: {note}", stacklevel=2)
     return Evaluation(
         **dataclasses.asdict(fidelity),
-        num_steps=num_steps,
-        full_steps=full_steps,
-        compute_ratio=compute_ratio,
+        compute_ratio=fidelity.num_steps / fidelity.full_steps,
         wall_ratio=statistics.median(wall_ratios),
         model_bytes=weight_bytes(scheduled),
         reference_bytes=weight_bytes(original),
@@ -193,20 +190,11 @@ def evaluate(
     )
 
 
-def _computed(hook: ScheduleHook, steps: int) -> tuple[int, int, float]:
-    """Steps, full-compute steps and compute ratio of the latest run: all are full where no schedule carries over."""
-    schedule = hook.schedule
-    if schedule.budget < schedule.num_steps and not hook.skipped_evaluations:
-        return steps, steps, 1.0
-    return schedule.num_steps, schedule.budget, schedule.compute_ratio
-
-
-def check_picture_path(path: Path) -> None:
+def check_picture_path(path: Path, what: str = "picture") -> None:
     """Raises InputError unless a PNG can be written there."""
     if path.suffix.lower() != ".png":
-        raise InputError(f"picture '{path}': the name must end in .png")
-    if not path.parent.is_dir():
-        raise InputError(f"picture '{path}': the folder '{path.parent}' does not exist")
+        raise InputError(f"{what} '{path}': the name must end in .png")
+    check_writable(path, what)
 
 
 def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, rows: int = 4) -> None:
@@ -221,7 +209,8 @@ def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, r
         lines.append(np.concatenate([left, np.ones((left.shape[0], gap, 3)), right], axis=1))
         lines.append(np.ones((gap, lines[0].shape[1], 3)))
     sheet = np.concatenate(lines[:-1])
-    Image.fromarray((sheet * 255).round().astype(np.uint8)).save(path)
+    with written_whole(path, "picture") as partial:
+        Image.fromarray((sheet * 255).round().astype(np.uint8)).save(partial)
 
 
 def _in_a_row(pictures: np.ndarray, most: int = 4) -> np.ndarray:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from cemq.bundle import EVIDENCE, PRIOR, read_bundle
-from cemq.evaluation.metrics import psnr_of
-from cemq.prior import ErrorPrior
+from cemq.bundle.manifest import EVIDENCE, PRIOR, read_bundle
+from cemq.metrics import psnr_of
+from cemq.prior.error_prior import ErrorPrior
 
 
 def describe(bundle: Path) -> dict[str, Any]:
@@ -82,7 +83,8 @@ def print_description(description: dict[str, Any]) -> None:
         "schedule": f"{len(schedule['full_steps'])} full-compute steps"
         + (f", one branch of guidance on {len(only)} of them" if (only := schedule.get("branch_steps")) else "")
         + f", compute ratio "
-        f"{schedule['compute_ratio']:.2f}, {schedule['solver']} on the {description['prior']['view']} prior, "
+        f"{schedule['compute_ratio']:.2f}{_counted(schedule, fidelity)}, {schedule['solver']} on the "
+        f"{description['prior']['view']} prior, "
         f"{', '.join([names] if isinstance(names := schedule['predictor'], str) else dict.fromkeys(names))}",
         "corrector": schedule.get("corrector", "none"),
         "correction": description["correction"] or "none",
@@ -107,6 +109,13 @@ def print_description(description: dict[str, Any]) -> None:
             f"{prior['predicted_error'][step]:.4f}",
         )
     console.print(table)
+
+
+def _counted(schedule: dict[str, Any], fidelity: dict[str, float]) -> str:
+    """What was counted at build time, where that is not what is planned."""
+    planned = schedule["num_steps"] / schedule["compute_ratio"]
+    counted = fidelity.get("full_steps", planned)  # bundles of before do not say
+    return "" if math.isclose(counted, planned) else f" ({counted:g} steps were computed at build time)"
 
 
 def _print_curve(console: Any, points: list[dict[str, Any]]) -> None:

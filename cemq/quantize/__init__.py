@@ -1,15 +1,16 @@
 """Quantization: schemes and backends, layers, calibration, and the glue to diffusers."""
 
 from cemq.quantize.allocate import choose_eight_bit, stored_bits
-from cemq.quantize.build import QuantizationPlan, quantize_pipeline
-from cemq.quantize.calibrate import quantize_calibrated, record_calls
-from cemq.quantize.linear import InputStatistics, NativeLinear, QuantizedLinear
-from cemq.quantize.quantizer import CemqConfig, quantize_in_place
+from cemq.quantize.calibrate import RECORDED_BYTES, quantize_calibrated, record_calls
+from cemq.quantize.in_diffusers import CemqConfig, quantize_in_place
+from cemq.quantize.layers import InputStatistics, NativeLinear, QuantizedLinear
+from cemq.quantize.pipeline import QuantizationPlan, quantize_pipeline
 from cemq.quantize.schemes import BACKENDS, NO_SCHEME, SCHEMES, Backend, Scheme, check_scheme, installed
 
 __all__ = [
     "BACKENDS",
     "NO_SCHEME",
+    "RECORDED_BYTES",
     "SCHEMES",
     "Backend",
     "CemqConfig",

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cemq.errors import InputError
-from cemq.quantize.calibrate import Call, replay
-from cemq.quantize.quantizer import CemqConfig, nothing_to_quantize, quantizable
+from cemq.quantize.calibrate import Call, first_tensor, replay
+from cemq.quantize.in_diffusers import CemqConfig, nothing_to_quantize, quantizable
 from cemq.quantize.schemes import SCHEMES, Scheme
 
 MEASURED_CALLS = 4  # calls, spread over the recorded ones, on which each layer's harm is measured
@@ -103,11 +103,8 @@ def _harms(
 
 
 def replayed_output(denoiser: nn.Module, call: Call) -> torch.Tensor:
-    """The first tensor in what the denoiser answers to a call: some answer with a tuple, others with a dataclass."""
-    answer = replay(denoiser, call)
-    while not isinstance(answer, torch.Tensor):
-        answer = next(iter(answer.values() if isinstance(answer, dict) else answer))
-    return answer
+    """The first tensor in what the denoiser answers to a call."""
+    return first_tensor(replay(denoiser, call))
 
 
 def layer_bytes(config: CemqConfig, linear: nn.Linear, scheme: Scheme) -> int:

@@ -101,7 +101,7 @@ def smoothing(weight: torch.Tensor, channel_largest: torch.Tensor | None) -> tor
         float32 (in,), of geometric mean 1.
     """
     if channel_largest is None:
-        return torch.ones(weight.shape[1], device=weight.device)
+        return torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
     largest_input = channel_largest.to(weight.device).float().clamp_min(1e-5)
     largest_weight = weight.float().abs().amax(0).clamp_min(1e-5)
     smooth = largest_weight ** (1 - SMOOTHING) / largest_input**SMOOTHING
@@ -118,9 +118,8 @@ def low_rank(weight: torch.Tensor, hessian: torch.Tensor | None, rank: int) -> t
     if hessian is None:
         up, sizes, down = torch.linalg.svd(weight, full_matrices=False)
         return (up[:, :rank] * sizes[:rank]).bfloat16(), down[:rank].bfloat16()
-    damped = hessian.float() + DAMPING * hessian.diagonal().mean().clamp_min(1e-12) * torch.eye(
-        len(hessian), device=hessian.device
-    )
+    damped = hessian.float().clone()
+    damped.diagonal().add_(DAMPING * hessian.diagonal().mean().clamp_min(1e-12))
     root = torch.linalg.cholesky(damped)
     up, sizes, down = torch.linalg.svd(weight @ root, full_matrices=False)
     down = torch.linalg.solve_triangular(root, down[:rank], upper=False, left=False)

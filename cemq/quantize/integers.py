@@ -167,7 +167,7 @@ def cpu_product_is_exact() -> bool:
 
 @functools.cache
 def _probe_cpu_product() -> bool:
-    extreme = torch.full((32, 64), INT8_MAX, dtype=torch.int8)
+    extreme = torch.full((32, 64), INT8_MAX, dtype=torch.int8, device="cpu")
     return bool((torch._int_mm(extreme, extreme.t()) == 64 * INT8_MAX**2).all())
 
 

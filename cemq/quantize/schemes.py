@@ -50,7 +50,7 @@ SCHEMES = {
 NO_SCHEME = "none"
 
 BACKENDS = {
-    "native": Backend(layers=dict.fromkeys(("w8a8", "w4a8", "w8a16", "w4a16"), "cemq.quantize.linear:NativeLinear")),
+    "native": Backend(layers=dict.fromkeys(("w8a8", "w4a8", "w8a16", "w4a16"), "cemq.quantize.layers:NativeLinear")),
     "quanto": Backend(
         layers=dict.fromkeys(("w8a8", "w4a8", "w8a16", "w4a16"), "cemq.quantize.backends.quanto:QuantoLinear"),
         package="optimum.quanto",

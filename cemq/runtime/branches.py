@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from cemq.runtime.history import summed
+from cemq.runtime.history import layout, summed
 from cemq.schedule import CacheSchedule
 
 
@@ -48,7 +48,7 @@ class Branches:
         if is_first:
             self._first_output = leaves
             return output
-        if _shapes(leaves) != _shapes(self._first_output):
+        if layout(leaves) != layout(self._first_output):
             return None
         return tree_unflatten([_added(a, b, -1.0) for a, b in zip(leaves, self._first_output, strict=True)], structure)
 
@@ -60,14 +60,10 @@ class Branches:
         if is_first:
             self._first_output = leaves
             return tree_unflatten(leaves, structure)
-        if _shapes(leaves) != _shapes(self._first_output):
+        if layout(leaves) != layout(self._first_output):
             return None
         pairs = zip(self._first_output, leaves, strict=True)
         return tree_unflatten([_like(first, _added(first, leaf, 1.0)) for first, leaf in pairs], structure)
-
-
-def _shapes(leaves: list[Any]) -> list[Any]:
-    return [leaf.shape if torch.is_tensor(leaf) else None for leaf in leaves]
 
 
 def _added(leaf: Any, other: Any, sign: float) -> Any:

@@ -39,13 +39,37 @@ def copied(leaf: Any) -> Any:
     return leaf.detach().clone() if torch.is_tensor(leaf) else leaf
 
 
+def layout(tree: Any) -> tuple[Any, ...]:
+    """What must be equal, exactly, before leaves of two trees are added up: shapes and devices of tensors, and plain
+    values, which say where in a model they belong. Of anything else the type; dtypes are no matter, sums are float32.
+    """
+    leaves, structure = tree_flatten(tree)
+    return (structure, *(_leaf_layout(leaf) for leaf in leaves))
+
+
+def _leaf_layout(leaf: Any) -> Any:
+    if torch.is_tensor(leaf):
+        return leaf.shape, leaf.device
+    return leaf if isinstance(leaf, (int, str, torch.Size)) else type(leaf)
+
+
+def shapes_of(arguments: Any) -> tuple[Any, ...]:
+    """Shapes and devices of the tensors in the arguments of a call."""
+    return tuple(_leaf_layout(leaf) for leaf in tree_flatten(arguments)[0] if torch.is_tensor(leaf))
+
+
 @dataclass
 class History:
-    """What is cached of one stream's full-compute steps and still needed, and the shapes it was computed for."""
+    """What is cached of one stream's full-compute steps and still needed, and the shapes it was computed for.
+
+    All that is kept has one layout: a model's first output may be longer than those that follow (a KV cache of its
+    prompt), though it is called alike.
+    """
 
     shapes: Any = None
     kept: dict[int, list[Any]] = field(default_factory=dict)  # flattened, by step index
     structure: Any = None
+    layout: Any = None
 
     def retain(self, needed: Iterable[int], shapes: Any) -> None:
         """Free the other steps' memory, and all of it if the shapes have changed."""
@@ -54,6 +78,10 @@ class History:
         self.kept = {step: leaves for step, leaves in self.kept.items() if step in needed}
 
     def keep(self, step_index: int, value: Any) -> None:
+        """Keep a step, and forget those of another layout: nothing is summed, or broadcast, with what differs."""
+        found = layout(value)
+        if found != self.layout:
+            self.kept, self.layout = {}, found
         self.kept[step_index], self.structure = tree_flatten(value)
 
     def serve(self, sources: tuple[int, ...], weights: tuple[float, ...]) -> Any:

@@ -51,20 +51,29 @@ def install(module: nn.Module, hook: ModelHook) -> None:
 
 
 def uninstall(module: nn.Module) -> ModelHook | None:
-    """Take the hook off and return it; what was put around it later, or in its place, stays as it is."""
+    """Take the hook off and return it; what was put around it later, or in its place, stays and works as before.
+
+    Diffusers' own removal would cut off what lies above: it overwrites what that calls, be it the hook's forward, what
+    that one calls in turn, or something of another kind in between.
+    """
     registry = HookRegistry.check_if_exists_or_initialize(module)
     hook = registry.get_hook(HOOK)
     if hook is None:
         return None
-    found = module.forward
-    below_accelerate = module.__dict__.get("_old_forward") is hook.installed
+    forward, references = module.forward, [each.fn_ref for each in registry.hooks.values()]
+    linked = [(each, each.forward) for each in references]
+    below = registry.get_hook(_CUSHION).fn_ref.forward
     for name in (HOOK, _CUSHION):
-        registry.remove_hook(name, recurse=False)  # sets forward to what lay below, if this was the last hook
-    if below_accelerate:  # accelerate came later, and calls what it keeps there
-        module._old_forward = module.forward
-    if found is not hook.installed:
-        module.forward = found
-    elif module.forward == type(module).forward.__get__(module):
+        registry.remove_hook(name, recurse=False)
+    for each, called in linked:
+        each.forward = below if called is hook.installed else called
+        if each.original_forward is hook.installed:
+            each.original_forward = below
+    if module.__dict__.get("_old_forward") is hook.installed:  # of accelerate's hooks, which call what they keep there
+        module._old_forward = below
+    hook.fn_ref.forward = below  # for whatever wraps it without saying where it keeps what it wraps
+    module.forward = below if forward is hook.installed else forward
+    if module.forward == type(module).forward.__get__(module):
         module.__dict__.pop("forward", None)  # as it was: the class's own
     return hook
 

@@ -3,65 +3,114 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from cemq.errors import ModelError
-from cemq.prior import SamplerFingerprint
-from cemq.runtime.corrector import Corrector
-from cemq.runtime.plan import Plan
-from cemq.sampler import fingerprint, intercepted, responses, retimed
-from cemq.schedule import CacheSchedule
+import torch
 
-Stream = tuple[str | None, int]
+from cemq.errors import ModelError
+from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.pipelines.noise_scheduler import Call, Interception, fingerprint, intercepted, next_sample, responses, retimed
+from cemq.runtime.callers import Caller, Origin, find_caller
+from cemq.runtime.corrector import Corrector
+from cemq.schedule import CacheSchedule
+from cemq.schedule.plan import Plan
+
+Place = tuple[str | None, int]  # a cache context, and where in the code of its run a call is made
+Stream = tuple[Place, int]
 
 
 class StepTracker:
     """Follows one scheduler: ``step_index`` counts ``scheduler.step`` calls since ``set_timesteps``.
 
+    A run is what is called from where its timesteps were set (`Origin`), until that has returned or raised: ``on_end``.
     Other timesteps than planned for get a plan of their own, where the plan carries over. ``step_index`` is None
     whenever the run is none that there is a plan for: another sampler, start (image-to-image strength) or order of
     timesteps. Then the caller computes in full. On planned steps the plan's correction is applied to the prediction.
     """
 
-    def __init__(self, plan: Plan, on_start: Callable[[CacheSchedule], None]):
-        self.plan, self.on_start = plan, on_start
+    keeps_first_step = False  # whether what follows may be served from it though the schedule does not say so
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        on_start: Callable[[CacheSchedule], None],
+        on_end: Callable[[], None],
+        on_late_start: Callable[[CacheSchedule], None],
+    ):
+        self.plan, self.on_start, self.on_end, self.on_late_start = plan, on_start, on_end, on_late_start
         self._current = plan  # that of the latest run
         self._timesteps: tuple[float, ...] = ()  # which it is expected to take
         self._corrector: Corrector | None = None  # of the run
-        self._measured: tuple[SamplerFingerprint, Any] | None = None
+        self._measured: list[tuple[SamplerFingerprint, Any]] = []  # of the latest kinds of runs
         self.scheduler: Any = None
         self.step_index: int | None = None
-        self._calls: Counter[str | None] = Counter()
+        self.steps_taken = 0  # since `set_timesteps`, planned or not
+        self.as_planned = True  # no call of this step was computed that should have been served
+        self.origins: list[Origin] = []  # of the run, and of those in other threads that it broke into
+        self._calls: Counter[Place] = Counter()
+        self._first_stream: Stream | None = None  # of the run
+        self._first_timesteps: dict[Place, Any] = {}  # of the first step, as the denoiser gets them
         self._warned: set[str] = set()
-        self._undo = ExitStack()
-        self._thread: int | None = None  # that of the run: a second one at once would mix up both
+        self._undo, self._undo_step = ExitStack(), ExitStack()
+        self._stepping: Interception | None = None
 
     def follow(self, scheduler: Any) -> None:
         """Intercept ``set_timesteps`` and ``step`` of this scheduler until `release`."""
         self.scheduler = scheduler
         self._undo.enter_context(intercepted(scheduler, "set_timesteps", self._set_timesteps))
-        self._undo.enter_context(intercepted(scheduler, "step", self._step))
+        self._undo.callback(self._undo_step.close)
+        self._follow_steps()
+
+    def _follow_steps(self) -> None:
+        """Intercept ``step`` above whatever has been put in its place, which may have been put in ours."""
+        self._undo_step.close()
+        self._stepping = self._undo_step.enter_context(intercepted(self.scheduler, "step", self._step))
 
     def release(self) -> None:
         self._undo.close()
 
-    def enter_call(self, context: str | None) -> Stream:
-        """The stream of this denoiser call: its cache context, and how many calls of that name the step has had."""
-        if self.step_index is None or self.step_index < self._current.schedule.num_steps:  # the run is not over yet
-            self._check_thread()
-        stream = (context, self._calls[context])
-        self._calls[context] += 1
-        return stream
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a run has begun that has not made all of its steps."""
+        if self.step_index is not None:
+            return self.is_followed
+        return bool(self.origins) and self.steps_taken < len(self.scheduler.timesteps)
 
     @property
-    def is_first_call(self) -> bool:
-        """Whether the call just entered is the first of its step; any after it are of other branches of guidance."""
-        return self._calls.total() == 1
+    def is_followed(self) -> bool:
+        """Whether it is under way, and under the plan."""
+        left = self.step_index is not None and self.step_index < self._current.schedule.num_steps
+        return left and not self.origins[0].is_over
+
+    def enter_call(self, caller: Caller, context: str | None, timestep: Any) -> Stream:
+        """The stream of this denoiser call: its place, and how many calls from there the step has had.
+
+        Raises:
+            ModelError: Another thread has begun a run with this scheduler since.
+        """
+        self._check_thread(caller)
+        place = (context, caller.place)
+        stream = (place, self._calls[place])
+        self._calls[place] += 1
+        if self._first_stream is None:
+            self._first_stream = stream
+        if self.step_index == 0 and self._calls[place] > 1 and _differ(self._first_timesteps[place], timestep):
+            self.give_up(
+                "the denoiser is called at another timestep though its scheduler has made no step: the pipeline steps "
+                "copies of it, or none"
+            )
+        elif self.step_index == 0:
+            self._first_timesteps.setdefault(place, timestep)
+        return stream
+
+    def is_first(self, stream: Stream) -> bool:
+        """Whether it is the one that each step begins with; the others are of other branches of guidance."""
+        return stream == self._first_stream
 
     def agrees(self, step_index: int | None, sigma: float | None) -> bool:
         """Whether this is the step that the pipeline's cache context says it is, where it says so."""
@@ -73,20 +122,20 @@ class StepTracker:
         expected = float(sigmas[self.step_index + (getattr(self.scheduler, "begin_index", None) or 0)])
         return abs(sigma - expected) <= 1e-3 * max(1.0, abs(expected))
 
-    def _check_thread(self) -> None:
-        if self._thread not in (None, threading.get_ident()):
-            raise ModelError("two threads run this pipeline at once: give each a pipeline (or scheduler) of its own")
+    def _check_thread(self, caller: Caller) -> None:
+        if self.origins[0] not in caller.origins:
+            raise ModelError(
+                "two threads run this pipeline at once: give each one of its own, which cemq.for_request(pipe) makes"
+            )
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"cemq: {message}; computing in full", stacklevel=3)
 
-    def _set_timesteps(self, original: Any, **arguments: Any) -> Any:
-        result = original(**arguments)
-        self._calls.clear()
-        self._thread = threading.get_ident()
-        self.step_index = 0
+    def _set_timesteps(self, original: Any, call: Call) -> Any:
+        result = original(*call.args, **call.kwargs)
+        self._begin()
         found, expected = fingerprint(self.scheduler), self.plan.sampler
         if found.ends_like(expected):
             self._current = self.plan
@@ -104,62 +153,159 @@ class StepTracker:
             moved = self._responses_of(found)
             if moved is None:
                 self.step_index = None
-                self.warn_once(f"{found.scheduler} steps as set up here cannot be corrected later")
+                self.warn_once(_uncorrected(found))
             else:
                 self._corrector = Corrector(self._current.schedule, moved)
         elif self.step_index is None:
             self.warn_once(_difference(found, expected))
         return result
 
+    def _begin(self) -> None:
+        origin = Origin(self.scheduler, self._ended)
+        broken_into = [o for o in self.origins if o.is_known and not o.is_over and o.thread != origin.thread]
+        self.origins = [origin, *broken_into]
+        if not self._stepping.is_seen:
+            self._follow_steps()
+        self.step_index, self.steps_taken, self.as_planned = 0, 0, True
+        self._first_stream, self._first_timesteps = None, {}
+        self._calls.clear()
+
+    def _ended(self, origin: Origin) -> None:
+        """What is left of the run is of no use to anyone: after an exception it may be much."""
+        if self.origins[0] is origin:
+            self._corrector, self._first_timesteps = None, {}
+            self.on_end()
+
+    def give_up(self, reason: str) -> None:
+        """Compute the rest of the run in full."""
+        self.step_index, self._corrector = None, None
+        self.on_end()
+        self.warn_once(reason)
+
     def _responses_of(self, found: SamplerFingerprint) -> Any:
         """`responses` of the scheduler as it is now, measured once for runs that are alike."""
-        if self._measured is None or self._measured[0] != found:
-            self._measured = found, responses(self.scheduler, self._current.schedule.num_steps)
-        return self._measured[1]
+        for known, moved in self._measured:
+            if known == found:
+                return moved
+        moved = responses(self.scheduler, self._current.schedule.num_steps)
+        self._measured = [(found, moved), *self._measured[:3]]
+        return moved
 
-    def _step(self, original: Any, **arguments: Any) -> Any:
-        self._check_thread()
-        if self.step_index is not None:
-            if not self._is_expected(arguments.get("timestep")):
-                self.step_index = None
-                self.warn_once("the run takes its timesteps from another place than the schedule was planned for")
+    def _step(self, original: Any, call: Call) -> Any:
+        caller = find_caller(self.origins)
+        if not caller.origins:
+            if self.origins and self.is_followed:
+                self.give_up("its scheduler is stepped from elsewhere than where a run began")
+            return original(*call.args, **call.kwargs)
+        self._check_thread(caller)
+        corrector, step_index = None, self.step_index
+        if step_index is not None:
+            objection = self._objection(call.get("timestep"))
+            if objection:
+                self.give_up(objection)
             else:
-                for change in (self._corrector, self._current.correction):
-                    if change is not None:
-                        output = arguments["model_output"]
-                        arguments["model_output"] = change.apply(output, self.step_index)
+                corrector, correction, output = self._corrector, self._current.correction, call.get("model_output")
+                if corrector is not None:
+                    output = corrector.apply(output, step_index, call.get("sample"), as_planned=self.as_planned)
+                if correction is not None:
+                    output = correction.apply(output, step_index)
+                call = call.replaced(model_output=output)
                 self.step_index += 1
         self._calls.clear()
-        return original(**arguments)
+        self.steps_taken, self.as_planned = self.steps_taken + 1, True
+        result = original(*call.args, **call.kwargs)
+        if corrector is not None:
+            corrector.returned(next_sample(result), step_index)
+        return result
 
-    def _is_expected(self, timestep: Any) -> bool:
-        if timestep is None or self.step_index >= len(self._timesteps):
-            return False
-        planned = self._timesteps[self.step_index]
-        found = timestep.flatten()[0] if hasattr(timestep, "flatten") else timestep  # some hand one per sample
-        return abs(float(found) - planned) <= 1e-3 * max(1.0, abs(planned))
+    def _objection(self, timestep: Any) -> str | None:
+        """Why the run does not follow its plan if its next step is at this one."""
+        expected = self._timesteps[self.step_index : self.step_index + 1]
+        if timestep is not None and expected and _is_near(_number(timestep), *expected):
+            return None
+        return "the run takes its timesteps from another place than the schedule was planned for"
 
 
 def _difference(found: SamplerFingerprint, expected: SamplerFingerprint) -> str:
     if len(found.timesteps) != len(expected.timesteps):
-        return f"this run has {len(found.timesteps)} steps, the schedule was planned for {len(expected.timesteps)}"
+        return _count_differs(len(found.timesteps), len(expected.timesteps))
     return "the sampler's settings or timesteps are not those the schedule was planned for"
 
 
+def _count_differs(found: int, planned: int) -> str:
+    return f"this run has {found} steps, the schedule was planned for {planned}"
+
+
+def _uncorrected(sampler: SamplerFingerprint) -> str:
+    return f"{sampler.scheduler} steps as set up here cannot be corrected later"
+
+
+def _number(timestep: Any) -> float:
+    return float(timestep.flatten()[0] if hasattr(timestep, "flatten") else timestep)  # some hand one per sample
+
+
+def _is_near(found: float, planned: float) -> bool:
+    return abs(found - planned) <= 1e-3 * max(1.0, abs(planned))
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether these are timesteps of two steps; of other shapes they may be those of other samples."""
+    if torch.is_tensor(one) and torch.is_tensor(other):
+        return one.shape == other.shape and not torch.equal(one, other.to(one))
+    return isinstance(one, (int, float)) and isinstance(other, (int, float)) and one != other
+
+
 class AnySamplerTracker(StepTracker):
-    """For plans that do not say which sampler they were made for: every sampler with as many steps is theirs."""
+    """For plans that do not say which sampler they were made for: every sampler with as many steps is theirs.
 
-    def __init__(self, plan: Plan, on_start: Callable[[CacheSchedule], None]):
-        num_steps = plan.schedule.num_steps
-        unknown = SamplerFingerprint(scheduler="", config={}, timesteps=(0.0,) * num_steps)
-        super().__init__(dataclasses.replace(plan, sampler=unknown), on_start)
+    An image-to-image run begins late, which its first step shows. If it then has as many steps as the schedule, it
+    follows that; if the sampler was given as many timesteps, it follows the tail of the schedule.
+    """
 
-    def _set_timesteps(self, original: Any, **arguments: Any) -> Any:
-        def learn(**arguments: Any) -> Any:
-            result = original(**arguments)
-            found = fingerprint(self.scheduler)
-            if len(found.timesteps) == self.plan.schedule.num_steps:
-                self.plan = dataclasses.replace(self.plan, sampler=found)
+    def __init__(self, plan: Plan, **callbacks: Callable[..., None]):
+        self._whole, self._all_timesteps = plan, ()
+        unknown = SamplerFingerprint(scheduler="", config={}, timesteps=(0.0,) * plan.schedule.num_steps)
+        super().__init__(dataclasses.replace(plan, sampler=unknown), **callbacks)
+
+    def _set_timesteps(self, original: Any, call: Call) -> Any:
+        def learn(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            found, steps = fingerprint(self.scheduler), self._whole.schedule.num_steps
+            self._all_timesteps = found.timesteps
+            if len(found.timesteps) >= steps:
+                last = dataclasses.replace(found, timesteps=found.timesteps[-steps:])
+                self.plan = dataclasses.replace(self._whole, sampler=last)
             return result
 
-        return super()._set_timesteps(learn, **arguments)
+        return super()._set_timesteps(learn, call)
+
+    @property
+    def keeps_first_step(self) -> bool:
+        schedule = self._whole.schedule
+        return self.step_index == 0 and len(schedule.full_steps) < schedule.num_steps
+
+    def _objection(self, timestep: Any) -> str | None:
+        if self.step_index == 0 and timestep is not None:
+            steps, found = self._whole.schedule.num_steps, _number(timestep)
+            start = next((i for i, each in enumerate(self._all_timesteps) if _is_near(found, each)), None)
+            if start is not None and len(self._all_timesteps) == steps:
+                return self._begin_at(start) if start else None
+            if start is not None and len(self._all_timesteps) - start != steps:
+                return _count_differs(len(self._all_timesteps) - start, steps)
+        return super()._objection(timestep)
+
+    def _begin_at(self, start: int) -> str | None:
+        """Follow the schedule from this step of it on; why not, if that cannot be."""
+        schedule, correction = self._whole.schedule.from_step(start), self._whole.correction
+        sampler = dataclasses.replace(self.plan.sampler, timesteps=self._all_timesteps[start:])
+        correction = correction and correction.from_step(start)
+        self._current = dataclasses.replace(self.plan, schedule=schedule, sampler=sampler, correction=correction)
+        self._timesteps = self._timesteps[start:]
+        self._corrector = None
+        if schedule.corrects:
+            moved = self._responses_of(sampler)
+            if moved is None:
+                return _uncorrected(sampler)
+            self._corrector = Corrector(schedule, moved)
+        self.on_late_start(schedule)
+        return None

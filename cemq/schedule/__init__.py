@@ -3,7 +3,9 @@
 from cemq.schedule.branches import paid_steps, plan_branches, skip_branches
 from cemq.schedule.cache_schedule import CacheSchedule
 from cemq.schedule.cem import CemRule, cem_costs, published_errors, solve_cem, solve_relaxed_cem
-from cemq.schedule.plan import (
+from cemq.schedule.local_search import SEARCH, SEGMENT_PREDICTORS, improve, neighbours, plan_predicted, stretched
+from cemq.schedule.segment import segment_costs, solve_segments
+from cemq.schedule.solvers import (
     AUTO,
     SOLVERS,
     check_budget,
@@ -15,8 +17,6 @@ from cemq.schedule.plan import (
     uniform_steps,
     usual_budget,
 )
-from cemq.schedule.search import SEARCH, SEGMENT_PREDICTORS, improve, neighbours, plan_predicted, stretched
-from cemq.schedule.segment import segment_costs, solve_segments
 
 __all__ = [
     "AUTO",

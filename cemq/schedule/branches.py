@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from cemq.prior import ErrorPrior
+from cemq.prior.error_prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
-from cemq.schedule.plan import parse_budget, plan_schedule
+from cemq.schedule.solvers import parse_budget, plan_schedule
 
 
 def skip_branches(schedule: CacheSchedule, budget: int) -> CacheSchedule:

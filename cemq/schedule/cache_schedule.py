@@ -6,19 +6,16 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from cemq.errors import InputError
-from cemq.predict import (
-    NO_CORRECTOR,
-    check_corrector,
-    check_predictor,
-    correcting_matrix,
-    integrated_matrix,
-    serving_matrix,
-)
+from cemq.predict.correctors import NO_CORRECTOR, check_corrector, correcting_matrix, integrated_matrix
+from cemq.predict.predictors import check_predictor, serving_matrix
+
+MOST_STEPS = 10_000  # what serves what is a table of steps by steps, then of 0.8 GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +25,7 @@ class CacheSchedule:
     ``predictor`` serves the skipped steps: one name, or one for each full-compute step and the steps that follow it.
 
     ``corrector`` puts right, at each full-compute step, what the skipped steps before it moved the sample by
-    (`cemq.predict.correcting_matrix`).
+    (`cemq.predict.correctors.correcting_matrix`).
 
     ``branch_steps`` are full-compute steps on which a denoiser that is called once for each branch of guidance computes
     the first (conditional) only. What the other adds to it is predicted, from the full-compute steps with both: step 0
@@ -45,6 +42,10 @@ class CacheSchedule:
     def __post_init__(self) -> None:
         steps = tuple(self.full_steps)
         object.__setattr__(self, "full_steps", steps)
+        if not all(isinstance(number, Integral) for number in (self.num_steps, *steps)):
+            raise InputError("cache schedule: num_steps and full_steps must be whole numbers")
+        if self.num_steps > MOST_STEPS:
+            raise InputError(f"cache schedule: num_steps is {self.num_steps}, at most {MOST_STEPS} can be planned")
         if not steps or steps[0] != 0:
             raise InputError(f"cache schedule: the first full-compute step must be 0, found {steps[:1] or 'none'}")
         if list(steps) != sorted(set(steps)) or steps[-1] >= self.num_steps:
@@ -71,6 +72,11 @@ class CacheSchedule:
         """What it costs, in full-compute steps with all branches; half a one counts as one."""
         return len(self.full_steps) - len(self.branch_steps) // 2
 
+    @property
+    def full_count(self) -> float:
+        """What it costs, in full-compute steps with all branches; one with the first branch only is half a one."""
+        return len(self.full_steps) - len(self.branch_steps) / 2
+
     @cached_property
     def key(self) -> tuple[Any, ...]:
         """What tells it from schedules that do something else, whoever made it and whatever its predictors are called:
@@ -81,7 +87,7 @@ class CacheSchedule:
 
     @property
     def compute_ratio(self) -> float:
-        return self.num_steps / (len(self.full_steps) - len(self.branch_steps) / 2)
+        return self.num_steps / self.full_count
 
     @cached_property
     def between_branches(self) -> CacheSchedule:
@@ -92,6 +98,18 @@ class CacheSchedule:
             full_steps=tuple(self.full_steps[index] for index in kept),
             predictor=tuple(self.predictors[index] for index in kept),
             solver=self.solver,
+        )
+
+    def from_step(self, first: int) -> CacheSchedule:
+        """What a run follows that begins late, at step ``first`` of this schedule: it is computed in full."""
+        later = [index for index, step in enumerate(self.full_steps) if step > first]
+        begun = self.predictors[len(self.full_steps) - len(later) - 1]
+        return dataclasses.replace(
+            self,
+            num_steps=self.num_steps - first,
+            full_steps=(0, *(self.full_steps[index] - first for index in later)),
+            predictor=(begun, *(self.predictors[index] for index in later)),
+            branch_steps=tuple(step - first for step in self.branch_steps if step > first),
         )
 
     @property

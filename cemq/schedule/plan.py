@@ -1,194 +1,103 @@
-"""From an error prior and a budget to a schedule."""
+"""What a pipeline follows: a schedule and a correction for the sampler they were made for, and how they carry over."""
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass, replace
 
-import numpy as np
+from cemq.errors import InfeasibleBudgetError, InputError, ModelError, choose
+from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.predict.correctors import NO_CORRECTOR
+from cemq.prior.error_prior import ErrorPrior
+from cemq.schedule import (
+    AUTO,
+    SEARCH,
+    CacheSchedule,
+    parse_budget,
+    plan_branches,
+    plan_predicted,
+    stretched,
+    suited_corrector,
+)
+from cemq.schedule.rectify import Correction
 
-from cemq.errors import InfeasibleBudgetError, InputError, choose
-from cemq.predict import NO_CORRECTOR, WORTH_CORRECTING, check_corrector, check_predictor
-from cemq.prior import ErrorPrior
-from cemq.schedule.cache_schedule import CacheSchedule
-from cemq.schedule.cem import CEM_RULES, CemRule
-from cemq.schedule.segment import SLOPES, SegmentCosts, segment_costs, solve_segments
-from cemq.schedule.threshold import threshold_steps
-
-SOLVERS = ("segment", "cem", "cem-relaxed", "threshold", "uniform")
-AUTO = "auto"  # as a predictor: the best of `SLOPES` for each segment
-GAMMA = 2.0
-_UNLIMITED = 64  # runs of so many steps or fewer are solved with gaps of any length
+CACHES = ("output", "residual", "modules")
 
 
-def parse_budget(budget: int | str, num_steps: int) -> int:
-    """Full-compute steps from ``15``, ``"15"`` or a compute ratio such as ``"3x"``.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """``prior`` was measured under ``sampler``; without one nothing can be planned anew. No sampler means any.
 
-    Raises:
-        InfeasibleBudgetError: Not within 2..num_steps.
-        InputError: Neither an integer nor a ratio.
+    ``others`` are what the bundle was planned with for other step counts.
+
+    ``cache`` says what skipped steps are predicted from: the denoiser's ``output``, the ``residual`` of its blocks, or
+    the outputs of their attention and feed-forward ``modules``; the rest of the denoiser is computed. Raises InputError
+    for anything else, and for anything but the output where the schedule skips branches of guidance.
     """
-    text = str(budget).strip()
-    if re.fullmatch(r"\d+", text):
-        steps = int(text)
-    elif match := re.fullmatch(r"(\d+(?:\.\d+)?)x", text):
-        ratio = float(match[1])
-        if ratio < 1:
-            raise InfeasibleBudgetError(f"budget={text}: a compute ratio is at least 1x")
-        steps = max(2, round(num_steps / ratio))
-    else:
-        raise InputError(f"budget {text!r} is neither a number of full-compute steps nor a compute ratio such as 3x")
-    if not 2 <= steps <= num_steps:
-        raise InfeasibleBudgetError(f"budget={text} is out of range for {num_steps} steps: choose 2..{num_steps}")
-    return steps
 
+    schedule: CacheSchedule
+    sampler: SamplerFingerprint | None
+    prior: ErrorPrior | None = None
+    correction: Correction | None = None
+    view: str = "combined"
+    cache: str = "output"
+    solver: str = SEARCH
+    predictor: str = AUTO
+    others: tuple[Plan, ...] = ()
 
-def check_budget(budget: int | str, num_steps: int, solver: str) -> int:
-    """`parse_budget`, and whether ``solver`` can spend it: known before anything is profiled.
+    def __post_init__(self) -> None:
+        choose("cache", self.cache, CACHES)
+        if self.schedule.branch_steps and self.cache != "output":
+            raise InputError(f"cache={self.cache}: branches of guidance are skipped one by one with cache=output only")
+        if self.schedule.corrects and self.cache != "output":
+            raise InputError(f"cache={self.cache}: skipped steps are corrected later with cache=output only")
 
-    Raises:
-        InfeasibleBudgetError: Out of range, or the CEM rule has no path of so many steps.
-        InputError: No such solver.
-    """
-    steps = parse_budget(budget, num_steps)
-    if choose("solver", solver, SOLVERS) in CEM_RULES:
-        CEM_RULES[solver].solve(np.ones((num_steps, num_steps)), steps)
-    return steps
+    def with_budget(self, budget: int | str) -> Plan:
+        """The same with a schedule of that budget; as it is, if it has that budget: its schedule may have been run.
 
+        Raises:
+            ModelError: There is no prior to plan from.
+            InfeasibleBudgetError: The budget is out of range.
+        """
+        if self.prior is None or self.sampler is None:
+            raise ModelError("this schedule came without an error prior: load a bundle to plan another budget")
+        if parse_budget(budget, self.prior.num_steps) == self.schedule.budget:
+            return self
+        return self._planned(self.prior, self.sampler, budget)
 
-def usual_budget(num_steps: int) -> int:
-    """Three in ten: what schedules are tried with where none was asked for."""
-    return max(2, round(0.3 * num_steps))
+    def carried_over(self, sampler: SamplerFingerprint) -> Plan | None:
+        """The plan for other timesteps of the same sampler, at the same compute ratio; None where it says nothing.
 
+        One of ``others`` if it was made for these timesteps, else planned from the prior.
+        """
+        for other in self.others:
+            if sampler.ends_like(other.sampler):
+                return other
+        if self.prior is None or self.sampler is None or not self.sampler.carries_over(sampler):
+            return None
+        prior = self.prior.resampled(sampler)
+        budget = min(max(2, round(prior.num_steps / self.schedule.compute_ratio)), prior.num_steps)
+        try:
+            return self._planned(prior, sampler, budget)
+        except InfeasibleBudgetError:  # the CEM rule has holes
+            return self._planned(prior, sampler, budget, solver="segment")
 
-def check_predictors(name: str) -> str:
-    """The name itself if it is ``auto`` or a predictor; raises InputError."""
-    return name if name == AUTO else check_predictor(name)
-
-
-def uniform_steps(num_steps: int, budget: int) -> tuple[int, ...]:
-    """``budget`` steps with gaps as equal as integers allow, beginning with step 0."""
-    return tuple(i * num_steps // budget for i in range(budget))
-
-
-def plan_schedule(
-    prior: ErrorPrior,
-    budget: int | str,
-    *,
-    solver: str = "segment",
-    predictor: str = "taylor1",
-    corrector: str = NO_CORRECTOR,
-    view: str = "combined",
-    gamma: float = GAMMA,
-    max_gap: int | None = None,
-    cem: CemRule | None = None,
-) -> CacheSchedule:
-    """Choose the full-compute steps with the least predicted error.
-
-    ``segment`` minimises the summed error of each segment (`segment_costs`) and spends less than the budget where that
-    predicts less error; ``cem`` is the published rule on cosine distances, ``cem-relaxed`` its variant whose last step
-    need not be full, ``threshold`` ERTACache's policy, ``uniform`` spaces evenly.
-
-    Args:
-        budget: Full-compute steps to spend, counting step 0, or a compute ratio such as ``"3x"``. The number of steps
-            itself means full compute.
-        predictor: One of `PREDICTORS`, or ``auto``: the one of `SLOPES` that suits each segment best.
-        corrector: Of `CORRECTORS`, or ``none``: what full-compute steps make up for.
-        view: Which errors of the prior to minimise: ``combined``, ``cache`` or ``self``.
-        gamma: Exponent on each segment's error.
-        max_gap: Longest gap between full-compute steps; None allows any, thrice the mean gap beyond 64 steps.
-        cem: Weighter, gap rules and so on for ``cem`` and ``cem-relaxed``; None takes those published.
-
-    Raises:
-        InfeasibleBudgetError: The budget is out of range, or no path fits the gaps allowed.
-
-    >>> import numpy as np
-    >>> angles = np.linspace(0, 1, 9)
-    >>> gram = np.cos(angles[:, None] - angles)  # predictions that turn at a constant rate
-    >>> prior = ErrorPrior(qq=gram, qv=gram, vv=gram, step_sizes=np.ones(9))
-    >>> plan_schedule(prior, budget=3, predictor="reuse").full_steps
-    (0, 3, 6)
-    """
-    count = check_budget(budget, prior.num_steps, solver if cem is None else "segment")
-    choose("solver", solver, SOLVERS)
-    check_predictors(predictor)
-    check_corrector(corrector)
-    single = "taylor1" if predictor == AUTO else predictor
-    if solver == "segment" and count < prior.num_steps:
-        settings = {"predictor": predictor, "corrector": corrector, "view": view, "gamma": gamma, "max_gap": max_gap}
-        return plan_all(prior, count, **settings)[-1]
-    if solver in CEM_RULES:
-        full_steps = (cem or CEM_RULES[solver]).solve(prior.cosine_distances(view), count)
-    elif solver == "threshold":
-        full_steps = threshold_steps(prior.reuse_errors(view), count)
-    else:
-        full_steps = uniform_steps(prior.num_steps, count)
-    return CacheSchedule(
-        num_steps=prior.num_steps, full_steps=full_steps, predictor=single, solver=solver, corrector=corrector
-    )
-
-
-def suited_corrector(prior: ErrorPrior, budget: int | str, *, predictor: str = AUTO, view: str = "combined") -> str:
-    """That of the schedules which the prior was fitted to, if evenly spaced ones of this budget are predicted to lose
-    enough to full compute (`WORTH_CORRECTING`); else ``none``.
-
-    Raises:
-        InfeasibleBudgetError: The budget is out of range.
-    """
-    even = plan_schedule(prior, budget, solver="uniform", predictor=predictor, view=view)
-    full = prior.final_error(np.eye(prior.num_steps), view=view)
-    worth = prior.final_error(even.served, view=view) > full * 10 ** (WORTH_CORRECTING / 20)
-    return prior.corrector if worth else NO_CORRECTOR
-
-
-def plan_all(
-    prior: ErrorPrior,
-    largest: int,
-    *,
-    predictor: str = AUTO,
-    corrector: str = NO_CORRECTOR,
-    view: str = "combined",
-    gamma: float = GAMMA,
-    max_gap: int | None = None,
-) -> list[CacheSchedule]:
-    """The ``segment`` schedule for every budget 2..largest, in one solution; none costs more than the one before it.
-
-    Raises:
-        InfeasibleBudgetError: No path of at most ``largest`` steps fits the gaps allowed.
-    """
-    if max_gap is not None and max_gap < 1:
-        raise InputError(f"max_gap={max_gap}: a gap between full-compute steps is at least 1")
-    num_steps = prior.num_steps
-    usual = num_steps if num_steps <= _UNLIMITED else max(_UNLIMITED // 4, 3 * -(-num_steps // largest))
-    longest = min(max_gap or usual, num_steps)
-    # what looks further back than one full-compute step is planned as if it were taylor1
-    names = tuple(SLOPES) if predictor == AUTO else (predictor if predictor in SLOPES else "taylor1",)
-    table = segment_costs(prior, names, view=view, corrector=corrector, gamma=gamma, max_gap=longest)
-    found = solve_segments(table.costs, largest)
-    schedules: list[CacheSchedule] = []
-    cheapest = np.inf
-    for full_steps, total in found:
-        if total < cheapest:
-            cheapest = total
-            chosen = _chosen(table, full_steps) if predictor == AUTO else predictor
-            latest = CacheSchedule(
-                num_steps=num_steps, full_steps=full_steps, predictor=chosen, solver="segment", corrector=corrector
-            )
-        schedules.append(latest if np.isfinite(cheapest) else None)
-    if schedules[-1] is None:
-        raise InfeasibleBudgetError(
-            f"budget={largest} cannot cover {num_steps} steps with gaps of at most {longest}: "
-            f"choose {-(-num_steps // longest)}..{num_steps}, or a larger max_gap"
-        )
-    small = schedules.count(None)  # budgets too small for these gaps; they are planned with longer ones
-    if max_gap is None and small > 1:
-        few = plan_all(prior, small, predictor=predictor, corrector=corrector, view=view, gamma=gamma)
-        return [*few, *schedules[small:]]
-    return schedules[1:]
-
-
-def _chosen(table: SegmentCosts, full_steps: tuple[int, ...]) -> tuple[str, ...]:
-    """The predictors that the costs of these segments were taken with."""
-    num_steps = len(table.costs)
-    gaps = np.diff(full_steps, prepend=0)
-    ends = np.diff(full_steps, append=num_steps)
-    return tuple(table.predictors[table.choices[p, g, n]] for p, g, n in zip(full_steps, gaps, ends, strict=True))
+    def _planned(
+        self, prior: ErrorPrior, sampler: SamplerFingerprint, budget: int | str, solver: str | None = None
+    ) -> Plan:
+        corrector = self.schedule.corrector
+        if corrector == NO_CORRECTOR and self.cache == "output":  # it may pay at this budget
+            corrector = suited_corrector(prior, budget, predictor=self.predictor, view=self.view)
+        settings = {"predictor": self.predictor, "corrector": corrector, "view": self.view}
+        solver = solver or self.solver
+        share = 1 - len(self.schedule.branch_steps) / len(self.schedule.full_steps)
+        if solver == SEARCH and share == 1:
+            count = parse_budget(budget, prior.num_steps)
+            full_steps = list(self.schedule.full_steps)
+            places = full_steps if sampler is self.sampler else self.sampler.places_in(sampler)[full_steps]
+            known = replace(stretched(self.schedule, places, prior.num_steps, count), corrector=corrector)
+            schedule = plan_predicted(prior, count, known=known, **settings)
+        else:
+            solver = "segment" if solver == SEARCH else solver
+            schedule = plan_branches(prior, budget, share, solver=solver, **settings)
+        correction = self.correction and self.correction.carried_over(prior, schedule)
+        return replace(self, schedule=schedule, sampler=sampler, prior=prior, correction=correction, others=())

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cemq.predict import DAMPING, NO_CORRECTOR
-from cemq.prior import ErrorPrior, View
+from cemq.predict.correctors import NO_CORRECTOR
+from cemq.predict.predictors import DAMPING
+from cemq.prior.error_prior import ErrorPrior, View
 
 # Predictors that a segment can be costed with from its own and the previous full step: their share of the slope.
 SLOPES = {"reuse": 0.0, "damped": DAMPING, "taylor1": 1.0}

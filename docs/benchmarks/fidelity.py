@@ -17,12 +17,13 @@ import diffusers
 
 import cemq
 from cemq.bench.machine import describe_machine, one_line
-from cemq.bundle import PRIOR, read_bundle
-from cemq.evaluation import measure_fidelity, run_batch
-from cemq.models import locate, open_pipeline
-from cemq.prior import ErrorPrior
+from cemq.bundle.manifest import PRIOR, read_bundle
+from cemq.evaluation import measure_fidelity
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches, run
+from cemq.pipelines.opening import locate, open_pipeline
+from cemq.prior.error_prior import ErrorPrior
 from cemq.runtime import attached, detach, schedule_hook
-from cemq.sampling import EVALUATION_SEED_OFFSET, make_batches, run
+from cemq.runtime.outcome import run_batch
 from cemq.schedule import plan_schedule
 
 MODELS = ("builtin:dit-digits", "builtin:sd3-digits")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cemq.placement import GIB
+from cemq.memory.placement import GIB
 
 Row = Mapping[str, Any]
 

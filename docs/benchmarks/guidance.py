@@ -17,16 +17,16 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from cemq.bench.machine import describe_machine, one_line
-from cemq.closed_loop import ClosedLoop
-from cemq.closed_search import BRANCH_SHARES
-from cemq.evaluation import run_batch
-from cemq.models import locate, open_pipeline
-from cemq.profiling import profile, record_references
-from cemq.propagation import sample_schedules
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches, read_conditions
+from cemq.pipelines.opening import locate, open_pipeline
+from cemq.prior.profile import profile, record_references
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.recipe import find_calibration
-from cemq.sampling import EVALUATION_SEED_OFFSET, make_batches, read_conditions
+from cemq.runtime.outcome import run_batch
 from cemq.schedule import CacheSchedule, improve, plan_schedule, skip_branches, uniform_steps
+from cemq.search.explore import BRANCH_SHARES
+from cemq.search.propagation import sample_schedules
+from cemq.search.trials import ClosedLoop
 
 STEPS, SAMPLES, SCHEMES, BUDGETS = 50, 16, ("none", "w4a8"), (25, 15, 10)
 CALL = {"guidance_scale": 3.0, "height": 32, "width": 32, "max_sequence_length": 16}

@@ -86,7 +86,7 @@ def child(stage: str, source: Path, target: Path, scheme: str) -> None:
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    import cemq.workflow  # noqa: F401
+    import cemq.build  # noqa: F401
     from cemq.quantize.kernels import cpu
 
     assert all((AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel))  # diffusers imports lazily

@@ -56,7 +56,7 @@ def build(folder: Path, model: str, scheme: str, steps: int) -> None:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     import cemq
-    from cemq.bundle import MANIFEST, seal
+    from cemq.bundle.manifest import MANIFEST, seal
     from cemq.quantize import QuantizationPlan, quantize_in_place
 
     call = {"height": 32, "width": 32, "guidance_scale": 3.0} if model == "sd3" else {"guidance_scale": 3.0}
@@ -110,7 +110,7 @@ def memory(folder: Path, vram: int, offload: Path, group: Path | None = None) ->
 
 def timing(folder: Path, name: str, offload: Path) -> dict[str, object]:
     """Seconds of a fifth of the steps and of all, in turn; what each step moved, and how much was there at a time."""
-    from cemq.bundle import read_bundle
+    from cemq.bundle.manifest import read_bundle
     from cemq.runtime import schedule_hook
 
     warm_up()
@@ -171,10 +171,10 @@ def warm_up() -> None:
     """Everything that is imported and compiled lazily, so that it counts as baseline."""
     import torch
 
-    from cemq.models import locate, open_pipeline
+    from cemq.bundle import load as loading
+    from cemq.pipelines.batches import Batch, run
+    from cemq.pipelines.opening import locate, open_pipeline
     from cemq.quantize.kernels import cpu
-    from cemq.runtime import load as loading
-    from cemq.sampling import Batch, run
 
     assert loading
 
@@ -266,8 +266,8 @@ def load(folder: Path, **options: object) -> object:
 
 def picture(pipe: object, folder: Path) -> float:
     """Seconds of one."""
-    from cemq.bundle import read_bundle
-    from cemq.sampling import Batch, check_conditions, run
+    from cemq.bundle.manifest import read_bundle
+    from cemq.pipelines.batches import Batch, check_conditions, run
 
     manifest = read_bundle(folder)
     batch = Batch(conditions=check_conditions(pipe, manifest.held_out_conditions[:1]), seeds=(3,))
@@ -295,7 +295,7 @@ def load_placed(folder: Path, name: str, budget: int, offload: Path) -> object:
     from torch import nn
 
     import cemq
-    from cemq.runtime.place import place
+    from cemq.memory.offload import place
 
     chosen = placements(folder)[name]
     if chosen.placement.disk:
@@ -317,7 +317,7 @@ def load_placed(folder: Path, name: str, budget: int, offload: Path) -> object:
 def planned_weights(folder: Path, name: str) -> int:
     """The most weights on the device at a time, as the plan has them."""
     import cemq
-    from cemq.placement import estimate
+    from cemq.memory.placement import estimate
 
     components = cemq.plan_memory(folder, "1000GiB").components
     bare = [dataclasses.replace(c, activation_bytes=0, cached_bytes=0, vae_activation_bytes=None) for c in components]

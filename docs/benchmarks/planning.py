@@ -36,22 +36,18 @@ import numpy as np
 from planning_page import BUDGETS, CACHES, MODELS, NATIVE_EFFORTS, RANKED, SAMPLES, SCHEMES, page
 
 import cemq
-from cemq.analysis import analyze, rank_correlation
 from cemq.bench.machine import describe_machine
-from cemq.bundle import EVIDENCE, PRIOR, Manifest, read_bundle
-from cemq.closed_loop import FULL, ClosedLoop, Trial
-from cemq.closed_search import PUBLISHED
+from cemq.bundle.manifest import EVIDENCE, PRIOR, Manifest, read_bundle
 from cemq.errors import InfeasibleBudgetError
-from cemq.evaluation import run_batch
-from cemq.evaluation.metrics import psnr_db
-from cemq.models import denoisers, locate, open_pipeline
-from cemq.planning import plan
-from cemq.prior import VIEWS, ErrorPrior
-from cemq.profiling import profile, record_references
-from cemq.propagation import sample_schedules
+from cemq.evaluation.analysis import analyze, rank_correlation
+from cemq.metrics import psnr_db
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches
+from cemq.pipelines.opening import denoisers, locate, open_pipeline
+from cemq.prior.error_prior import VIEWS, ErrorPrior
+from cemq.prior.profile import profile, record_references
 from cemq.quantize import QuantizationPlan, quantize_pipeline, record_calls
-from cemq.runtime import Plan, attached, detach
-from cemq.sampling import EVALUATION_SEED_OFFSET, make_batches
+from cemq.runtime import attached, detach
+from cemq.runtime.outcome import run_batch
 from cemq.schedule import (
     CacheSchedule,
     neighbours,
@@ -61,6 +57,11 @@ from cemq.schedule import (
     segment_costs,
     solve_segments,
 )
+from cemq.schedule.plan import Plan
+from cemq.search.choose import plan
+from cemq.search.explore import PUBLISHED
+from cemq.search.propagation import sample_schedules
+from cemq.search.trials import FULL, ClosedLoop, Trial
 
 STEPS = (20, 28, 100)
 PARTS = ("ranking", "cells", "ablation", "auto", "steps", "quanto", "solver")

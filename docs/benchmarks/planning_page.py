@@ -7,8 +7,8 @@ import statistics
 from typing import Any
 
 from cemq.bench.machine import one_line
-from cemq.closed_search import PUBLISHED
-from cemq.prior import VIEWS
+from cemq.prior.error_prior import VIEWS
+from cemq.search.explore import PUBLISHED
 
 MODELS = ("dit-digits", "sd3-digits")
 SCHEMES = ("w8a8", "w4a8")

@@ -16,11 +16,8 @@ from typing import Any
 import diffusers
 
 from cemq.bench.machine import describe_machine, one_line
-from cemq.evaluation import measure_fidelity, run_batch
-from cemq.models import denoisers, locate, open_pipeline, weight_bytes
-from cemq.quantize import BACKENDS, QuantizationPlan, installed, quantize_pipeline, record_calls
-from cemq.recipe import find_calibration, load_recipe
-from cemq.sampling import (
+from cemq.evaluation import measure_fidelity
+from cemq.pipelines.batches import (
     EVALUATION_SEED_OFFSET,
     check_conditions,
     make_batches,
@@ -28,6 +25,10 @@ from cemq.sampling import (
     run,
     split_conditions,
 )
+from cemq.pipelines.opening import denoisers, locate, open_pipeline, weight_bytes
+from cemq.quantize import BACKENDS, QuantizationPlan, installed, quantize_pipeline, record_calls
+from cemq.recipe import find_calibration, load_recipe
+from cemq.runtime.outcome import run_batch
 
 MODELS = ("dit-digits", "sd3-digits")
 

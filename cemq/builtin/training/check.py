@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cemq.builtin.training.digits import STROKES, TILTS, WORDS, make_digits, measured_half_width, measured_tilt
-from cemq.models import open_pipeline
+from cemq.pipelines.opening import open_pipeline
 
 STROKE_EDGES = (1.5, 2.65)  # half-widths between thin | regular | bold, pixels, as measured on drawn digits
 TILT_EDGES = (-0.24, 0.24)

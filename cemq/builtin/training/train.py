@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, DiTTransfor
 
 from cemq.builtin.training import check, models
 from cemq.builtin.training.digits import WORDS, caption, make_digits, soften
-from cemq.bundle import forget_paths
+from cemq.bundle.manifest import forget_paths
 
 BATCH = 128
 NULL_CLASS = 1000

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from bitsandbytes import matmul_4bit
+from torch.overrides import TorchFunctionMode
 
 from cemq.quantize.backends import refuse_one_feature
-from cemq.quantize.linear import InputStatistics, Layout, QuantizedLinear
+from cemq.quantize.layers import InputStatistics, Layout, QuantizedLinear
 from cemq.quantize.schemes import Scheme
 
 OUTLIER = 6.0  # inputs from here on are multiplied in floats, the paper's threshold
@@ -94,5 +96,13 @@ class FourBitLinear(QuantizedLinear):
 
 @functools.cache
 def _code(kind: str, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # it will be used outside too
+    with torch.inference_mode(False), _Float32():  # it will be used outside too
         return bnb.get_4bit_type(kind, device=device)
+
+
+class _Float32(TorchFunctionMode):
+    """Has bitsandbytes make its table in float32, as its kernels read it, and not in torch's default dtype."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return function(*args, **({"dtype": torch.float32} | kwargs if function is torch.tensor else kwargs))

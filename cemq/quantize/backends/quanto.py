@@ -21,7 +21,7 @@ from optimum.quanto.tensor.packed import PackedTensor
 
 from cemq.errors import SchemeError
 from cemq.quantize.backends import refuse_one_feature
-from cemq.quantize.linear import InputStatistics, Layout, QuantizedLinear
+from cemq.quantize.layers import InputStatistics, Layout, QuantizedLinear
 from cemq.quantize.schemes import Scheme
 
 MOMENTUM = 0.9  # of the input scale, quanto's default
@@ -71,7 +71,8 @@ class QuantoLinear(QuantizedLinear):
                     f"this layer: calibrate first, or take w{scheme.weight_bits}a16 or another backend"
                 )
             refuse_one_feature(weight, f"{scheme.name} of quanto")
-            tensors["input_scale"] = torch.tensor([input_scale(statistics.largest)], device=weight.device)
+            largest = [input_scale(statistics.largest)]
+            tensors["input_scale"] = torch.tensor(largest, dtype=torch.float32, device=weight.device)
         weight = weight.float()
         if scheme.weight_bits == 8:
             scale = AbsmaxOptimizer()(weight, qint8, axis=0).clamp_min(_TINY)  # quanto divides a row of zeros by zero

@@ -8,7 +8,7 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, quantize_
 
 from cemq.quantize.backends import refuse_one_feature
-from cemq.quantize.linear import InputStatistics, Layout, QuantizedLinear
+from cemq.quantize.layers import InputStatistics, Layout, QuantizedLinear
 from cemq.quantize.schemes import Scheme
 
 
@@ -52,4 +52,4 @@ def _int8_tensor(weight: torch.Tensor) -> Int8Tensor:
 
 
 # how torchao quantizes activations under that config
-_ACTIVATIONS = _int8_tensor(torch.ones(1, 1)).act_quant_kwargs
+_ACTIVATIONS = _int8_tensor(torch.ones(1, 1, dtype=torch.float32, device="cpu")).act_quant_kwargs

@@ -15,11 +15,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from cemq.errors import ModelError
 from cemq.quantize import integers
 
 SOURCE = Path(__file__).with_name("cpu.c")
@@ -38,7 +40,14 @@ _SIGNATURES = {
 
 
 class Kernels:
-    """The compiled library. Tensors are contiguous, on the CPU, and of the dtypes of `integers`."""
+    """The compiled library. Tensors are contiguous, on the CPU, and of the dtypes of `integers`.
+
+    C reads and writes where it is told to, so every buffer is checked before it is called, and none is made in torch's
+    default dtype or device: another thread that loads a model changes the former for the whole process.
+
+    Raises:
+        ModelError: A tensor is of another dtype, size or device than the kernel takes it for, or not contiguous.
+    """
 
     def __init__(self, library: ctypes.CDLL):
         for name, (pointers, sizes) in _SIGNATURES.items():
@@ -51,15 +60,15 @@ class Kernels:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `integers.quantize_tokens`, bit for bit."""
         rows, columns = values.shape
-        quantized = torch.empty(rows, columns, dtype=torch.int8)
-        scale, zero_point = torch.empty(rows, 1, dtype=torch.float32), torch.empty(rows, 1, dtype=torch.int32)
-        function = getattr(self._library, f"quantize_tokens_{DTYPES[values.dtype]}")
-        function(
-            values.data_ptr(),
-            None if smooth is None else smooth.data_ptr(),
-            quantized.data_ptr(),
-            scale.data_ptr(),
-            zero_point.data_ptr(),
+        quantized = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
+        scale = torch.empty(rows, 1, dtype=torch.float32, device="cpu")
+        zero_point = torch.empty(rows, 1, dtype=torch.int32, device="cpu")
+        self._in("quantize_tokens", values.dtype)(
+            _address("values", values, values.dtype, rows * columns),
+            _address("smooth", smooth, torch.float32, columns),
+            _address("tokens", quantized, torch.int8, rows * columns),
+            _address("scale", scale, torch.float32, rows),
+            _address("zero_point", zero_point, torch.int32, rows),
             rows,
             columns,
         )
@@ -78,16 +87,15 @@ class Kernels:
     ) -> torch.Tensor:
         """As `integers.rescale`, bit for bit; with ``gelu`` to float32's rounding."""
         rows, columns = product.shape
-        output = torch.empty(rows, columns, dtype=dtype)
-        function = getattr(self._library, f"rescale_{DTYPES[dtype]}")
-        function(
-            product.data_ptr(),
-            scale.data_ptr(),
-            zero_point.data_ptr(),
-            weight_scale.data_ptr(),
-            weight_sum.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            output.data_ptr(),
+        output = torch.empty(rows, columns, dtype=dtype, device="cpu")
+        self._in("rescale", dtype)(
+            _address("product", product, torch.int32, rows * columns),
+            _address("scale", scale, torch.float32, rows),
+            _address("zero_point", zero_point, torch.int32, rows),
+            _address("weight_scale", weight_scale, torch.float32, columns),
+            _address("weight_sum", weight_sum, torch.int32, columns),
+            _address("bias", bias, dtype, columns),
+            _address("output", output, dtype, rows * columns),
             rows,
             columns,
             gelu,
@@ -97,8 +105,15 @@ class Kernels:
     def expand_int4(self, packed: torch.Tensor, group_scale: torch.Tensor, columns: int) -> torch.Tensor:
         """As `integers.expand_int4`."""
         (rows, groups), half = group_scale.shape, packed.shape[1] // group_scale.shape[1]
-        weight = torch.empty(rows, groups * 2 * half, dtype=torch.int8)
-        self._library.expand_int4(packed.data_ptr(), group_scale.data_ptr(), weight.data_ptr(), rows, groups, half)
+        weight = torch.empty(rows, groups * 2 * half, dtype=torch.int8, device="cpu")
+        self._library.expand_int4(
+            _address("weight", packed, torch.uint8, rows * groups * half),
+            _address("group_scale", group_scale, torch.int8, rows * groups),
+            _address("integers", weight, torch.int8, rows * groups * 2 * half),
+            rows,
+            groups,
+            half,
+        )
         return weight[:, :columns]
 
     def few_rows(
@@ -110,24 +125,60 @@ class Kernels:
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """``values @ (integer weight * scale)^T + bias`` in float32, reading the integer weight once."""
-        rows, columns = values.shape
-        outputs = weight.shape[0]
-        exact = values.float()
-        offset = None if bias is None else bias.float()
-        output = torch.empty(rows, outputs, dtype=torch.float32)
+        (rows, columns), outputs = values.shape, weight.shape[0]
+        exact, offset = values.float(), None if bias is None else bias.float()
+        output = torch.empty(rows, outputs, dtype=torch.float32, device="cpu")
+        if group_scale is None:
+            group, groups = 0, 0
+            stored = _address("weight", weight, torch.int8, outputs * columns)
+        else:
+            group = 2 * weight.shape[1] // group_scale.shape[1]
+            if _COLUMNS_AT_ONCE % group:
+                raise ModelError(
+                    f"groups of {group} weights: the CPU kernels take those that divide {_COLUMNS_AT_ONCE}"
+                )
+            groups = -(-columns // group)
+            stored = _address("weight", weight, torch.uint8, outputs * groups * group // 2)
         self._library.few_rows(
-            exact.data_ptr(),
-            weight.data_ptr(),
-            None if group_scale is None else group_scale.data_ptr(),
-            weight_scale.data_ptr(),
-            None if offset is None else offset.data_ptr(),
-            output.data_ptr(),
+            _address("values", exact, torch.float32, rows * columns),
+            stored,
+            _address("group_scale", group_scale, torch.int8, outputs * groups),
+            _address("weight_scale", weight_scale, torch.float32, outputs),
+            _address("bias", offset, torch.float32, outputs),
+            _address("output", output, torch.float32, rows * outputs),
             rows,
             columns,
             outputs,
-            0 if group_scale is None else 2 * weight.shape[1] // group_scale.shape[1],
+            group,
         )
         return output.to(values.dtype)
+
+    def _in(self, kernel: str, dtype: torch.dtype) -> Callable[..., None]:
+        if dtype not in DTYPES:
+            raise ModelError(
+                f"a quantized layer's values are {_short(dtype)}, no CPU kernel takes that: load the model anew"
+            )
+        return getattr(self._library, f"{kernel}_{DTYPES[dtype]}")
+
+
+_COLUMNS_AT_ONCE = 1024  # BLOCK of cpu.c
+
+
+def _address(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, values: int) -> int | None:
+    """Where a tensor of this dtype and so many values lies in the CPU's memory; None for none."""
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype or tensor.numel() != values or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise ModelError(
+            f"a quantized layer's {name} is {_short(tensor.dtype)} {tuple(tensor.shape)} on {tensor.device}"
+            f"{'' if tensor.is_contiguous() else ', not contiguous'}, and its kernel takes {values} contiguous values "
+            f"of {_short(dtype)} on the CPU: load the model anew"
+        )
+    return tensor.data_ptr()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache
@@ -203,9 +254,11 @@ def _cpu_features() -> str:
 
 def _agrees(loaded: Kernels) -> bool:
     """Try the library once: a miscompiled kernel must not go unnoticed."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(3, 2 * integers.GROUP_SIZE, generator=generator, dtype=torch.float32)
-    weight = torch.randn(5, 2 * integers.GROUP_SIZE, generator=generator, dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(0)
+    values, weight = (
+        torch.randn(rows, 2 * integers.GROUP_SIZE, generator=generator, dtype=torch.float32, device="cpu")
+        for rows in (3, 5)
+    )
     packed, group_scale, scale = integers.quantize_int4(weight, integers.GROUP_SIZE)
     expanded = integers.expand_int4(packed, group_scale, weight.shape[1])
     sums = expanded.sum(1, keepdim=True, dtype=torch.int32)
@@ -218,8 +271,8 @@ def _agrees(loaded: Kernels) -> bool:
         and torch.equal(loaded.rescale(*arguments), integers.rescale(*arguments))
         and torch.allclose(loaded.rescale(*arguments, gelu=True), integers.rescale(*arguments, gelu=True), 1e-4, 1e-5)
         and torch.allclose(
-            loaded.few_rows(values, packed, group_scale, scale, None),
-            values @ (expanded * scale).T,
+            loaded.few_rows(values, packed, group_scale, scale, None).double(),
+            values.double() @ (expanded * scale).double().T,  # float64, which autocast leaves alone
             rtol=1e-4,
             atol=1e-4,
         )

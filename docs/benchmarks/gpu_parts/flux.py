@@ -20,11 +20,11 @@ import cemq
 from cemq.bench.architectures import ARCHITECTURES, Architecture
 from cemq.bench.random_models import empty_model, quantization_config, random_model
 from cemq.builtin.training.models import tokenizer
-from cemq.bundle import MANIFEST, read_bundle, seal
-from cemq.placement import Estimate
+from cemq.bundle.manifest import MANIFEST, read_bundle, seal
+from cemq.memory.offload import place
+from cemq.memory.placement import Estimate
+from cemq.pipelines.batches import Batch, run
 from cemq.runtime import schedule_hook
-from cemq.runtime.place import place
-from cemq.sampling import Batch, run
 from gpu_parts import Setting
 
 STEPS, BUDGET = 28, 10

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from cemq.bench.random_models import empty_model, quantization_config
-from cemq.quantize.linear import InputStatistics
-from cemq.quantize.quantizer import quantizable
+from cemq.quantize.in_diffusers import quantizable
+from cemq.quantize.layers import InputStatistics
 from gpu_parts import Case, Rows, Setting
 from gpu_parts.steps import architecture
 from gpu_parts.timing import elapsed

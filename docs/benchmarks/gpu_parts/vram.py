@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 import cemq
-from cemq.bundle import read_bundle
-from cemq.placement import GIB
+from cemq.bundle.manifest import read_bundle
+from cemq.memory.placement import GIB
 from gpu_parts import Case, Rows, Setting, flux
 from gpu_parts.timing import elapsed
 

@@ -1,0 +1,75 @@
+"""One sample from a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cemq.bundle.load import from_pretrained
+from cemq.bundle.manifest import read_bundle
+from cemq.pipelines.batches import Batch, check_call, check_conditions, read_call, run
+from cemq.pipelines.opening import pipeline_class
+from cemq.pipelines.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
+
+
+def generate(
+    bundle: str | Path,
+    condition: str | int,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    budget: int | str | None = None,
+    call: dict[str, Any] | None = None,
+    device: str | None = None,
+    vram: str | int | None = None,
+    offload_folder: str | Path | None = None,
+) -> Any:
+    """One sample from a bundle, for a prompt or a class label: a PIL image, a list of them for a video, or audio.
+
+    Audio, which PIL cannot hold, comes as a `cemq.pipelines.outputs.Sample`.
+
+    Args:
+        steps: Denoising steps; None takes the bundle's.
+        budget: Full-compute steps or a ratio such as ``"3x"``; None takes the bundle's.
+        call: Arguments of the pipeline, over the bundle's.
+        vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes, for this very call; see
+            `cemq.from_pretrained`.
+        offload_folder: For placements that keep weights on disk; None takes ``~/.cache/cemq/offload``.
+
+    Raises:
+        CemqError: The bundle, the condition or an argument cannot be used, or no placement fits in ``vram``.
+    """
+    sample = generate_sample(
+        bundle, condition, seed=seed, steps=steps, budget=budget, call=call, device=device, vram=vram,
+        offload_folder=offload_folder,
+    )  # fmt: skip
+    return sample if sample.kind == "audio" else sample.to_pil()
+
+
+def generate_sample(
+    bundle: str | Path,
+    condition: str | int,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    budget: int | str | None = None,
+    call: dict[str, Any] | None = None,
+    device: str | None = None,
+    vram: str | int | None = None,
+    offload_folder: str | Path | None = None,
+    output: Path | None = None,
+) -> Sample:
+    """`generate` as a `Sample`, which knows how to save itself; ``output`` is checked beforehand."""
+    manifest = read_bundle(Path(bundle))
+    kind = pipeline_class(manifest.pipeline_class)
+    check_call(kind, call or {})
+    arguments = manifest.call | read_call(kind, call or {})
+    pipe = from_pretrained(
+        bundle, device=device, budget=budget, vram=vram, call=arguments, offload_folder=offload_folder
+    )
+    if output is not None:
+        check_path(output, output_kind(pipe))
+    batch = Batch(conditions=check_conditions(pipe, [condition]), seeds=(seed,))
+    steps = steps or manifest.num_inference_steps
+    values = as_array(run(pipe, batch, steps=steps, call=arguments))
+    return Sample(kind=kind_of(values), values=values[0], rate=rate_of(pipe, arguments))

@@ -1,0 +1,127 @@
+"""A bundle back to a native diffusers pipeline that skips steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cemq.bundle.dtypes import check_dtypes, tensor_dtypes
+from cemq.bundle.hub import find_bundle
+from cemq.bundle.manifest import PRIOR, Manifest, OtherRun, read_bundle, read_checksum
+from cemq.bundle.plan_memory import plan_memory
+from cemq.bundle.save import save_as_bundle
+from cemq.errors import BundleError, CemqError, PlacementError, choose
+from cemq.files import absolute
+from cemq.memory.offload import disk_folder, free_host_memory, place
+from cemq.pipelines.opening import DTYPES, check_device, default_device, open_pipeline
+from cemq.prior.error_prior import ErrorPrior
+from cemq.runtime.attach import attach
+from cemq.schedule import AUTO, SEARCH
+from cemq.schedule.plan import Plan
+from cemq.schedule.rectify import Correction, make_correction
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    torch_dtype: Any = None,
+    budget: int | str | None = None,
+    vram: str | int | None = None,
+    call: Mapping[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
+    revision: str | None = None,
+    verify: bool = True,
+) -> Any:
+    """Load a bundle as its own diffusers pipeline class, quantized and scheduled.
+
+    ``pipe.save_pretrained(folder)`` writes a bundle again.
+
+    Args:
+        path: The bundle's folder, or ``owner/name`` on the Hub.
+        device: Where it runs; None takes CUDA where there is one.
+        torch_dtype: Of everything that is not quantized, as a torch dtype or its name; None takes the bundle's.
+        budget: Full-compute steps, or a ratio such as ``"3x"``: solve the schedule anew from the bundle's prior.
+            None takes the schedule the bundle was built with. A run with another ``num_inference_steps`` gets a
+            schedule of its own, of the same compute ratio: the one the bundle was built with for that step count, if
+            there is one, else one planned from the prior.
+        vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: the cheapest placement that fits is
+            applied, ``pipe.cemq_memory_plan`` says which. On a CPU it is the memory of weights and activations.
+        call: Arguments that the pipeline will be called with, such as height and width, over the bundle's; ``vram``
+            allows for them.
+        offload_folder: For placements that keep weights on disk; None takes ``~/.cache/cemq/offload``.
+        revision: Branch, tag or commit on the Hub.
+        verify: Compare the checksums of all files first.
+
+    Raises:
+        BundleError: The bundle is incomplete, damaged or of another format, or a tensor has not the dtype in which it
+            was measured.
+        InfeasibleBudgetError: The budget is out of range.
+        PlacementError: No placement fits in ``vram``, and how much the least one needs; or it would keep weights on
+            disk that ``torch_dtype`` converts in memory.
+        HubError: There is no such folder, and nothing of that name can be fetched.
+        InputError: Unknown dtype or device, or ``vram`` is no size.
+    """
+    folder = absolute(find_bundle(path, revision))  # the pipeline outlives a change of the working folder
+    manifest = read_bundle(folder, verify=verify)
+    prior = ErrorPrior.load(folder / PRIOR)
+    asked = manifest.recipe or {}
+    plan = Plan(
+        schedule=manifest.schedule,
+        sampler=manifest.sampler,
+        prior=prior,
+        correction=_correction(manifest, prior),
+        view=manifest.view,
+        cache=manifest.cache,
+        solver=asked.get("solver", SEARCH),
+        predictor=asked.get("predictor", AUTO),
+    )
+    plan = replace(plan, others=tuple(_other(plan, run) for run in manifest.other_runs))
+    if budget is not None:
+        plan = plan.with_budget(budget)
+    dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype
+    choose("dtype", dtype, DTYPES)
+    where = check_device(device or default_device())
+    memory = None
+    if vram is not None:
+        free = free_host_memory()
+        memory = plan_memory(
+            folder, vram, device=where.type, budget=plan.schedule.budget, call=call, dtype=dtype, host_memory=free
+        )
+        if where.type == "cpu" and memory.chosen.placement.disk and dtype != manifest.dtype:
+            raise PlacementError(
+                f"vram={vram}: weights would lie on disk, but torch_dtype={dtype} converts all of them in memory "
+                f"first: take the bundle's own {manifest.dtype}, or allow more memory"
+            )
+    offloads = memory is not None and memory.chosen.placement.unit != "nothing"
+    try:
+        pipe = open_pipeline(folder, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
+    except BundleError as error:
+        raise BundleError(f"bundle '{folder}': {error}") from error
+    if type(pipe).__name__ != manifest.pipeline_class:
+        raise CemqError(f"bundle '{folder}' loaded as {type(pipe).__name__}, expected {manifest.pipeline_class}")
+    if dtype == manifest.dtype:  # else it is what diffusers makes of it in another
+        check_dtypes(pipe, folder, manifest)
+    if memory is not None:
+        root = Path(offload_folder) if offload_folder is not None else None
+        offload = disk_folder(read_checksum(folder), memory, tensor_dtypes(pipe), root)
+        place(pipe, memory, device=where, offload_folder=offload)
+        pipe.cemq_memory_plan = memory
+        logging.getLogger("cemq").info("%s: %s", folder, memory.summary())
+    attach(pipe, plan)
+    save_as_bundle(pipe, folder, manifest, dtype=dtype)
+    return pipe
+
+
+def _other(plan: Plan, run: OtherRun) -> Plan:
+    """The same at another step count."""
+    prior = plan.prior.resampled(run.sampler)
+    correction = _correction(run, prior)
+    return replace(plan, schedule=run.schedule, sampler=run.sampler, prior=prior, correction=correction)
+
+
+def _correction(run: Manifest | OtherRun, prior: ErrorPrior) -> Correction | None:
+    return make_correction(run.correction, prior, run.schedule) if run.correction else None

@@ -1,0 +1,356 @@
+"""The saved form: a diffusers pipeline folder plus cemq.json, prior.safetensors and a model card.
+
+`docs/bundle-format.md` specifies it. Written under a temporary name and renamed, so a bundle is whole or absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import typing
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cemq.errors import BundleError, CemqError, choose, first_line
+from cemq.files import absolute
+from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.pipelines.opening import DTYPES
+from cemq.schedule import CacheSchedule
+
+FORMAT_VERSION = 5
+MANIFEST = "cemq.json"
+PRIOR = "prior.safetensors"
+EVIDENCE = "evidence.json"
+CARD = "README.md"
+CACHED = {  # what skipped steps are predicted from, in words
+    "output": "the model's output",
+    "residual": "the residual of all blocks",
+    "modules": "the outputs of attention and feed-forward modules",
+}
+_MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # what reading damaged JSON raises
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja", *_PICKLED)  # what diffusers and transformers look for
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherRun:
+    """Of cemq.json, what was planned for another step count; keys as in `Manifest`."""
+
+    num_inference_steps: int
+    schedule: CacheSchedule
+    correction: str | None
+    sampler: SamplerFingerprint
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> OtherRun:
+        _checked(cls, fields)
+        return _typed(cls, fields | _parsed(fields))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"schedule": self.schedule.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentDtypes:
+    """Of one component's parameters and buffers, but for those that a quantized layer's scheme fixes."""
+
+    default: str
+    exceptions: dict[str, tuple[str, ...]]  # names of the tensors that have another dtype, by dtype
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ComponentDtypes:
+        _checked(cls, fields)
+        exceptions = {kind: tuple(names) for kind, names in fields["exceptions"].items()}
+        return cls(default=fields["default"], exceptions=exceptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What cemq.json says; `docs/bundle-format.md` explains each key."""
+
+    cemq_version: str
+    model: str
+    revision: str | None
+    pipeline_class: str
+    denoisers: tuple[str, ...]
+    scheme: str
+    backend: str
+    dtype: str
+    view: str
+    num_inference_steps: int
+    schedule: CacheSchedule
+    correction: str | None
+    sampler: SamplerFingerprint
+    call: dict[str, Any]
+    profiled_seeds: tuple[int, ...]
+    held_out_conditions: tuple[str | int, ...]
+    fidelity: dict[str, int | float]
+    model_bytes: int
+    reference_bytes: int
+    libraries: dict[str, str]
+    recipe: dict[str, Any] | None = None
+    cache: str = "output"
+    other_runs: tuple[OtherRun, ...] = ()
+    dtypes: dict[str, ComponentDtypes] | None = None  # by component
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        choose("dtype", self.dtype, DTYPES, BundleError)
+        choose("cache", self.cache, CACHED, BundleError)
+        if missing := {"psnr_db", "ssim", "relative_l2", "samples"} - set(self.fidelity):
+            raise BundleError(f"missing keys of fidelity: {', '.join(sorted(missing))}")
+
+    @property
+    def full_steps(self) -> float:
+        """Full-compute steps of a run, as counted where the fidelity was measured; as planned in bundles of before."""
+        return self.fidelity.get("full_steps", self.schedule.full_count)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Manifest:
+        _checked(cls, fields, optional={"cache", "other_runs", "dtypes"})  # bundles of before have none of them
+        others = tuple(OtherRun.from_dict(each) for each in fields.get("other_runs", ()))
+        dtypes = {name: ComponentDtypes.from_dict(each) for name, each in (fields.get("dtypes") or {}).items()} or None
+        return _typed(cls, fields | _parsed(fields) | {"other_runs": others, "dtypes": dtypes})
+
+    def to_dict(self) -> dict[str, Any]:
+        others = [run.to_dict() for run in self.other_runs]
+        return dataclasses.asdict(self) | {"schedule": self.schedule.to_dict(), "other_runs": others}
+
+
+def _checked(kind: type, fields: dict[str, Any], optional: Set[str] = frozenset()) -> dict[str, Any]:
+    expected = {field.name for field in dataclasses.fields(kind)}
+    if unknown := set(fields) - expected:
+        raise BundleError(f"unknown keys: {', '.join(sorted(unknown))}")
+    if missing := expected - optional - set(fields):
+        raise BundleError(f"missing keys: {', '.join(sorted(missing))}")
+    return fields
+
+
+def _typed(kind: type, fields: dict[str, Any]) -> Any:
+    """One of a dataclass, its lists as tuples. Raises ValueError for a value of another type than its field's."""
+    from pydantic import ConfigDict, create_model
+
+    hints = typing.get_type_hints(kind)
+    config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+    model = create_model(kind.__name__, __config__=config, **{name: (hints[name], ...) for name in fields})
+    checked = model(**fields)
+    return kind(**{name: getattr(checked, name) for name in fields})
+
+
+def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "schedule": CacheSchedule.from_dict(fields["schedule"]),
+        "sampler": SamplerFingerprint.from_dict(fields["sampler"]),
+    }
+
+
+@contextmanager
+def staging(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh folder beside ``output`` that becomes ``output`` if the block ends well, and vanishes if it does not.
+
+    Enter it before long work: it finds out at once whether the output can be written. A symbolic link is followed, and
+    an empty folder taken.
+
+    Raises:
+        BundleError: The output exists (and is neither empty nor a bundle to overwrite) or cannot be written.
+    """
+    from safetensors import SafetensorError  # of a full disk; it is no OSError
+
+    key = secrets.token_hex(4)
+    made: list[Path] = []
+    partial = None
+    try:
+        target = Path(os.path.realpath(absolute(output)))
+        _check_free(target, output, overwrite)
+        partial = target.with_name(f".{target.name}.partial-{key}")
+        made = [folder for folder in partial.parents if not folder.exists()]
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():
+            replaced = target.with_name(f".{target.name}.replaced-{key}")
+            target.rename(replaced)
+            try:
+                partial.rename(target)
+            except BaseException:
+                replaced.rename(target)
+                raise
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BundleError(f"output '{output}' cannot be written: {reason}") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:  # for nothing but the bundle; what holds it by now stays
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _check_free(target: Path, named: Path, overwrite: bool) -> None:
+    """Raises BundleError unless a bundle may take this place."""
+    if not os.path.lexists(target):
+        return
+    bundle = os.path.isfile(target / MANIFEST)
+    if not bundle and (not target.is_dir() or any(target.iterdir())):
+        raise BundleError(f"output '{named}' exists already and is not a cemq bundle: choose another name")
+    if bundle and not overwrite:
+        raise BundleError(f"output '{named}' exists already: choose another name, or pass --overwrite")
+    if target.is_mount() or target in (Path.cwd(), *Path.cwd().parents):
+        raise BundleError(f"output '{named}' cannot be replaced as a whole: name a new folder in it or beside it")
+
+
+def write_pipeline(pipe: Any, folder: Path, source: Path) -> None:
+    """``save_pretrained``, plus what it forgets: plain entries of the source's model_index.json (DiT's id2label)."""
+    type(pipe).save_pretrained(pipe, folder, safe_serialization=True)  # a loaded bundle's own writes a bundle
+    index = folder / "model_index.json"
+    written, original = (json.loads((f / index.name).read_text(encoding="utf-8")) for f in (folder, source))
+    forgotten = {name: value for name, value in original.items() if name not in written and not name.startswith("_")}
+    index.write_text(json.dumps(written | forgotten, indent=2) + "\n", encoding="utf-8")
+    forget_paths(folder)
+
+
+def forget_paths(folder: Path) -> None:
+    """Take out of every config.json where on this machine it was loaded from: that is nobody's business elsewhere."""
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the model card and, last, cemq.json with the sizes and checksums of everything else."""
+    (folder / CARD).write_text(_model_card(manifest), encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        if path.suffix in _PICKLED:
+            raise BundleError(f"'{path.relative_to(folder)}' may hold a pickle: bundles hold safetensors and text only")
+    content = manifest.to_dict()
+    content["files"] = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
+        if path != folder / CARD  # people edit it, on the Hub with a button
+    }
+    content["checksum"] = _checksum(content)
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
+    """Read cemq.json and check that every file is there and of its size and, with ``verify``, of its content.
+
+    Raises:
+        BundleError: Names the file that is missing, truncated or edited, or that would be loaded and does not belong.
+    """
+    path = folder / MANIFEST
+    if not os.path.isfile(path):
+        found = "no such folder" if not os.path.isdir(folder) else f"it holds no {MANIFEST}"
+        raise BundleError(f"'{folder}' is not a cemq bundle: {found}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        checksum, files = content.pop("checksum"), content["files"]
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        version = content["format_version"]
+    except OSError as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST} cannot be read: {error.strerror}") from error
+    except _MALFORMED as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST} is damaged ({error}); write the bundle again") from error
+    if version != FORMAT_VERSION:
+        raise BundleError(f"bundle '{folder}' has format {version}, this cemq reads {FORMAT_VERSION}: write it again")
+    if checksum != _checksum(content):
+        raise BundleError(f"bundle '{folder}': {MANIFEST} was edited or damaged; write the bundle again")
+    for name, (size, digest) in files.items():
+        if name == CARD:
+            continue  # bundles of before listed it
+        file = folder / name
+        if not file.is_file():
+            raise BundleError(f"bundle '{folder}': file '{name}' is missing; write the bundle again")
+        if file.stat().st_size != size:
+            raise BundleError(
+                f"bundle '{folder}': file '{name}' has {file.stat().st_size} bytes instead of {size}; "
+                "copy or write the bundle again"
+            )
+        if verify and _sha256(file) != digest:
+            raise BundleError(f"bundle '{folder}': file '{name}' was edited or damaged; copy or write the bundle again")
+    for name in _strangers(folder, files):
+        raise BundleError(
+            f"bundle '{folder}': file '{name}' is none of the bundle's, and could be loaded in their place: remove it"
+        )
+    del content["files"]
+    try:
+        return Manifest.from_dict(content)
+    except CemqError as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST}: {error}") from error
+    except _MALFORMED as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST} is damaged ({first_line(error)}); write it again") from error
+
+
+def _strangers(folder: Path, files: Iterable[str]) -> Iterator[str]:
+    """Files that a library could take for a component's, as the index of weights that are there no more."""
+    for component in sorted({name.split("/")[0] for name in files if "/" in name}):
+        for path in sorted((folder / component).rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if name not in files and path.suffix in _LOADED and not path.name.startswith("."):
+                yield name
+
+
+def read_checksum(folder: Path) -> str:
+    """The checksum over everything in a bundle, as its cemq.json has it."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["checksum"]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise BundleError(f"file '{path}' cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _model_card(manifest: Manifest) -> str:
+    schedule, fidelity = manifest.schedule, manifest.fidelity
+    others = [f"{run.schedule.num_steps} steps, {run.schedule.budget} in full" for run in manifest.other_runs]
+    return f"""---
+library_name: diffusers
+base_model: {json.dumps(manifest.model)}
+tags: [cemq, quantized, step-caching]
+---
+# {manifest.model}, {manifest.scheme}, {manifest.full_steps:g} of {schedule.num_steps} steps in full
+
+A cemq bundle: a diffusers {manifest.pipeline_class} whose denoiser is stored as {manifest.scheme} and which skips the
+denoising steps that its own quantization noise allows.
+
+```python
+import cemq
+
+pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
+```
+
+| | |
+|---|---|
+| schedule | `{schedule.strip()}` |
+| compute ratio | {schedule.num_steps / manifest.full_steps:.2f} |
+| denoiser | {manifest.model_bytes / 1e6:.1f} MB (full precision {manifest.reference_bytes / 1e6:.1f} MB) |
+| PSNR to full precision, same seeds | {fidelity["psnr_db"]:.1f} dB over {fidelity["samples"]} samples |
+| SSIM | {fidelity["ssim"]:.4f} |
+| relative L2 of the final latent | {fidelity["relative_l2"]:.4f} |
+| predictor | {schedule.predictor_text()}, of {CACHED[manifest.cache]} |
+| corrector | {schedule.corrector} |
+| correction | {manifest.correction or "none"} |
+| sampler | {manifest.sampler.scheduler}, {schedule.num_steps} steps |
+| planned for as well | {"; ".join(others) or "no other step count"} |
+"""

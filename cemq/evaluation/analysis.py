@@ -1,0 +1,229 @@
+"""Which predicted cost tells good schedules from bad ones? Measured by running them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cemq.bundle.load import from_pretrained
+from cemq.bundle.manifest import PRIOR, Manifest, read_bundle
+from cemq.errors import InputError
+from cemq.files import absolute, written_whole
+from cemq.metrics import error_of, middle_mean
+from cemq.parallel import ALONE, Processes
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
+from cemq.pipelines.opening import default_device, locate, open_pipeline
+from cemq.predict.correctors import check_corrector
+from cemq.predict.predictors import check_predictor
+from cemq.prior.error_prior import VIEWS, ErrorPrior
+from cemq.runtime import detach
+from cemq.runtime.outcome import run_batch
+from cemq.schedule import CacheSchedule, cem_costs, parse_budget, suited_corrector, usual_budget
+from cemq.search.propagation import sample_schedules
+from cemq.search.trials import ClosedLoop, Trial
+
+_FIRST_SEED = 12345  # of the schedules that predictions are tested with
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's: the correlation of ranks; ties share their mean rank."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        return (ends - (counts - 1) / 2 - 0.5)[place]
+
+    left, right = ranks(one), ranks(other)
+    if left.std() == 0 or right.std() == 0:
+        return 0.0
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+def cem_cost(prior: ErrorPrior, schedule: CacheSchedule, view: str) -> float:
+    """What CEM's rule charges a schedule: the cost of each gap where it lands, the tail as one more gap."""
+    costs = cem_costs(prior.cosine_distances(view))
+    ends = (*schedule.full_steps[1:], schedule.num_steps - 1)
+    total = 0.0
+    for start, end in zip(schedule.full_steps, ends, strict=True):
+        if end > start:
+            cost = costs[end - start - 1, end]
+            total += cost if np.isfinite(cost) else 0.0
+    return total
+
+
+def unweighted(prior: ErrorPrior) -> ErrorPrior:
+    """The same prior with the step sizes as its only weights; what steps answer to a strayed sample stays as fitted."""
+    return replace(prior, sensitivity=np.ones(prior.num_steps), coherence=np.inf)
+
+
+def costs_of(prior: ErrorPrior) -> dict[str, Callable[[CacheSchedule], float]]:
+    """Every cost by name: CEM's, the error with step sizes as the only weights, and the fitted one, for each view."""
+    found: dict[str, Callable[[CacheSchedule], float]] = {}
+    plain = unweighted(prior)
+    for view in VIEWS:
+        found[f"cem, {view}"] = lambda s, view=view: cem_cost(prior, s, view)
+        found[f"unweighted, {view}"] = lambda s, view=view: plain.final_error(s.served, s.integrated, view)
+        found[f"fitted, {view}"] = lambda s, view=view: prior.final_error(s.served, s.integrated, view)
+    return found
+
+
+def analyze(
+    bundle: str | Path,
+    *,
+    schedules: int = 60,
+    predictors: Sequence[str] = ("taylor1", "reuse"),
+    samples: int = 16,
+    seed: int = 0,
+    budget: int | None = None,
+    corrector: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
+    """Run random and near-uniform schedules of a bundle on evaluation seeds and compare with what is predicted.
+
+    Args:
+        schedules: How many for each predictor, none of which the bundle was fitted to; half of them near uniform.
+        budget: Full-compute steps of all of them, at least 2; None takes 3 in 10 of the steps.
+        corrector: Of all of them; None takes what a plan of that budget would have (`suited_corrector`).
+        processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each; all return the same.
+
+    Returns:
+        ``spearman``: predictor to cost to Spearman's correlation with the error found (`errors_found`); ``points``:
+        predictor to one record for each schedule, with its error, its mean PSNR and every cost.
+
+    Raises:
+        CemqError: The bundle or the model it was made from cannot be used.
+    """
+    if not predictors:
+        raise InputError("predictors: none is named; taylor1,reuse are the default")
+    place, folder = device or default_device(), absolute(bundle)
+    manifest, prior = read_bundle(folder), ErrorPrior.load(folder / PRIOR)
+    num_steps = prior.num_steps
+    check_analysis(num_steps, schedules=schedules, predictors=predictors, budget=budget, corrector=corrector)
+    budget = parse_budget(budget or usual_budget(num_steps), num_steps)
+    corrector = corrector or suited_corrector(prior, budget)
+    pipe = from_pretrained(folder, device=place)
+    detach(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    batches = make_batches(
+        manifest.held_out_conditions, samples=samples, first_seed=EVALUATION_SEED_OFFSET + seed, batch_size=8
+    )
+    loop = ClosedLoop(
+        pipe=pipe, prior=prior, batches=batches,
+        references=_references(manifest, processes.share(batches), place, progress),
+        steps=manifest.num_inference_steps, call=manifest.call, cache=manifest.cache, processes=processes,
+    )  # fmt: skip
+    costs = costs_of(prior)
+    result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
+    result |= {"samples": samples, "corrector": corrector, "spearman": {}, "points": {}}
+    for name in predictors:
+        tested = test_schedules(num_steps, schedules, name, budget, corrector)
+        trials: list[Trial] = []
+        for schedule in tested:
+            trials.append(loop.run(schedule))
+            if progress:
+                progress(f"schedules, {name}", len(trials) / len(tested))
+        table = {cost: [predict(schedule) for schedule in tested] for cost, predict in costs.items()}
+        errors = errors_found(trials)
+        result["spearman"][name] = {cost: rank_correlation(values, errors) for cost, values in table.items()}
+        result["points"][name] = [
+            {"full_steps": list(schedule.full_steps), "error": error, "psnr_db": trial.psnr_db}
+            | {cost: values[index] for cost, values in table.items()}
+            for index, (schedule, error, trial) in enumerate(zip(tested, errors, trials, strict=True))
+        ]
+    return result
+
+
+def check_analysis(
+    num_steps: int | None, *, schedules: int, predictors: Sequence[str], budget: int | None, corrector: str | None
+) -> None:
+    """What can be said of `analyze` before anything is loaded or run; without the step count, less.
+
+    Raises:
+        InputError: An unknown name, or too few schedules, or more than there are.
+        InfeasibleBudgetError: The budget is out of range.
+    """
+    for name in predictors:
+        check_predictor(name)
+    if corrector is not None:
+        check_corrector(corrector)
+    if schedules < 5:
+        raise InputError(f"schedules={schedules}: a rank correlation needs at least 5")
+    if num_steps is not None:
+        full_steps = parse_budget(budget or usual_budget(num_steps), num_steps)
+        if schedules > (ways := math.comb(num_steps - 1, full_steps - 1)):
+            raise InputError(
+                f"schedules={schedules}: {full_steps} of {num_steps} steps can be chosen in {ways} ways only"
+            )
+
+
+def _references(manifest: Manifest, batches: Sequence[Batch], device: str, progress: Progress | None) -> list[Any]:
+    """What full precision makes of these samples, uncached."""
+    pipe = open_pipeline(locate(manifest.model).folder, dtype=manifest.dtype, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    steps = manifest.num_inference_steps
+    return [
+        run_batch(pipe, batch, steps=steps, call=manifest.call, on_step=on_step)
+        for batch, on_step in iterate(batches, "reference", progress, steps)
+    ]
+
+
+def errors_found(trials: Sequence[Trial]) -> list[float]:
+    """Of each trial, on the same samples, for a peak of 1: PSNR, what sets it apart from the others being averaged over
+    the middle two thirds of the samples, as the search does that compares them."""
+    found = np.array([trial.sample_psnr_db for trial in trials])
+    usual = found.mean(0)
+    return [error_of(psnr) for psnr in usual.mean() + middle_mean(found - usual)]
+
+
+def test_schedules(num_steps: int, count: int, predictor: str, budget: int, corrector: str) -> list[CacheSchedule]:
+    """Different schedules of one budget, near uniform and random in turn, drawn with seeds that planning does not use.
+
+    There must be as many.
+    """
+    found: dict[tuple[int, ...], CacheSchedule] = {}
+    seeds = itertools.count(_FIRST_SEED)
+    while len(found) < count:
+        for schedule in sample_schedules(num_steps, count, (predictor,), next(seeds), budget, corrector):
+            found.setdefault(schedule.full_steps, schedule)
+    return list(found.values())[:count]
+
+
+def draw(analysis: dict[str, Any], path: Path) -> None:
+    """A PNG: for each predictor and view, predicted against measured error of every schedule, both in logarithms."""
+    from PIL import Image, ImageDraw
+
+    size, margin = 260, 46
+    names = list(analysis["points"])
+    sheet = Image.new("RGB", (len(VIEWS) * size, len(names) * size), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        points = analysis["points"][name]
+        measured = np.log10([point["error"] for point in points])
+        for column, view in enumerate(VIEWS):
+            cost = f"fitted, {view}"
+            predicted = np.log10(np.maximum([point[cost] for point in points], 1e-12))
+            left, top = column * size + margin, row * size + margin
+            side = size - margin - 10
+            pen.rectangle((left, top, left + side, top + side), outline="black")
+            title = f"{name}, {view}: {analysis['spearman'][name][cost]:.3f}"
+            pen.text((left, top - 30), title, fill="black")
+            pen.text((left, top - 16), "across: predicted, up: measured (log)", fill="gray")
+            across, up = (_unit(values) * (side - 12) + 6 for values in (predicted, measured))
+            for x, y in zip(left + across, top + side - up, strict=True):
+                pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(30, 90, 160))
+    with written_whole(path, "plot") as partial:
+        sheet.save(partial)
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    """Stretched to 0..1."""
+    span = values.max() - values.min()
+    return (values - values.min()) / span if span else np.full(len(values), 0.5)

@@ -1,0 +1,60 @@
+"""Files that are whole or not there at all, and paths that mean the same after a change of the working folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cemq.errors import InputError, first_line
+
+
+def absolute(path: str | Path) -> Path:
+    """The path from the root, ``~`` written out; a home folder that nobody has is taken for a name."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def check_writable(path: str | Path, what: str = "output") -> None:
+    """Raises InputError unless a file can be written there; nothing that is there already changes."""
+    target = Path(os.path.realpath(absolute(path)))
+    if os.path.isdir(target):
+        raise InputError(f"{what} '{path}' is a folder: name a file in it")
+    if not os.path.isdir(target.parent):
+        raise InputError(f"{what} '{path}': the folder '{Path(path).parent}' does not exist")
+    if os.path.lexists(target) and not target.is_file():
+        return  # a device or a pipe: opening it may already do something
+    partial = _partial(target)
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise InputError(f"{what} '{path}' cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def written_whole(path: str | Path, what: str = "output") -> Iterator[Path]:
+    """A file to write that becomes ``path`` if the block ends well, and vanishes if it does not.
+
+    It ends in the same suffix. A symbolic link is followed; a device or a pipe is written as it is.
+
+    Raises:
+        InputError: The file cannot be written, or not in this format.
+    """
+    target = Path(os.path.realpath(absolute(path)))
+    partial = target if os.path.lexists(target) and not target.is_file() else _partial(target)
+    try:
+        yield partial
+        if partial != target:
+            partial.replace(target)
+    except (OSError, ValueError) as error:  # Pillow has ValueError for what a format cannot hold
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{what} '{path}' cannot be written: {reason}") from error
+    finally:
+        if partial != target:
+            with suppress(OSError):
+                partial.unlink()
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.stem}.partial-{os.getpid()}{target.suffix}")

@@ -1,0 +1,256 @@
+"""Carrying out a placement, with diffusers' and accelerate's own offloading.
+
+Only what `cemq.memory.placement` planned is applied here; `runtime.registration` keeps the schedule above all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from accelerate.utils import offload_weight, save_offload_index
+from diffusers.hooks import apply_group_offloading
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from cemq.errors import PlacementError, first_line
+from cemq.families import DENOISERS
+from cemq.files import absolute
+from cemq.memory.placement import MemoryPlan
+from cemq.pipelines.opening import ALIGNMENT, align
+from cemq.reclaim import give_back, map_large_allocations
+
+_COMPLETE = "complete.json"
+_LAYOUT = "2"  # of the files that weights rest in; raised when what was written before is not to be read
+_GAP = "after "
+_WRITERS = ("diffusers", "accelerate", "transformers")
+
+
+def free_host_memory() -> int | None:
+    """Bytes that this process could still take; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def place(pipe: Any, plan: MemoryPlan, *, device: torch.device, offload_folder: Path | None = None) -> None:
+    """Put a pipeline that lies in host memory where the plan wants it.
+
+    Args:
+        offload_folder: Where weights rest that the plan keeps on disk, see `disk_folder`.
+
+    Raises:
+        PlacementError: The pipeline has parts that this offloading cannot follow.
+    """
+    chosen = plan.chosen
+    vae = getattr(pipe, "vae", None)
+    if vae is not None and chosen.vae != "whole":
+        for enable in ("enable_slicing", *(["enable_tiling"] if chosen.vae == "tiled" else [])):
+            _enable(vae, enable)
+    placement, models = chosen.placement, _models(pipe)
+    if placement.unit == "nothing":
+        pipe.to(device)
+    elif placement.unit == "component":
+        pipe.enable_model_cpu_offload(device=device)
+    elif placement.hooks == "accelerate" and not placement.disk:
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif placement.disk:
+        if device.type == "cpu":
+            map_large_allocations()
+        with _written(offload_folder) as folder:
+            for name, model in models.items():
+                _to_disk(name, model, plan, device, folder / name)
+    else:
+        for name, model in models.items():
+            _in_groups(name, model, plan, device)
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _enable(vae: Any, name: str) -> None:
+    try:
+        getattr(vae, name)()
+    except (AttributeError, NotImplementedError) as error:
+        raise PlacementError(f"the plan wants {type(vae).__name__}.{name}(), which it does not have") from error
+
+
+def _in_groups(name: str, model: nn.Module, plan: MemoryPlan, device: torch.device, **options: Any) -> None:
+    placement, component = plan.chosen.placement, next(c for c in plan.components if c.name == name)
+    _check_leaves(name, model, placement.unit == "block" and name in DENOISERS)
+    if not component.groups:
+        align(model.to(device))
+        return
+    # only the denoiser is worth prefetching, and only there the order of layers is traced: decoding is no forward
+    blocks = placement.unit == "block" and name in DENOISERS
+    apply_group_offloading(
+        model,
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="block_level" if blocks else "leaf_level",
+        num_blocks_per_group=1 if blocks else None,
+        use_stream=placement.streams and name in DENOISERS,
+        **options,
+    )
+
+
+def _check_leaves(name: str, model: nn.Module, blocks: bool) -> None:
+    if not blocks and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        raise PlacementError(
+            f"{name}: its attention uses weights of a layer without running it, so layers cannot be offloaded one by "
+            "one: allow more memory"
+        )
+
+
+def _to_disk(name: str, model: nn.Module, plan: MemoryPlan, device: torch.device, folder: Path) -> None:
+    component = next(c for c in plan.components if c.name == name)
+    if plan.chosen.placement.hooks == "groups" or (name not in DENOISERS and component.groups):
+        _untie(model)
+        with _GivenBack():
+            _in_groups(name, model, plan, device, offload_to_disk_path=str(folder))
+        if device.type == "cpu":  # where layers run on the mapped files themselves
+            for file in folder.glob("*.safetensors"):
+                _align_file(file)
+    else:
+        _write_weights(model, folder)
+        accelerate.disk_offload(model, folder, execution_device=device)
+
+
+def _untie(model: nn.Module) -> None:
+    """Give modules that share a tensor (T5's embeddings) one each, over the same memory.
+
+    diffusers writes the weights of one group after the other and puts empty tensors in their place: of a tensor that
+    two groups share, the second one's file would hold whatever lay in that memory.
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) in seen:
+                    own = tensor.detach()
+                    tensors[name] = nn.Parameter(own, tensor.requires_grad) if tensors is module._parameters else own
+                seen.add(id(tensors[name]))
+
+
+def _align_file(path: Path) -> None:
+    """Have every tensor of a safetensors file begin at a multiple of `ALIGNMENT`, with zeros between where needed.
+
+    Layers run on the mapped file itself, and other alignments run other kernels: see `cemq.pipelines.opening.align`.
+    """
+    with path.open("rb") as old:
+        size = int.from_bytes(old.read(8), "little")
+        header = json.loads(old.read(size))
+        tensors = {name: entry for name, entry in header.items() if not name.startswith(("__", _GAP))}
+        spans = [entry["data_offsets"] for entry in tensors.values()]
+        if not any((8 + size + start) % ALIGNMENT for start, _ in spans):
+            return
+        header, offset = {}, 0
+        for name, entry in tensors.items():
+            start, end = entry["data_offsets"]
+            header[name] = entry | {"data_offsets": [offset, offset + end - start]}
+            offset += end - start
+            if gap := -offset % ALIGNMENT:  # the format allows none but that of another tensor
+                header[_GAP + name] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
+                offset += gap
+        text = json.dumps(header).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as new:
+            new.write(len(text).to_bytes(8, "little") + text)
+            for start, end in spans:
+                old.seek(8 + size + start)
+                new.write(old.read(end - start))
+                new.write(bytes((start - end) % ALIGNMENT))
+    partial.replace(path)
+
+
+class _GivenBack(TorchFunctionMode):
+    """Weights leave memory one by one, as diffusers puts an empty tensor in the place of each that it has written.
+
+    All of a model's weights are views of one mapped file, which would otherwise be in memory as a whole when the last
+    one has been read.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.empty_like:
+            give_back(args[0])
+        return result
+
+
+def _write_weights(model: nn.Module, folder: Path) -> None:
+    """What `accelerate.disk_offload` would write first, one weight in memory at a time."""
+    if (folder / "index.json").is_file():
+        return
+    folder.mkdir(exist_ok=True)
+    index: dict[str, Any] = {}
+    for name, tensor in model.state_dict().items():
+        offload_weight(tensor, name, folder, index)
+        give_back(tensor)
+    save_offload_index(index, folder)
+
+
+def disk_folder(
+    checksum: str, plan: MemoryPlan, dtypes: Mapping[str, Mapping[str, str]], root: Path | None = None
+) -> Path:
+    """Where the weights of a bundle rest when they are offloaded to disk.
+
+    Its name is a hash of everything that decides what the files hold: diffusers takes any file that lies there for its
+    own, whatever model wrote it.
+
+    Args:
+        checksum: Of the bundle's manifest.
+        dtypes: Of the pipeline as it was loaded, by component and name of the tensor.
+        root: None takes ``cemq/offload`` in the user's cache folder.
+    """
+    kinds = json.dumps(dtypes, sort_keys=True)
+    parts = (_LAYOUT, checksum, kinds, plan.chosen.placement.name, *map(version, _WRITERS))
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return absolute(root or cache / "cemq" / "offload") / key
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[Path]:
+    """A folder that is either whole or begun anew; one process at a time writes it."""
+    from filelock import FileLock
+    from safetensors import SafetensorError  # of a full disk; it is no OSError
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not _is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+            yield folder
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+            (folder / _COMPLETE).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise PlacementError(f"offload folder '{folder.parent}' cannot be written: {reason}") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _COMPLETE)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return sizes == {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}

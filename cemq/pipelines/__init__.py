@@ -1,0 +1,1 @@
+"""What a pipeline is and how it is run: opening it, its batches, its noise scheduler, its outputs."""

@@ -1,0 +1,1 @@
+"""Coefficients only: how skipped steps are served, and put right later."""

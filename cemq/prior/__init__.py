@@ -1,0 +1,1 @@
+"""The error prior, and how it is profiled."""

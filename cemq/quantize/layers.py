@@ -1,0 +1,241 @@
+"""Quantized linear layers: plain integer tensors, whatever library multiplies them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GELU
+from torch import nn
+
+from cemq.errors import ModelError
+from cemq.quantize.gptq import gptq_int4, gptq_int8, low_rank, smoothing
+from cemq.quantize.integers import GROUP_SIZE, quantize_channels, quantize_int4
+from cemq.quantize.kernels import FEW_ROWS, integer_linear, integer_weight, weight_only_linear
+from cemq.quantize.schemes import Scheme
+from cemq.reclaim import give_back
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputStatistics:
+    """What calibration knows of a layer's inputs ``x``.
+
+    Args:
+        largest: The largest ``|x|`` of each recorded call, in order.
+        channel_largest: (in,) the largest ``|x|`` of each channel over all calls.
+        hessian: (in, in) float32, the sum of ``x x^T``; None where it was not asked for.
+    """
+
+    largest: tuple[float, ...]
+    channel_largest: torch.Tensor
+    hessian: torch.Tensor | None = None
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose stored tensors are plain ones, so that any loader, offloader or copy can handle them.
+
+    Subclasses say which tensors they store (`layout`), how a float weight turns into them (`quantize`) and how they are
+    multiplied (`multiply`). Tensors of the layout keep their dtype whatever the model is cast to.
+    """
+
+    needs_largest: ClassVar[bool] = False  # static activation scales: cannot be made without statistics
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        scheme: Scheme,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        for name, (shape, kind) in self.layout(in_features, out_features, scheme).items():
+            setattr(self, name, _frozen(torch.empty(shape, dtype=kind, device=device)))
+        self.bias = _frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:
+        """Shape and dtype of every stored tensor but the bias; one of them is called ``weight``."""
+        raise NotImplementedError
+
+    @classmethod
+    def quantize(
+        cls, weight: torch.Tensor, scheme: Scheme, statistics: InputStatistics | None
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of `layout` for a float weight (out, in)."""
+        raise NotImplementedError
+
+    def multiply(self, values: torch.Tensor) -> torch.Tensor:
+        """(rows, in) to (rows, out)."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        # copied into integers of the same shape, float weights would become whole numbers without a word
+        for name, (_, kind) in self.layout(self.in_features, self.out_features, self.scheme).items():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.dtype != kind:
+                found, wanted = (str(dtype).removeprefix("torch.") for dtype in (given.dtype, kind))
+                raise ModelError(
+                    f"tensor '{prefix}{name}' is {found}, and the quantized layer it is loaded into holds {wanted}: "
+                    "load float weights into the full-precision model and quantize that"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, scheme: Scheme, statistics: InputStatistics | None = None
+    ) -> QuantizedLinear:
+        """Quantize the weight of ``linear``; the bias is kept."""
+        has_bias = linear.bias is not None
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            scheme=scheme,
+            bias=has_bias,
+            dtype=linear.weight.dtype,
+            device="meta",
+        )
+        layer.set_weight(linear.weight, statistics)
+        if has_bias:
+            layer.bias = _frozen(linear.bias)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def set_weight(self, weight: torch.Tensor, statistics: InputStatistics | None = None) -> None:
+        """Quantize a float weight (out, in)."""
+        for name, tensor in self.quantize(weight, self.scheme, statistics).items():
+            setattr(self, name, _frozen(tensor.contiguous()))
+        give_back(weight)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not input.is_floating_point():
+            raise ModelError(
+                f"a quantized layer is fed {str(input.dtype).removeprefix('torch.')}, not floats: the model has cast "
+                "its input to the dtype of stored integers; name that layer under full_precision in a recipe"
+            )
+        output = self.multiply(input.reshape(-1, self.in_features))
+        return output.reshape(*input.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        exact = {
+            name: getattr(self, name).detach()  # the parameter itself is cast in place
+            for name, (_, kind) in self.layout(self.in_features, self.out_features, self.scheme).items()
+            if kind.is_floating_point
+        }
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            if getattr(self, name).dtype != tensor.dtype:  # a cast of the model: move the scale, do not round it
+                setattr(self, name, _frozen(tensor.to(getattr(self, name).device)))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, scheme={self.scheme.name}, bias={self.bias is not None}"
+
+
+class NativeLinear(QuantizedLinear):
+    """cemq's own layer: from 32 rows on, int8 activations quantized per token and an integer product.
+
+    ``weight`` is int8 (out, in), or uint8 (out, padded_in / 2) with ``group_scale`` int8 (out, groups);
+    ``weight_scale`` is float32 (out, 1); ``weight_sum`` is int32 (out, 1), the row sums of the integer weight, which
+    the activations' zero points are multiplied with. With fewer rows (time embedding, adaLN) there is nothing to gain
+    from an integer product and the input is precious: then, and in schemes with 16-bit activations, only the weight is
+    quantized.
+
+    A smoothed layer multiplies its input by ``smooth`` (in,), and its weight has been divided by it (SmoothQuant,
+    2211.10438). One with a low-rank correction adds ``(x @ down^T) @ up^T`` in bfloat16 (as in SVDQuant, 2411.05007).
+    One with ``gelu`` gives the tanh form of it (`fuse_gelu`).
+    """
+
+    gelu = False
+
+    @classmethod
+    def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:
+        tensors: Layout = {"weight": ((out_features, in_features), torch.int8)}
+        if scheme.weight_bits == 4:
+            groups = -(-in_features // GROUP_SIZE)
+            tensors["weight"] = ((out_features, groups * GROUP_SIZE // 2), torch.uint8)
+            tensors["group_scale"] = ((out_features, groups), torch.int8)
+        tensors["weight_scale"] = ((out_features, 1), torch.float32)
+        tensors["weight_sum"] = ((out_features, 1), torch.int32)
+        if scheme.smoothed:
+            tensors["smooth"] = ((in_features,), torch.float32)
+        if rank := min(scheme.low_rank, in_features, out_features):
+            tensors["up"], tensors["down"] = (
+                ((out_features, rank), torch.bfloat16),
+                ((rank, in_features), torch.bfloat16),
+            )
+        return tensors
+
+    @classmethod
+    def quantize(
+        cls, weight: torch.Tensor, scheme: Scheme, statistics: InputStatistics | None
+    ) -> dict[str, torch.Tensor]:
+        tensors, weight = {}, weight.float()
+        hessian = None if statistics is None else statistics.hessian
+        if scheme.smoothed:
+            smooth = smoothing(weight, None if statistics is None else statistics.channel_largest)
+            weight = weight / smooth
+            hessian = None if hessian is None else hessian * torch.outer(smooth, smooth)
+            tensors["smooth"] = smooth
+        if rank := min(scheme.low_rank, *weight.shape):
+            up, down = low_rank(weight, hessian, rank)
+            weight = weight - up.float() @ down.float()
+            tensors |= {"up": up, "down": down}
+        if scheme.weight_bits == 8:
+            quantized = quantize_channels(weight) if hessian is None else gptq_int8(weight, hessian)
+            tensors["weight"], tensors["weight_scale"] = quantized
+        else:
+            quantized = quantize_int4(weight, GROUP_SIZE) if hessian is None else gptq_int4(weight, hessian, GROUP_SIZE)
+            tensors["weight"], tensors["group_scale"], tensors["weight_scale"] = quantized
+        integers = integer_weight(tensors["weight"], tensors.get("group_scale"), weight.shape[1])
+        return tensors | {"weight_sum": integers.sum(1, keepdim=True, dtype=torch.int32)}
+
+    def integer_weight(self) -> torch.Tensor:
+        """The int8 weight (out, in) that takes part in the product."""
+        return integer_weight(self.weight, getattr(self, "group_scale", None), self.in_features)
+
+    def multiply(self, values: torch.Tensor) -> torch.Tensor:
+        group_scale, smooth = getattr(self, "group_scale", None), getattr(self, "smooth", None)
+        if self.scheme.activation_bits == 8 and values.shape[0] >= FEW_ROWS:
+            weights = self.weight, group_scale, self.weight_scale, self.weight_sum
+            fused = self.gelu and not self.scheme.low_rank
+            output = integer_linear(values, *weights, self.bias, smooth, fused)
+        else:
+            fused = False
+            output = weight_only_linear(values, self.weight, group_scale, self.weight_scale, self.bias, smooth)
+        if self.scheme.low_rank:
+            scaled = values if smooth is None else values * smooth
+            output = output + F.linear(F.linear(scaled.to(self.down.dtype), self.down), self.up).to(output.dtype)
+        return F.gelu(output, approximate="tanh") if self.gelu and not fused else output
+
+
+class FusedGELU(nn.Module):
+    """In the place of diffusers' GELU: its projection applies the activation itself, before anything is rounded."""
+
+    def __init__(self, proj: NativeLinear):
+        super().__init__()
+        self.proj = proj
+        proj.gelu = True
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.proj(hidden_states)
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """Have the projections of feed-forward layers apply their GELU, where they are native layers and it is the tanh
+    form: over bfloat16, torch takes a tenth of a forward for it. Names of tensors stay as they were."""
+    for name, module in list(model.named_modules()):
+        if type(module) is GELU and module.approximate == "tanh" and type(module.proj) is NativeLinear:
+            model.set_submodule(name, FusedGELU(module.proj).train(module.training))
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)

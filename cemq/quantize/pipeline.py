@@ -1,0 +1,149 @@
+"""From the settings of a build to quantized components of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from cemq.errors import InputError, ReplayError, SchemeError, choose
+from cemq.families import DENOISERS, EIGHT_BIT, full_precision_patterns
+from cemq.pipelines.opening import denoisers
+from cemq.quantize.allocate import choose_eight_bit, least_bits
+from cemq.quantize.calibrate import Call, quantize_calibrated, weights_read_elsewhere
+from cemq.quantize.in_diffusers import CemqConfig, quantizable, quantize_in_place
+from cemq.quantize.schemes import NO_SCHEME, SCHEMES, check_scheme
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationPlan:
+    """What to quantize and how; a None takes the default that goes with the rest.
+
+    Args:
+        full_precision: Patterns of layers to keep; None: those of `families` for the denoiser's class.
+        gptq: Fit weights to recorded inputs instead of rounding them to nearest; native backend.
+        smoothed: Scale inputs per channel before they are quantized to 8 bits; native backend.
+        low_rank: Rank of a bfloat16 correction beside every 4-bit weight; native backend.
+        bits_budget: Average stored bits per weight in a 4-bit scheme; the layers that gain most take 8 bits.
+        components: Names of the pipeline's components; empty: the denoiser. Text encoders are quantized weight-only.
+    """
+
+    scheme: str
+    backend: str = "native"
+    full_precision: Sequence[str] | None = None
+    gptq: bool = True
+    smoothed: bool = False
+    low_rank: int = 0
+    bits_budget: float | None = None
+    components: Sequence[str] = field(default_factory=tuple)
+
+    def check(self) -> None:
+        """Raises SchemeError or InputError for what cannot go together, before any model is opened."""
+        check_scheme(self.scheme, self.backend)
+        four_bit = self.scheme != NO_SCHEME and SCHEMES[self.scheme].weight_bits == 4
+        for option, asked in (("low rank", self.low_rank), ("bits budget", self.bits_budget is not None)):
+            if asked and not (four_bit and self.backend == "native"):
+                found = f"{self.backend} {self.scheme}"
+                raise InputError(f"{option}: only 4-bit schemes of the native backend take it, not {found}")
+            if asked and not self.quantizes_denoiser:
+                named = ", ".join(self.components)
+                raise InputError(f"{option}: only the denoiser takes it, and the components are {named}: name it too")
+        if len(set(self.components)) < len(self.components):
+            raise InputError(f"components {', '.join(self.components)}: one is named twice")
+        if self.components and self.scheme == NO_SCHEME:
+            raise InputError("components to quantize are named, but the scheme is none: name a scheme")
+
+    @property
+    def quantizes_denoiser(self) -> bool:
+        return self.scheme != NO_SCHEME and (not self.components or not set(DENOISERS).isdisjoint(self.components))
+
+    def config(self, denoiser: nn.Module) -> CemqConfig:
+        """The quantization config of the denoiser, with the layers at 8 bits that go with the rounding."""
+        native = self.backend == "native"
+        kept = full_precision_patterns(type(denoiser).__name__) if self.full_precision is None else self.full_precision
+        return CemqConfig(
+            self.scheme,
+            backend=self.backend,
+            full_precision=kept,
+            eight_bit=() if native and self.gptq else EIGHT_BIT,  # fitted ones need no more than 4: quantization.md
+            low_rank=self.low_rank,
+            smoothed=native and self.smoothed and SCHEMES[self.scheme].activation_bits == 8,
+        )
+
+    def needs_calls(self, denoiser: nn.Module) -> bool:
+        """Whether recorded calls of the denoiser are needed to quantize it."""
+        if not self.quantizes_denoiser:
+            return False
+        config = self.config(denoiser)
+        if self.backend == "native":
+            return self.gptq or config.smoothed or self.bits_budget is not None
+        return any(
+            config.layer_class(scheme).needs_largest and scheme.activation_bits == 8
+            for _, _, scheme in quantizable(denoiser, config)
+        )
+
+    def without_calls(self, reason: ReplayError) -> QuantizationPlan:
+        """The same, rounded to nearest: for a denoiser whose calls cannot be replayed.
+
+        Raises:
+            ReplayError: The backend or the bits budget cannot do without; ``reason``, and what to do.
+        """
+        if self.backend != "native":
+            raise ReplayError(f"{reason}, and {self.backend} is fitted to calls: take --backend native") from reason
+        if self.bits_budget is not None:
+            raise ReplayError(f"{reason}, and a bits budget is spent by replaying calls: leave it out") from reason
+        return replace(self, gptq=False, smoothed=False)
+
+    def check_pipeline(self, pipe: Any) -> None:
+        """Raises InputError for a component that the pipeline lacks or that stays, or a budget that cannot be kept."""
+        for name in self.components:
+            known = [key for key, part in pipe.components.items() if isinstance(part, nn.Module)]
+            choose(f"component of {type(pipe).__name__}", name, known)
+            if name not in DENOISERS and "text_encoder" not in name:
+                raise InputError(f"component '{name}' stays in full precision: name the denoiser or text encoders")
+        for _, denoiser in denoisers(pipe):
+            if self.bits_budget is not None:
+                least_bits(denoiser, self.config(denoiser), within=self.bits_budget)
+
+
+def quantize_pipeline(
+    pipe: Any, plan: QuantizationPlan, calls: Mapping[str, Sequence[Call]], progress: Progress | None = None
+) -> None:
+    """Quantize the planned components in place.
+
+    Args:
+        calls: Recorded calls of each denoiser, by component name, where `QuantizationPlan.needs_calls`.
+
+    Raises:
+        SchemeError: There is nothing to quantize in a component, or the backend cannot take one of its layers.
+        InputError: The bits budget cannot be kept.
+    """
+    if plan.scheme == NO_SCHEME:
+        return
+
+    def report(stage: str) -> Callable[[float], None] | None:
+        return (lambda share: progress(stage, share)) if progress else None
+
+    for name in plan.components or [name for name in DENOISERS if getattr(pipe, name, None) is not None]:
+        model = getattr(pipe, name)
+        if name not in DENOISERS:
+            from cemq.quantize.in_transformers import TextEncoderConfig, quantize_text_encoder
+
+            quantize_text_encoder(model, TextEncoderConfig(f"w{SCHEMES[plan.scheme].weight_bits}a16"))
+            continue
+        config = plan.config(model)
+        if calls.get(name):
+            config = config.with_full_precision(weights_read_elsewhere(model, config, calls[name][0]))
+        if plan.bits_budget is not None:
+            chosen = choose_eight_bit(model, config, calls[name], plan.bits_budget, progress=report("bits per layer"))
+            config = config.with_eight_bit(chosen)
+        if not plan.needs_calls(model):
+            quantize_in_place(model, config)
+            continue
+        if not calls.get(name):
+            raise SchemeError(f"{plan.backend} {plan.scheme} is fitted to recorded inputs, and none were recorded")
+        quantize_calibrated(model, config, calls[name], gptq=plan.gptq, progress=report("quantization"))

@@ -1,0 +1,1 @@
+"""What skipped steps are predicted from: outputs, residuals of the blocks, or outputs of their modules."""

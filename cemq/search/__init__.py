@@ -1,0 +1,1 @@
+"""Plans that are run before they are believed."""

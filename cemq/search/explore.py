@@ -1,0 +1,311 @@
+"""The search for the best schedule of a budget, or for the fewest steps that will do, in closed loop.
+
+Candidates first, then the neighbours of the best, most promising first; every run sharpens the predictions for the
+next. All this is done on some of the samples. What they say is partly luck, so trials are ranked by what was measured
+and what is predicted together, and the few best then meet what was published on all samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cemq.errors import InfeasibleBudgetError
+from cemq.metrics import error_of, middle_error, middle_mean, psnr_of
+from cemq.predict.correctors import NO_CORRECTOR
+from cemq.prior.error_prior import ErrorPrior
+from cemq.schedule import (
+    AUTO,
+    SEGMENT_PREDICTORS,
+    CacheSchedule,
+    improve,
+    neighbours,
+    paid_steps,
+    plan_all,
+    plan_predicted,
+    plan_schedule,
+    skip_branches,
+)
+from cemq.schedule.rectify import Correction
+from cemq.search.propagation import SAMPLE
+from cemq.search.trials import ClosedLoop, Trial
+
+PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
+DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
+WHOLE_PREDICTORS = ("taylor1", "taylor2")  # that candidates are made for
+BRANCH_SHARES = (0.5, 0.75, 0.9)  # of the full-compute steps that compute both branches of guidance
+SEARCHED = 16  # samples that all but lessons and finals run on
+FINALISTS = 4
+_RETRIED = 2  # of them meet the target of budget=auto on all samples, or do not
+
+
+def is_certain(gains: np.ndarray) -> bool:
+    """Whether a gain is greater than its own standard error."""
+    return gains.mean() > _standard_error(gains)
+
+
+def _standard_error(values: np.ndarray) -> float:
+    """Of the mean; of a single value nothing is known, and 0 said."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _affordable(trials: Sequence[Trial], budget: int) -> list[Trial]:
+    """Trials that cost no more than a budget, by what was computed; those that cost least, where all cost more."""
+    least = min((trial.budget for trial in trials), default=budget)
+    return [trial for trial in trials if trial.budget <= max(budget, least)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Of ``budget=auto``: either a target, or an error within ``1 + tolerance`` of the same samples at full compute."""
+
+    full: Trial
+    tolerance: float
+    psnr_db: float | None
+
+    def met_by(self, trial: Trial) -> bool:
+        if self.psnr_db is not None:
+            return trial.psnr_db >= self.psnr_db
+        excess = trial.sample_relative_l2 - (1 + self.tolerance) * self.full.sample_relative_l2[: trial.samples]
+        # with a standard error to spare: what only just passes here fails on half of all other samples
+        return middle_mean(excess) + middle_error(excess) <= 0
+
+    @property
+    def error(self) -> float:
+        """Of the images, that the fitted prior is to stay below."""
+        return error_of(self.psnr_db) if self.psnr_db is not None else (1 + self.tolerance) * self.full.error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Search:
+    """Runs schedules in ``loop``, where some were run already, until ``limit`` is spent.
+
+    Args:
+        predictor: One for all segments, or ``auto``.
+        corrector: Of all that is tried but what was published.
+        view: Of the prior.
+        limit: In runs at full compute of all samples.
+        known: A schedule to try as well.
+    """
+
+    loop: ClosedLoop
+    predictor: str
+    corrector: str
+    view: str
+    limit: float
+    known: CacheSchedule | None = None
+
+    def published(self, prior: ErrorPrior, budget: int, corrector: str = NO_CORRECTOR) -> Iterator[CacheSchedule]:
+        for solver, name in itertools.product(PUBLISHED, self._names):
+            try:
+                yield plan_schedule(prior, budget, solver=solver, predictor=name, corrector=corrector, view=self.view)
+            except InfeasibleBudgetError:  # the CEM rule has holes
+                continue
+
+    def own(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
+        if self.known is not None and self.known.budget <= budget:
+            yield self.known
+        settings = {"corrector": self.corrector, "view": self.view}
+        for name in dict.fromkeys((self.predictor, *self._names)):
+            planned = plan_schedule(prior, budget, predictor=name, **settings)
+            yield planned
+            yield improve(prior, planned, predictors=self._choices if name == AUTO else (), view=self.view)
+        yield plan_predicted(prior, budget, predictor=self.predictor, **settings)
+        if self.corrector != NO_CORRECTOR:
+            yield from self.published(prior, budget, self.corrector)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return WHOLE_PREDICTORS if self.predictor == AUTO else (self.predictor,)
+
+    @property
+    def _choices(self) -> tuple[str, ...]:
+        """Predictors that a segment may be served by instead: without a corrector, for with one such moves exploit what
+        is predicted of how the sample strays."""
+        return SEGMENT_PREDICTORS if self.predictor == AUTO and self.corrector == NO_CORRECTOR else ()
+
+    def best(self, budget: int) -> Trial:
+        """The best trial of a budget once the effort is spent: never worse on the samples than what was published."""
+        loop, prior = self.loop, self.loop.fit(self.view).prior
+        published = [loop.run(schedule) for schedule in self.published(prior, budget)]
+        self.explore(budget, self.limit - self._finals(budget))
+        finals = _affordable(self._finalists(budget) + published, budget)
+        floor = max((trial.psnr_db for trial in published if trial in finals), default=-math.inf)
+        return self._ranked([trial for trial in finals if trial.psnr_db >= floor])[0]
+
+    def explore(self, budget: int, limit: float) -> Trial:
+        """Search on the searched samples until ``limit`` is spent; the best of them so far."""
+        loop = self.loop
+        cost = loop.cost(budget, SEARCHED)
+        prior = loop.fit(self.view).prior
+        for index, schedule in enumerate(self.own(prior, budget)):
+            if index == 0 or loop.spent + cost <= limit:
+                loop.run(schedule, samples=SEARCHED)
+        while loop.spent + cost <= limit and (move := self._next(budget)):
+            loop.run(move, samples=SEARCHED)
+        return self._ranked(self._tried(budget))[0]
+
+    def _predicted(self, prior: ErrorPrior, schedule: CacheSchedule) -> float:
+        return prior.final_error(schedule.served, schedule.integrated, self.view)
+
+    def _next(self, budget: int) -> CacheSchedule | None:
+        """The most promising neighbour of the best schedule that has any which were not run."""
+        prior = self.loop.fit(self.view).prior
+        known = {trial.schedule.key for trial in self.loop.plain()}
+        for incumbent in self._ranked(self._tried(budget)):
+            start = incumbent.schedule
+            further = improve(prior, start, predictors=self._choices, view=self.view, moves=4)
+            moves = [move for move in (*neighbours(start, self._choices), further) if move.key not in known]
+            if moves:
+                return min(moves, key=lambda move: self._predicted(prior, move))
+        return None
+
+    def _finals(self, budget: int) -> float:
+        """What it costs to run the finalists on the samples that the search has not run them on."""
+        return FINALISTS * (self.loop.cost(budget) - self.loop.cost(budget, SEARCHED))
+
+    def _finalists(self, budget: int) -> list[Trial]:
+        return [self.loop.run(trial.schedule) for trial in self._ranked(self._tried(budget))[:FINALISTS]]
+
+    def _tried(self, budget: int) -> list[Trial]:
+        """What a plan of this budget may be."""
+        tried = [
+            trial
+            for trial in self.loop.plain()
+            if trial.schedule.budget <= budget
+            and (self.predictor == AUTO or set(trial.schedule.predictors) == {self.predictor})
+        ]
+        return _affordable(tried, budget)
+
+    def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Best first, by what was measured on the samples they share and what is predicted together.
+
+        The best of many measured on a few samples is partly lucky. Both are noisy estimates of the same thing, so each
+        weighs as much as the other is uncertain.
+        """
+        samples = min(trial.samples for trial in trials)
+        found = np.array([trial.sample_psnr_db[:samples] for trial in trials])
+        centered = found - found.mean(0)
+        score = middle_mean(centered)
+        if samples > 1:  # one sample says nothing about its noise
+            fit = self.loop.fit(self.view)
+            predicted = np.array([psnr_of(self._predicted(fit.prior, t.schedule)) for t in trials])
+            noise = middle_error(centered).mean() ** 2
+            misfit = (DB_PER_LOG * fit.rms_log_error) ** 2
+            share = noise / (noise + misfit) if noise + misfit else 0.0
+            score = (1 - share) * score + share * (predicted - predicted.mean())
+        return [trials[index] for index in np.argsort(-score, kind="stable")]
+
+    def with_skipped_branches(self, chosen: Trial, fix: Correction | None) -> tuple[Trial, Correction | None]:
+        """What is better at the same compute: ``chosen``, or more steps of which some compute one branch of guidance.
+
+        Where one call of the denoiser holds both branches there is none to skip: which rows of which arguments belong
+        to which branch is the pipeline's secret.
+        """
+        loop, budget = self.loop, chosen.schedule.budget
+        kept, prior = chosen, loop.fit(self.view).prior
+        skippable = loop.calls_per_step >= 2 and loop.cache == "output"
+        for share in BRANCH_SHARES if skippable else ():
+            more = paid_steps(budget, share, loop.num_steps)
+            planned = plan_schedule(
+                prior, more, predictor=self.predictor, corrector=chosen.schedule.corrector, view=self.view
+            )
+            better = improve(prior, planned, predictors=self._choices, view=self.view)
+            for schedule in (skip_branches(each, budget) for each in (planned, better)):
+                trial = loop.run(schedule) if schedule.branch_steps else chosen
+                gains = trial.sample_psnr_db - chosen.sample_psnr_db
+                if trial.psnr_db > kept.psnr_db and is_certain(gains):
+                    kept, fix = trial, None
+        return kept, fix
+
+    def fewest(self, wanted: Wanted) -> Trial:
+        """The trial with the fewest full-compute steps that meets what is wanted, also on all samples.
+
+        Raises:
+            InfeasibleBudgetError: Not even full compute does.
+        """
+        loop, full = self.loop, wanted.full
+        if wanted.psnr_db is not None and not wanted.met_by(full):
+            raise InfeasibleBudgetError(
+                f"target_psnr={wanted.psnr_db}: full compute reaches {full.psnr_db:.1f} dB; choose less, or a scheme "
+                "with more bits"
+            )
+        budget = self._least(2, wanted)
+        while budget < loop.num_steps:  # what some samples promised, all of them may not keep
+            promising = self._ranked(self._meeting(wanted, budget, budget))[:_RETRIED]
+            met = [trial for trial in (loop.run(each.schedule) for each in promising) if wanted.met_by(trial)]
+            if met:
+                best = self.best(budget)
+                return best if wanted.met_by(best) else self._ranked(met)[0]
+            budget = self._least(budget + 1, wanted)
+        return full
+
+    def _least(self, low: int, wanted: Wanted) -> int:
+        """The smallest budget from ``low`` on with a schedule that meets what is wanted on the samples it was run on,
+        by bisection; that of full compute where there is none."""
+        loop = self.loop
+        high = self._smallest(wanted, low, loop.num_steps)
+        rounds = math.ceil(math.log2(high - low + 1))
+        while low < high:
+            middle = self._likely(low, high, wanted)
+            left = self.limit - self._finals(middle) - len(PUBLISHED) * len(self._names) * loop.cost(middle)
+            self.explore(middle, loop.spent + (left - loop.spent) / rounds)
+            rounds = max(1, rounds - 1)
+            found = self._smallest(wanted, low, middle)
+            low, high = (low, found) if found <= middle else (middle + 1, high)
+        return high
+
+    def _meeting(self, wanted: Wanted, low: int, high: int) -> list[Trial]:
+        return [t for t in self._tried(high) if low <= t.budget <= high and wanted.met_by(t)]
+
+    def _smallest(self, wanted: Wanted, low: int, high: int) -> int:
+        """Budget of a trial from ``low`` to ``high`` that meets what is wanted; that of full compute if none does."""
+        budgets = (trial.budget for trial in self._meeting(wanted, low, high))
+        return min(budgets, default=self.loop.num_steps)
+
+    def _likely(self, low: int, high: int, wanted: Wanted) -> int:
+        """The budget to try next: where the fitted prior expects to meet the target, kept within the inner range."""
+        fit = self.loop.fit(self.view).prior
+        planned = self._planned(fit, high - 1) if high > 2 else []
+        meets = [
+            budget
+            for budget, schedule in enumerate(planned, start=2)
+            if budget >= low and self._predicted(fit, schedule) <= wanted.error
+        ]
+        likely = meets[0] if meets else high - 1
+        return min(max(likely, low + (high - low) // 4), high - 1)
+
+    def _planned(self, prior: ErrorPrior, largest: int) -> list[CacheSchedule]:
+        return plan_all(prior, largest, predictor=self.predictor, corrector=self.corrector, view=self.view)
+
+    def curve(self, prior: ErrorPrior) -> list[dict[str, Any]]:
+        """For every budget, the predicted error of the plan relative to that of full compute, and what was measured."""
+        planned = self._planned(prior, self.loop.num_steps - 1)
+        base = prior.final_error(np.eye(self.loop.num_steps), view=self.view)
+        full = self.loop.trials[0]
+        points = []
+        for budget, schedule in enumerate(planned, start=2):
+            tried = [t for t in self.loop.trials if t.budget == budget and t.schedule.solver != SAMPLE]
+            best = max(tried, key=lambda trial: trial.psnr_db, default=None)
+            points.append(
+                {
+                    "budget": budget,
+                    "predicted_error": self._predicted(prior, schedule),
+                    "measured_psnr_db": best and best.psnr_db,
+                    "measured_relative_l2": best and best.relative_l2,
+                }
+            )
+        points.append(
+            {
+                "budget": self.loop.num_steps,
+                "predicted_error": base,
+                "measured_psnr_db": full.psnr_db,
+                "measured_relative_l2": full.relative_l2,
+            }
+        )
+        return points

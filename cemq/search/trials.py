@@ -1,0 +1,249 @@
+"""Schedules run in closed loop on the planning samples, and what each run gave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from cemq.metrics import PSNR_CEILING_DB, error_of, psnr_db, relative_l2
+from cemq.parallel import ALONE, Processes
+from cemq.pipelines.batches import Batch
+from cemq.predict.correctors import NO_CORRECTOR
+from cemq.prior.error_prior import ErrorPrior
+from cemq.runtime import attached
+from cemq.runtime.outcome import Outcome, run_batch
+from cemq.schedule import CacheSchedule
+from cemq.schedule.plan import Plan
+from cemq.schedule.rectify import Correction
+from cemq.search.propagation import SAMPLE, Fit, fit_propagation
+
+FULL = "full"  # the solver of full compute
+_LESSON = 8  # samples at the least that a lesson is run on
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trial:
+    """One schedule that was run: of each sample, the relative L2 error of the final latents and the image's PSNR.
+
+    Both are to full precision. Trials on fewer samples were run on the first ones, but lessons on those from
+    ``lesson_from`` on. ``full_steps`` is how many steps were computed, the mean over samples: not always as planned,
+    for there may be nothing to serve one from.
+    """
+
+    schedule: CacheSchedule
+    correction: str | None
+    sample_relative_l2: np.ndarray
+    sample_psnr_db: np.ndarray
+    full_steps: float
+    lesson_from: int | None = None
+
+    @property
+    def budget(self) -> int:
+        """What it costs, in full-compute steps; a part of one counts as one."""
+        return math.ceil(self.full_steps)
+
+    @property
+    def compute_ratio(self) -> float:
+        return self.schedule.num_steps / self.full_steps
+
+    @property
+    def relative_l2(self) -> float:
+        return float(self.sample_relative_l2.mean())
+
+    @property
+    def psnr_db(self) -> float:
+        return float(self.sample_psnr_db.mean())
+
+    @property
+    def samples(self) -> int:
+        return len(self.sample_psnr_db)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its error is one that the prior predicts."""
+        return self.correction is None and not self.schedule.branch_steps
+
+    @property
+    def error(self) -> float:
+        """Of the images, for a peak of 1: the mean over samples is one of logarithms, as PSNR's is."""
+        return error_of(self.psnr_db)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schedule": self.schedule.to_dict(),
+            "correction": self.correction,
+            "samples": self.samples,
+            "first_sample": self.lesson_from or 0,
+            "full_steps": self.full_steps,
+            "relative_l2": self.relative_l2,
+            "psnr_db": self.psnr_db,
+        }
+
+
+@dataclass(kw_only=True, eq=False)
+class ClosedLoop:
+    """Runs schedules on the planning samples and remembers every outcome.
+
+    Args:
+        pipe: The quantized pipeline.
+        prior: Its error prior.
+        batches: The planning samples.
+        references: What the full-precision pipeline made of this process's share of them.
+        steps: ``num_inference_steps`` of every run.
+        cache: What skipped steps are predicted from; the prior's predictions are those of outputs all the same.
+    """
+
+    pipe: Any
+    prior: ErrorPrior
+    batches: Sequence[Batch]
+    references: Sequence[Outcome]
+    steps: int
+    call: Mapping[str, Any]
+    cache: str = "output"
+    progress: Callable[[float], None] | None = None
+    processes: Processes = ALONE
+    spent: float = 0.0  # runs at full compute of all samples
+    calls_per_step: float = math.nan  # of the denoiser, in the latest run
+    _trials: dict[Any, Trial] = field(default_factory=dict)
+    _batches_run: dict[Any, int] = field(default_factory=dict)
+    _fits: dict[Any, Fit] = field(default_factory=dict)  # to all that has been run so far
+
+    @property
+    def num_steps(self) -> int:
+        """What the sampler makes of ``steps``: PNDM adds one, image-to-image strength takes some away."""
+        return self.prior.num_steps
+
+    @property
+    def samples(self) -> int:
+        return _count(self.batches)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """In the order in which they were first run."""
+        return list(self._trials.values())
+
+    def run(
+        self, schedule: CacheSchedule, correction: Correction | None = None, *, samples: int | None = None
+    ) -> Trial:
+        """The trial of a schedule on the first ``samples`` at the least, in whole batches; None takes all.
+
+        Only what was not run before is run now.
+        """
+        return self._run(schedule, correction, range(self._batches_of(samples)))
+
+    def teach(self, schedule: CacheSchedule, lesson: int) -> Trial:
+        """Run a schedule for what it says about how errors spread, on a part of the samples: one after the other.
+
+        How errors spread differs from sample to sample, so a few samples for each lesson, but all of them in turn, say
+        as much as twice as many that are always the same.
+        """
+        count = len(self.batches)
+        parts = min(max(1, self.samples // _LESSON), count)
+        part = lesson % parts
+        return self._run(schedule, None, range(part * count // parts, (part + 1) * count // parts), lesson=True)
+
+    def _run(
+        self, schedule: CacheSchedule, correction: Correction | None, wanted: range, lesson: bool = False
+    ) -> Trial:
+        lesson_from = _count(self.batches[: wanted.start]) if lesson else None
+        key = (schedule.key, correction and correction.method, lesson_from)
+        known = self._trials.get(key)
+        missing = range(self._batches_run.get(key, wanted.start), wanted.stop)
+        if not missing:
+            return known
+        # each process plans for itself, from the same numbers; on unequal machines they might come to differ
+        self.processes.agree("the schedule to run", key)
+        references = dict(zip(self.processes.share(range(len(self.batches))), self.references, strict=True))
+        sampler = self.prior.metadata.sampler
+        followed = Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)
+        with attached(self.pipe, followed) as hook:
+            mine = {index: self._scores(index, references[index]) for index in missing if index in references}
+        evaluations = hook.full_evaluations + hook.skipped_evaluations if mine else 0
+        found = self.processes.gather([(mine, evaluations)])
+        self.calls_per_step = max(evaluations for _, evaluations in found) / self.num_steps
+        scores = {index: each for theirs, _ in found for index, each in theirs.items()}
+        errors, qualities, counts = (np.concatenate(each) for each in zip(*(scores[i] for i in missing), strict=True))
+        full_steps = float(counts.mean())
+        self.spent += len(counts) / self.samples / (self.num_steps / full_steps)
+        if known:
+            errors = np.concatenate([known.sample_relative_l2, errors])
+            qualities = np.concatenate([known.sample_psnr_db, qualities])
+            full_steps = float(np.average([known.full_steps, full_steps], weights=[known.samples, len(counts)]))
+        trial = self._trials[key] = Trial(
+            schedule=known.schedule if known else schedule,
+            correction=correction and correction.method,
+            sample_relative_l2=errors,
+            sample_psnr_db=qualities,
+            full_steps=full_steps,
+            lesson_from=lesson_from,
+        )
+        self._batches_run[key] = missing.stop
+        self._fits.clear()
+        if self.progress:
+            self.progress(self.spent)
+        return trial
+
+    def _scores(self, index: int, reference: Outcome) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each sample its error, its PSNR, and how many steps were computed."""
+        outcome = run_batch(self.pipe, self.batches[index], steps=self.steps, call=self.call)
+        quality = psnr_db(reference.images, outcome.images)
+        return relative_l2(reference.latents, outcome.latents), quality, np.full(len(quality), outcome.full_steps)
+
+    def _batches_of(self, samples: int | None) -> int:
+        """How many batches hold the first ``samples``; all if there are no more."""
+        count = len(self.batches)
+        held = np.cumsum([len(batch.seeds) for batch in self.batches])
+        return count if samples is None else min(int(np.searchsorted(held, samples)) + 1, count)
+
+    def cost(self, budget: int, samples: int | None = None) -> float:
+        """Of one run with that many full-compute steps, in runs of all samples at full compute."""
+        return _count(self.batches[: self._batches_of(samples)]) / self.samples * budget / self.num_steps
+
+    def plain(self) -> list[Trial]:
+        """Trials, lessons apart, whose error is one that the prior predicts."""
+        return [trial for trial in self.trials if trial.is_plain and trial.lesson_from is None]
+
+    def fit(self, view: str, *, repeated: float = 1.0) -> Fit:
+        """What all plain trials so far say about how errors reach the final image.
+
+        Those that were not drawn to teach count ``repeated`` each. With a corrector errors spread otherwise: where all
+        lessons had one, trials without say nothing, and the other way round. What was run on the same samples is
+        compared with each other, and with full compute.
+        """
+        if (view, repeated) not in self._fits:
+            self._fits[view, repeated] = self._fitted(view, repeated)
+        return self._fits[view, repeated]
+
+    def _fitted(self, view: str, repeated: float) -> Fit:
+        lessons = [trial.schedule.corrector for trial in self.trials if trial.schedule.solver == SAMPLE]
+        taught = {name != NO_CORRECTOR for name in lessons or [NO_CORRECTOR]}
+        alike = [
+            trial
+            for trial in self.trials
+            if trial.is_plain
+            and trial.psnr_db < PSNR_CEILING_DB
+            and (trial.schedule.solver == FULL or trial.schedule.corrects in taught)
+        ]
+        schedules, errors, counts, groups = [], [], [], []
+        for number, start in enumerate(dict.fromkeys(trial.lesson_from for trial in alike)):
+            group = [(trial, 0) for trial in alike if trial.lesson_from == start]
+            shared = min(trial.samples for trial, _ in group)
+            if start is not None:
+                group += [(trial, start) for trial in alike if trial.schedule.solver == FULL]
+            for trial, first in group:
+                schedules.append(trial.schedule)
+                errors.append(error_of(trial.sample_psnr_db[first : first + shared].mean()))
+                counts.append(1.0 if trial.schedule.solver in (FULL, SAMPLE) else repeated)
+                groups.append(number)
+        corrector = next((name for name in lessons if name != NO_CORRECTOR), NO_CORRECTOR)
+        metadata = self.prior.metadata and replace(self.prior.metadata, corrector=corrector)
+        prior = replace(self.prior, metadata=metadata)
+        return fit_propagation(prior, schedules, errors, counts=counts, groups=groups, view=view)
+
+
+def _count(batches: Sequence[Batch]) -> int:
+    return sum(len(batch.seeds) for batch in batches)

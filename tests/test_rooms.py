@@ -1,0 +1,69 @@
+"""The rooms of the package and the one way imports point: down this list."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import cemq
+
+PACKAGE = Path(cemq.__file__).parent
+ORDER = (
+    "__main__", "cli", "build", "evaluation", "bench", "builtin", "bundle", "search", "runtime", "schedule", "quantize",
+    "prior", "memory", "pipelines", "predict", "recipe", "metrics", "parallel", "families", "files", "reclaim",
+    "errors",
+    "_register", "__init__",
+)  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms that a file imports from, wherever in it."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            modules = [f"{node.module}.{name.name}" for name in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [name.name for name in node.names]
+        else:
+            continue
+        for parts in (module.split(".") for module in modules):
+            if parts[0] == "cemq":
+                rooms.add(parts[1] if len(parts) > 1 and parts[1] in ORDER else "__init__")
+    return rooms
+
+
+def test_every_room_has_its_place():
+    rooms = {room_of(path) for path in FILES}
+    assert rooms == set(ORDER)
+    top = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    assert sum(path.is_file() for path in top) <= 12
+    assert sum(path.is_dir() for path in top) <= 13
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    own = ORDER.index(room_of(path))
+    if room_of(path) != "__init__":  # which names where every public thing lives, and loads none of it
+        assert [room for room in imported(path) if ORDER.index(room) < own] == []
+
+
+def test_files_of_a_room_do_not_import_in_a_circle():
+    modules = {".".join(("cemq", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    graph = {}
+    for name, path in modules.items():
+        found = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # at import time, not within functions
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cemq."):
+                for alias in node.names:
+                    found |= {node.module, f"{node.module}.{alias.name}"} & modules.keys()
+        graph[name] = found
+    done: set[str] = set()
+    while ready := {name for name in graph.keys() - done if graph[name] <= done}:
+        done |= ready
+    assert graph.keys() == done
