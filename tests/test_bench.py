@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -43,6 +44,12 @@ SMALL_CONFIGS = {  # the architectures with a layer or two, and few tokens
         "pooled_projection_dim": 64,
     },
     "wan-1.3b": {"num_layers": 1, "num_attention_heads": 2, "text_dim": 64, "ffn_dim": 128},
+    "sd3.5-medium": {
+        "num_layers": 5, "num_attention_heads": 2, "sample_size": 8, "joint_attention_dim": 64,
+        "caption_projection_dim": 128, "pooled_projection_dim": 64, "pos_embed_max_size": 16,
+        "dual_attention_layers": (0, 1),
+    },
+    "qwen-image": {"num_layers": 3, "num_attention_heads": 2, "joint_attention_dim": 64},
 }  # fmt: skip
 SMALL_SIZES = {"text_tokens": 8, "height": 4, "width": 4, "frames": 2}
 
@@ -120,7 +127,8 @@ def test_peak_memory_is_that_of_a_variant_alone():
     ("name", "millions"),  # DiT has a table of classes and a time embedding in every block, published as one
     [
         ("dit-small", 74.3), ("dit-xl-2", 749.8), ("pixart-sigma", 610.9), ("sd3-medium", 2028.3),
-        ("flux-dev", 11901.4), ("wan-1.3b", 1419.0),
+        ("flux-dev", 11901.4), ("wan-1.3b", 1419.0), ("sd3.5-medium", 2243.2), ("wan-14b", 14288.5),
+        ("qwen-image", 20430.4),
     ],
 )  # fmt: skip
 def test_architectures_have_the_published_size(name, millions):
@@ -145,6 +153,26 @@ def test_every_class_runs_on_its_inputs(name):
             assert output.dtype == dtype
             assert output.isfinite().all()
             assert 0.01 < output.float().std() < 100
+
+
+@pytest.mark.parametrize("scheme", [None, "w8a8"])
+@pytest.mark.parametrize(
+    ("name", "alike"),  # of SD3.5's blocks the first attend to the picture alone besides, the last drops the text
+    [("sd3.5-medium", [0, 0, 2, 2, 4]), ("qwen-image", [0, 0, 0])],
+)
+def test_shared_blocks_compute_what_as_many_equal_ones_do(name, alike, scheme):
+    architecture = small(name)
+    config = scheme and quantization_config(empty_model(architecture), "native", scheme)
+    make = partial(random_model, architecture, dtype=torch.float32, device="cpu", config=config)
+    plain, shared = make(), make(shared_blocks=True)
+    blocks = list(shared.transformer_blocks)
+    assert [blocks.index(block) for block in blocks] == alike
+    assert tensor_bytes(plain) > sum({id(p): p.numel() * p.element_size() for p in shared.parameters()}.values())
+    inputs = architecture.inputs(1, dtype=torch.float32, device="cpu")
+    assert not torch.equal(predict(plain, inputs), predict(shared, inputs))
+    for index, first in enumerate(alike):
+        plain.transformer_blocks[index] = copy.deepcopy(plain.transformer_blocks[first])
+    assert torch.equal(predict(plain, inputs), predict(shared, inputs))
 
 
 PAIRS = [

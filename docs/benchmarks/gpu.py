@@ -11,10 +11,10 @@ Parts, in the order in which they run; ``--parts`` picks some of them:
 * rounding: seconds to round one FLUX block, and to fit it by GPTQ
 * building: a whole build of a built-in model beside the CPU's
 
-A part runs in a process of its own and has a limit of seconds; whatever fails, hangs or crashes is a row that says so,
-and the next case goes on. Every row is written down at once, to ``--output`` (gpu/DATE-DEVICE.json beside this file if
-it is left out), and a page is drawn beside it. A file that is there keeps the parts that are not run. All weights are
-random and nothing is downloaded; gpu_wheels.txt lists what is needed beside CUDA builds of torch and Triton.
+A part runs in a process of its own and has a limit of seconds; a case that fails, crashes or hangs is a row that says
+so, and the next one goes on. Every row is written down at once, to ``--output`` (gpu/DATE-DEVICE.json beside this file
+if it is left out), and a page is drawn beside it. A file that is there keeps the parts that are not run. All weights
+are random and nothing is downloaded; gpu_wheels.txt lists what is needed beside CUDA builds of torch and Triton.
 ``--tiny`` runs every part at the size of a toy, on a CPU too, in two minutes.
 """
 
@@ -42,6 +42,7 @@ from gpu_page import draw
 
 HERE = Path(__file__).parent
 TOTAL = 590  # seconds
+SILENCE = 60  # seconds; compiling a step takes most of them
 PATIENCE = 10  # times as long for a toy: it may share a slow CPU with others
 
 
@@ -136,30 +137,62 @@ def measure(
                 command + ["--tiny"] * options.tiny, stdout=subprocess.PIPE, stderr=errors, text=True,
                 start_new_session=True,
             )  # fmt: skip
-        timer = threading.Timer(max(0.0, deadline - time.monotonic()), kill, [process])
-        timer.start()
-        labels, finished = {}, first - 1
-        for line in process.stdout:
-            event = json.loads(line)
-            if "row" in event:
-                part["rows"].append(event["row"])
-                save()
-            labels, finished = event.get("labels", labels), event.get("finished", finished)
-            done = done or "done" in event
-        code = process.wait()
-        timer.cancel()
-        kill(process)  # what it may have left running
-        if time.monotonic() >= deadline:
+        labels, running, reached = {}, False, first
+        with Watch(process, deadline) as watch:
+            watch.allow(limit)  # importing everything is no silence
+            for line in process.stdout:
+                if not line.endswith("\n"):  # killed while it spoke
+                    break
+                watch.allow(options.silence)
+                event = json.loads(line)
+                if "row" in event:
+                    part["rows"].append(event["row"])
+                    save()
+                elif "case" in event:
+                    labels, running, reached = event["labels"], True, event["case"] + 1
+                running &= "finished" not in event
+                done |= "done" in event
+            code = process.wait()
+        if not done and time.monotonic() >= deadline:
             part["stopped"] = {"after_seconds": round(limit), "at": labels}
             return
-        if code and not labels:  # not even the first case was reached
+        if not done and reached == first:  # not even one case was begun
             part["failed"] = f"exit code {code}: {last_line(log)}"
             return
-        if code:
-            part["rows"].append(labels | {"failed": f"the process ended with {code}: {last_line(log)}"})
-            finished += 1
+        if running:
+            ended = f"the process ended with {code}: {last_line(log)}"
+            silent = f"stopped after {options.silence:g} s in which it said nothing"
+            part["rows"].append(labels | {"failed": silent if watch.killed else ended})
             save()
-        first = finished + 1
+        first = reached
+
+
+class Watch:
+    """Kills a process, and what it has started, that says nothing for too long, or that is left running at the end."""
+
+    def __init__(self, process: subprocess.Popen, deadline: float):
+        self.process, self.deadline, self.killed = process, deadline, False
+        self.timer: threading.Timer | None = None
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.timer:
+            self.timer.cancel()
+        kill(self.process)
+
+    def allow(self, seconds: float) -> None:
+        """From now on, and no later than the deadline."""
+        if self.timer:
+            self.timer.cancel()
+        self.timer = threading.Timer(max(0.0, min(seconds, self.deadline - time.monotonic())), self._give_up)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def _give_up(self) -> None:
+        self.killed = True
+        kill(self.process)
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -172,11 +205,11 @@ def last_line(log: Path) -> str:
     return lines[-1][:300] if lines else "nothing was said"
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
+def write(path: Path, text: str) -> None:
     """Never half of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.write_text(text)
     partial.replace(path)
 
 
@@ -196,6 +229,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", help="cuda where there is one; cpu needs --tiny")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="for all parts together (%(default)s)")
     parser.add_argument("--stretch", type=float, help="times the limit of each part (1; a toy's 10)")
+    parser.add_argument("--silence", type=float, help="seconds without a word that a case may take (60; a toy's 600)")
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.run:
@@ -214,8 +248,13 @@ def main(arguments: list[str]) -> None:
     record = json.loads(output.read_text()) if output.exists() else {"parts": {}}
     record["tiny"] = options.tiny
 
-    stretch = options.stretch or (PATIENCE if options.tiny else 1)
-    total = options.seconds * (PATIENCE if options.tiny else 1)
+    patience = PATIENCE if options.tiny else 1
+    stretch, total = options.stretch or patience, options.seconds * patience
+    options.silence = options.silence or SILENCE * patience
+
+    def save() -> None:
+        write(output, json.dumps(record, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory(dir=roomy()) as scratch:
         for name in parts:
             left = total - (time.monotonic() - started)
@@ -224,18 +263,18 @@ def main(arguments: list[str]) -> None:
             before = time.monotonic()
             if left > 0:
                 limit = min(left, stretch * PARTS[name].seconds)
-                measure(name, part, options, Path(scratch), limit, lambda: write(output, record))
+                measure(name, part, options, Path(scratch), limit, save)
             else:
                 part["failed"] = f"not begun: {total:g} seconds were over"
             part["seconds"] = round(time.monotonic() - before, 1)
-            write(output, record)
+            save()
             failed = sum("failed" in row for row in part["rows"])
             print(
                 f"{name}: {part['seconds']} s, {len(part['rows'])} rows, {failed} failed",
                 *filter(None, [part.get("failed"), "stopped" if "stopped" in part else ""]),
                 flush=True,
             )
-    output.with_suffix(".md").write_text(draw(record))
+    write(output.with_suffix(".md"), draw(record))
     print(output)
 
 

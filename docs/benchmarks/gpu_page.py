@@ -1,11 +1,16 @@
-"""The page of a record of gpu.py, drawn from the record alone: a function for each part."""
+"""The page of a record of gpu.py, drawn from the record alone, a function for each part.
+
+``python docs/benchmarks/gpu_page.py RECORD.json`` draws it anew, beside the record.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from cemq.bench.machine import one_line
 from cemq.memory.placement import GIB
 
 Row = Mapping[str, Any]
@@ -63,7 +68,7 @@ def draw(record: Mapping[str, Any]) -> str:
         "# On a GPU",
         "`python docs/benchmarks/gpu.py"
         + (" --tiny`: toys, tried on whatever was there; **the figures mean nothing**." if record["tiny"] else "`.")
-        + (f" {machine['date'][:10]}, {one_line(machine)}, Triton {machine['libraries'].get('triton', 'none')}."
+        + (f" {machine['date'][:10]}, {machine['line']}, Triton {machine['libraries'].get('triton', 'none')}."
            if machine else ""),
         "All weights are random. A part that was stopped or a case that failed says so.",
     ]  # fmt: skip
@@ -201,11 +206,12 @@ def vram_section(record: Mapping[str, Any], rows: list[Row]) -> str:
             gib(limit), row["placement"], gib(row["planned_bytes"]), gib(row.get("peak_bytes")),
             gib(row.get("peak_reserved_bytes")), row["loading_seconds"], row.get("full_step_seconds"),
             row.get("skipped_step_seconds"), gib(row.get("moved_bytes")), row.get("moved_on_skipped_bytes"),
+            row.get("picture"),
         )
         for limit, row in sorted(found.items())
     )  # fmt: skip
     head = ["GiB", "placement", "planned", "peak", "reserved", "loading, s", "full step, s", "skipped step, s",
-            "moved, GiB", "moved on skipped, bytes"]  # fmt: skip
+            "moved, GiB", "moved on skipped, bytes", "picture"]  # fmt: skip
     return table(head, lines)
 
 
@@ -234,3 +240,8 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any], list[Row]], str]] = {
     "rounding": rounding_section,
     "building": building_section,
 }
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        path.with_suffix(".md").write_text(draw(json.loads(path.read_text())))

@@ -17,7 +17,8 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def _build(setting: Setting, device: str) -> Rows:
-    sizes = {"steps": 10, "budget": 4, "planning_samples": 2, "samples": 2} if setting.tiny else {"budget": 15}
+    tiny = {"steps": 4, "budget": 2, "planning_samples": 1, "samples": 1, "solver": "uniform"}
+    sizes = tiny if setting.tiny else {"budget": 15}
     started = time.perf_counter()
     manifest = cemq.quantize_and_schedule(
         MODEL, setting.scratch / f"built-{device}", scheme="w8a8", device=device, effort="quick", **sizes

@@ -80,6 +80,8 @@ def _cemq_int4(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
 
 def _cemq_quantize(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
     """Only the tokens' part of cemq's layers."""
+    if not weight.is_cuda:
+        return lambda values: integers.quantize_tokens(values)[0]
     from cemq.quantize.kernels import triton_cuda
 
     return lambda values: triton_cuda.quantize_tokens(values)[0]

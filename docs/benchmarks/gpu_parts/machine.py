@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from cemq.bench.machine import describe_machine
+from cemq.bench.machine import describe_machine, one_line
 from gpu_parts import Case, Rows, Setting
 from gpu_parts.timing import clocks, milliseconds
 
@@ -29,7 +29,8 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def _describe(setting: Setting) -> Rows:
-    row = {"machine": describe_machine(), "clocks": clocks(setting)}
+    machine = describe_machine()
+    row = {"machine": machine | {"line": one_line(machine)}, "clocks": clocks(setting)}
     if setting.cuda:
         found = torch.cuda.get_device_properties(setting.device)
         row |= {"multiprocessors": found.multi_processor_count, "l2_bytes": found.L2_cache_size}

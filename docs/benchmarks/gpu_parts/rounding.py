@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from cemq.bench.architectures import ARCHITECTURES
 from cemq.bench.random_models import empty_model, quantization_config
 from cemq.quantize.in_diffusers import quantizable
 from cemq.quantize.layers import InputStatistics
 from gpu_parts import Case, Rows, Setting
+from gpu_parts.steps import architecture
 from gpu_parts.timing import elapsed
 
 TOKENS = 4608
@@ -26,11 +26,9 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def _block(setting: Setting, scheme: str, how: str) -> Rows:
-    architecture = ARCHITECTURES["dit-small" if setting.tiny else "flux-dev"]
-    model = empty_model(architecture)
+    model = empty_model(architecture("flux-dev", setting.tiny))
     config = quantization_config(model, "native", scheme)
-    first = {f"{name}.0": getattr(model, name)[0] for name in ("transformer_blocks", "single_transformer_blocks")
-             if hasattr(model, name)}  # fmt: skip
+    first = {f"{name}.0": getattr(model, name)[0] for name in ("transformer_blocks", "single_transformer_blocks")}
     generator = torch.Generator(setting.device).manual_seed(0)
     tokens = 64 if setting.tiny else TOKENS
     for name, block in first.items():

@@ -24,20 +24,29 @@ from gpu_parts.timing import clocks, elapsed, milliseconds
 MODELS = ("flux-dev", "wan-14b", "qwen-image", "sd3.5-medium", "wan-1.3b")
 SCHEMES = ("bfloat16", "w8a8", "w4a8")
 TINY = {
-    "flux-dev": {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
+    "flux-dev": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
     "wan-1.3b": {"num_layers": 2, "num_attention_heads": 1, "text_dim": 64, "ffn_dim": 128},
-}
+    "qwen-image": {"num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
+    "sd3.5-medium": {
+        "num_layers": 4, "num_attention_heads": 2, "joint_attention_dim": 64, "caption_projection_dim": 128,
+        "pooled_projection_dim": 64, "pos_embed_max_size": 16, "sample_size": 8, "dual_attention_layers": (0, 1),
+    },
+}  # fmt: skip
 
 
 def cases(setting: Setting) -> list[Case]:
-    """First every model as it is, then every one compiled: if time runs out, each has been seen."""
+    """First every model as it is, then every one compiled: if time runs out, each has been seen.
+
+    Of toys only the smallest is compiled.
+    """
+    models = {False: tuple(TINY), True: ("wan-1.3b",)} if setting.tiny else dict.fromkeys((False, True), MODELS)
     return [
         Case(
             labels={"model": name, "scheme": scheme, "compiled": compiled},
             measure=partial(_model, setting, name, scheme, compiled),
         )
-        for compiled in (False, True)
-        for name in (TINY if setting.tiny else MODELS)
+        for compiled, names in models.items()
+        for name in names
         for scheme in SCHEMES
     ]
 
