@@ -40,6 +40,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     model: str | None = None
+    variant: str | None = Field(
+        None, description="Of the model's files, e.g. fp16; default: the plain ones, or the only variant there is."
+    )
     scheme: str = Field("w8a8", description="w8a8, w4a8, w8a16, w4a16 or none")
     backend: str = Field("native", description="native, quanto, bitsandbytes or torchao; see cemq doctor")
     rounding: Literal["gptq", "nearest"] = Field("gptq", description="Of native weights: gptq or nearest")

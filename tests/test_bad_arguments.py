@@ -358,3 +358,25 @@ def test_ctrl_c_in_the_middle_is_one_line_and_leaves_nothing(command, files, tmp
     assert result.stderr.strip().splitlines()[-1] == "cemq: interrupted; nothing was written"
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_there_as_a_variant_only_are_found(tmp_path):
+    make_dit().save_pretrained(tmp_path / "fp16", variant="fp16")
+    (tmp_path / "labels.txt").write_text("1\n2\n")
+    assert not (tmp_path / "fp16" / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+    settings = {
+        "steps": 4, "samples": 1, "planning_samples": 1, "effort": "quick", "solver": "uniform", "rounding": "nearest",
+        "rectify": "none", "calib": str(tmp_path / "labels.txt"), "device": "cpu", "budget": 2,
+    }  # fmt: skip
+    cemq.quantize_and_schedule(str(tmp_path / "fp16"), tmp_path / "bundle", variant="fp16", **settings)
+    assert cemq.evaluate(tmp_path / "bundle", samples=1, device="cpu").full_steps == 2
+    assert (tmp_path / "bundle" / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_several_variants_are_for_the_user_to_choose_from(tmp_path):
+    for variant in ("fp16", "bf16"):
+        make_dit().save_pretrained(tmp_path / "both", variant=variant)
+    done = CliRunner().invoke(cli.app, ["quantize-and-schedule", str(tmp_path / "both"), "-o", str(tmp_path / "b")])
+    assert done.exit_code == 1
+    assert "holds weights as bf16 and fp16: give --variant with one of them" in done.stderr
+    assert not (tmp_path / "b").exists()

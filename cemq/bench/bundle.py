@@ -59,7 +59,9 @@ def bench_bundle(
     original, notes = None, []
     if full_precision:
         try:
-            original = open_pipeline(locate(manifest.model).folder, dtype=dtype, device=device)
+            original = open_pipeline(
+                locate(manifest.model, variant=manifest.variant).folder, dtype=dtype, device=device
+            )
         except ModelError as error:
             notes.append(f"the bundle alone is timed, its original is not at hand: {error}")
     quantized = from_pretrained(folder, device=device, torch_dtype=dtype)

@@ -108,7 +108,7 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
         read_conditions(find_calibration(settled.calib))
     place = device or default_device()
     check_device(place)
-    source = locate(settled.model)
+    source = locate(settled.model, variant=settled.variant)
     if (Path(source.folder) / MANIFEST).is_file():
         raise ModelError(f"'{settled.model}' is a cemq bundle already: give the full-precision model it was made from")
     return BuildSettings(recipe=settled, source=source, device=place, dtype=settled.dtype or default_dtype(place))

@@ -101,7 +101,7 @@ def open_runner(settings: BuildSettings, progress: Progress | None, processes: P
     """
     recipe = settings.recipe
     processes.agree("settings", (recipe.model_dump(), library_versions(), torch.get_num_threads()))
-    pipe = open_pipeline(settings.source.folder, dtype=settings.dtype, device=settings.device)
+    pipe = open_pipeline(settings.source.folder, dtype=settings.dtype, device=settings.device, variant=recipe.variant)
     pipe.set_progress_bar_config(disable=True)
     steps = recipe.steps or _default_steps(pipe)
     if settings.policy is None:

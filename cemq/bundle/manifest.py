@@ -109,6 +109,11 @@ class Manifest:
             raise BundleError(f"missing keys of fidelity: {', '.join(sorted(missing))}")
 
     @property
+    def variant(self) -> str | None:
+        """Of the model's files that it was made from."""
+        return (self.recipe or {}).get("variant")
+
+    @property
     def full_steps(self) -> float:
         """Full-compute steps of a run, as counted where the fidelity was measured; as planned in bundles of before."""
         return self.fidelity.get("full_steps", self.schedule.full_count)

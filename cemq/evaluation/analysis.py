@@ -116,7 +116,9 @@ def analyze(
         manifest.held_out_conditions, samples=samples, first_seed=EVALUATION_SEED_OFFSET + seed, batch_size=8
     )
     runner = Runner(pipe=pipe, steps=manifest.num_inference_steps, call=manifest.call, processes=processes)
-    original = open_pipeline(locate(manifest.model).folder, dtype=manifest.dtype, device=place)
+    original = open_pipeline(
+        locate(manifest.model, variant=manifest.variant).folder, dtype=manifest.dtype, device=place
+    )
     original.set_progress_bar_config(disable=True)
     references = replace(runner, pipe=original, progress=progress).run(batches, "reference")
     loop = ClosedLoop(runner=runner, prior=prior, batches=batches, references=references, cache=manifest.cache)

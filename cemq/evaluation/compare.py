@@ -154,7 +154,7 @@ def evaluate(
         check_picture_path(Path(picture))
         picture = absolute(picture)
     place = device or default_device()
-    source = locate(reference or manifest.model)
+    source = locate(reference or manifest.model, variant=None if reference else manifest.variant)
     if (source.folder / MANIFEST).is_file():
         raise ModelError(f"reference '{source.name}' is a cemq bundle: give the full-precision model")
     scheduled = from_pretrained(bundle, device=place, budget=budget)

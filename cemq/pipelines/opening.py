@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,11 @@ class ModelSource:
     revision: str | None = None
 
 
-def locate(name: str) -> ModelSource:
+def locate(name: str, *, variant: str | None = None) -> ModelSource:
     """Find a model's folder, downloading it where it is a Hub id.
+
+    Args:
+        variant: Of the weights to download, such as ``fp16``; None takes the plain ones.
 
     Raises:
         ModelError: No such built-in, folder or Hub model, or the folder is not a diffusers pipeline.
@@ -51,18 +55,20 @@ def locate(name: str) -> ModelSource:
     from diffusers import DiffusionPipeline
 
     try:
-        downloaded = Path(DiffusionPipeline.download(name))
+        downloaded = Path(DiffusionPipeline.download(name, variant=variant))
     except Exception as error:  # huggingface_hub and its transport raise many unrelated types
-        raise ModelError(
-            f"'{name}' is no folder here and cannot be fetched from the Hub: {first_line(error)}"
-        ) from error
+        found = f"'{name}' is no folder here and cannot be fetched from the Hub: {first_line(error)}"
+        raise ModelError(found + _variant_advice(error)) from error
     return ModelSource(name=name, folder=downloaded, revision=downloaded.name)
 
 
-def open_pipeline(folder: Path, *, dtype: str, device: str, aligned: bool = True) -> Any:
+def open_pipeline(folder: Path, *, dtype: str, device: str, aligned: bool = True, variant: str | None = None) -> Any:
     """Load a pipeline folder in its own class.
 
     Without ``aligned``, tensors stay in the memory-mapped file until they are moved.
+
+    Args:
+        variant: Of the weights, such as ``fp16``; None takes the plain ones, or the variant where there is only one.
 
     Raises:
         ModelError: The folder cannot be loaded.
@@ -79,7 +85,12 @@ def open_pipeline(folder: Path, *, dtype: str, device: str, aligned: bool = True
         # a component that is absent on purpose (SD3 without its T5) must be named, or diffusers misses it
         absent = {name: None for name, kind in index.items() if kind == [None, None]}
         pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, **absent
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            variant=variant or _only_variant(folder),
+            **absent,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {first_line(error)}") from error
@@ -89,6 +100,27 @@ def open_pipeline(folder: Path, *, dtype: str, device: str, aligned: bool = True
             if isinstance(component, torch.nn.Module):
                 align(component)
     return pipe
+
+
+def _only_variant(folder: Path) -> str | None:
+    """The variant to load where a component has weights of no other kind.
+
+    Raises:
+        ModelError: There are several to choose from.
+    """
+    found = set()
+    for component in {path.parent for path in folder.glob("*/*.safetensors")}:
+        parts = [re.sub(r"-\d+-of-\d+", "", path.name).split(".")[1:-1] for path in component.glob("*.safetensors")]
+        if [] not in parts:
+            found |= {name for name, *_ in parts}
+    if len(found) > 1:
+        raise ModelError(f"'{folder}' holds weights as {' and '.join(sorted(found))}: give --variant with one of them")
+    return next(iter(found), None)
+
+
+def _variant_advice(error: Exception) -> str:
+    """What to try where weights of no plain name were looked for."""
+    return "; weights may be there as a variant, give --variant fp16" if "no file named" in str(error).lower() else ""
 
 
 def pipeline_class(name: str) -> Any:
