@@ -228,7 +228,10 @@ class Embedder(nn.Module):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("backend", "scheme"),
-    [pytest.param(*pair, marks=[] if pair == ("native", "w4a8") else pytest.mark.slow) for pair in PAIRS],
+    [
+        pytest.param(*p.values, marks=[*p.marks, *([pytest.mark.slow] if "native" not in p.values else [])])
+        for p in PAIRS
+    ],
 )
 @torch.no_grad()
 def test_a_compiled_model_is_answered_and_multiplies_with_the_integers(backend, scheme, bias, fresh_compiler):
