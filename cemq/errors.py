@@ -63,6 +63,17 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def check_keywords(function: str, given: Iterable[str], taken: type) -> None:
+    """Refuses a keyword that is none of ``taken``, a TypedDict, as Python itself does where a function lists its own.
+
+    Raises:
+        TypeError: Such as ``evaluate() got an unexpected keyword argument 'sample'``.
+    """
+    for name in given:
+        if name not in taken.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
 def choose(kind: str, name: str, known: Iterable[str], error: type[CemqError] = InputError) -> str:
     """Return ``name`` if it is known, else raise ``error`` with the nearest known name."""
     known = list(known)

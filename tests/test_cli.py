@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from typer.testing import CliRunner
 
 import cemq
 from cemq import cli
+from cemq.bench import bench_architecture
+from cemq.bundle.generate import generate_sample
+from cemq.evaluation.analysis import analyze
 
 CEMQ = str(Path(sys.executable).with_name("cemq"))
 FAST = [
@@ -327,6 +331,52 @@ def test_every_command_is_documented_with_an_example(name):
     assert name in (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_functions_take_what_the_commands_take():
-    options = set(python_inspect.signature(cli.evaluate).parameters) - {"as_json"}
-    assert options <= set(python_inspect.signature(cemq.evaluate).parameters)
+def taken_by(function):
+    """The names of its parameters, and of the keywords that it takes with ``**``."""
+    names = set()
+    for each in python_inspect.signature(function, eval_str=True).parameters.values():
+        if each.kind is each.VAR_KEYWORD:
+            (keywords,) = typing.get_args(each.annotation)
+            names |= keywords.__optional_keys__
+        else:
+            names.add(each.name)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        (cli.evaluate, cemq.evaluate),
+        (cli.generate, generate_sample),
+        (cli.analyze, analyze),
+        (cli.bench, bench_architecture),
+        (cli.plan_memory, cemq.plan_memory),
+    ],
+)
+def test_the_functions_take_what_the_commands_take(command, function):
+    spelled = {
+        "prompt": "condition",
+        "label": "condition",
+        "no_full_precision": "full_precision",
+        "arch": "architecture",
+    }
+    elsewhere = {"as_json", "plot", "scheme", "recipe"} | ({"bundle", "output"} if command is cli.bench else set())
+    options = set(python_inspect.signature(command).parameters) - elsewhere
+    assert {spelled.get(name, name) for name in options} <= taken_by(function)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (cemq.evaluate, ("nowhere",)),
+        (analyze, ("nowhere",)),
+        (cemq.from_pretrained, ("nowhere",)),
+        (cemq.generate, ("nowhere", 1)),
+        (cemq.plan_schedule, (None, 3)),
+        (bench_architecture, ()),
+    ],
+)
+def test_a_keyword_that_a_function_does_not_take_is_refused_as_python_does(function, arguments):
+    message = rf"^{function.__name__}\(\) got an unexpected keyword argument 'vrma'$"
+    with pytest.raises(TypeError, match=message):
+        function(*arguments, vrma=1)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ ORDER = (
     "_register", "__init__",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
+MOST_LINES, MOST_PARAMETERS = 70, 8
+# a kernel takes one pointer and stride after the other, a command has a parameter for every option
+LARGER = (PACKAGE / "cli.py", *(PACKAGE / "quantize" / "kernels").glob("*.py"))
 
 
 def room_of(path: Path) -> str:
@@ -75,3 +79,29 @@ def test_contributing_lists_the_rooms_in_their_order():
     rows = re.findall(r"^\| (`.*?) \|", page, flags=re.M)
     listed = [name for row in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", row)]
     assert listed == [room for room in ORDER if not room.startswith("_")]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path not in LARGER], ids=lambda path: path.stem)
+def test_functions_are_read_at_a_glance_and_called_without_a_list(path):
+    assert list(too_large(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+def too_large(module: ast.Module) -> Iterator[str]:
+    """Functions of more lines, docstring counted, or more parameters, ``self`` apart, than there may be."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            parameters = len(names) - (names[:1] in (["self"], ["cls"]))
+            if lines > MOST_LINES or parameters > MOST_PARAMETERS:
+                yield f"{node.name}: {lines} lines, {parameters} parameters"
+
+
+def test_a_large_function_is_told_from_one_that_is_just_small_enough():
+    body = "\n    pass" * (MOST_LINES - 1)
+    names = ", ".join(f"p{number}" for number in range(MOST_PARAMETERS))
+    assert list(too_large(ast.parse(f"def f(self, {names}, **more):{body}"))) == []
+    assert list(too_large(ast.parse(f"def f():{body}\n    pass"))) == [f"f: {MOST_LINES + 1} lines, 0 parameters"]
+    assert list(too_large(ast.parse(f"async def f({names}, *, q): pass"))) == [
+        f"f: 1 lines, {MOST_PARAMETERS + 1} parameters"
+    ]

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import send_to_device
 
 from cemq.bench.answers import relative_error
 from cemq.bench.forward import FULL_PRECISION
 from cemq.bench.machine import describe_machine
-from cemq.bench.measure import busy_note, make_rows, measure
+from cemq.bench.measure import Timing, busy_note, make_rows, measure, of_stage
 from cemq.bench.random_models import tensor_bytes
 from cemq.bundle.load import from_pretrained
-from cemq.bundle.manifest import read_bundle
+from cemq.bundle.manifest import Manifest, read_bundle
 from cemq.errors import ModelError, choose
-from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Progress, make_batches, run
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, make_batches, run
 from cemq.pipelines.opening import DTYPES, check_device, default_device, denoisers, locate, open_pipeline
 from cemq.quantize import record_calls
 from cemq.quantize.allocate import replayed_output
 from cemq.quantize.calibrate import Call, replay
 from cemq.runtime import attached, detach, schedule_hook
 from cemq.runtime.runner import said_of_steps
+from cemq.schedule import CacheSchedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _RECORDED_STEPS = 2  # of the short run that one call of the denoiser is taken from
 
@@ -56,75 +61,34 @@ def bench_bundle(
     dtype = choose("dtype", dtype or manifest.dtype, DTYPES)
     device = device or default_device()
     place = check_device(device)
-    original, notes = None, []
-    if full_precision:
-        try:
-            original = open_pipeline(
-                locate(manifest.model, variant=manifest.variant).folder, dtype=dtype, device=device
-            )
-        except ModelError as error:
-            notes.append(f"the bundle alone is timed, its original is not at hand: {error}")
-    quantized = from_pretrained(folder, device=device, torch_dtype=dtype)
+    pipes, notes = _open_original(manifest, dtype, device) if full_precision else ({}, [])
+    pipes[manifest.scheme] = quantized = from_pretrained(folder, device=device, torch_dtype=dtype)
     schedule = schedule_hook(quantized).schedule
     detach(quantized)
-    pipes = {FULL_PRECISION: original} if original is not None else {}
-    pipes[manifest.scheme] = quantized
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     (samples,) = make_batches(
         manifest.held_out_conditions, samples=batch, first_seed=EVALUATION_SEED_OFFSET, batch_size=batch
     )
-
-    component, denoiser = denoisers(quantized)[0]
-    with record_calls(denoiser, every=1) as recorded:
-        run(quantized, samples, steps=min(_RECORDED_STEPS, manifest.num_inference_steps), call=manifest.call)
-    call = Call(*send_to_device((recorded[0].arguments, recorded[0].keywords), place))
-
-    def share(stage: str) -> Callable[[float], None] | None:
-        return (lambda done: progress(stage, done)) if progress else None
-
+    component = denoisers(quantized)[0][0]
     models = {name: getattr(pipe, component) for name, pipe in pipes.items()}
-    outputs = {name: replayed_output(model, call) for name, model in models.items()}
-    exact = outputs.get(FULL_PRECISION)
-    errors = {name: relative_error(exact, output) for name, output in outputs.items() if exact is not None}
-    forwards = measure(
-        {name: partial(replay, model, call) for name, model in models.items()},
-        rounds=3 * rounds, device=place, progress=share("one forward"),
-    )  # fmt: skip
-    weights = {name: tensor_bytes(model) for name, model in models.items()}
-
-    whole = partial(run, batch=samples, steps=manifest.num_inference_steps, call=manifest.call)
-
-    steps_run = schedule.num_steps, schedule.full_count
-
-    def scheduled() -> None:
-        nonlocal steps_run
-        with attached(quantized, schedule, manifest.sampler, cache=manifest.cache) as hook:
-            whole(quantized)
-            steps_run = hook.steps_run
-
-    runs = measure(
-        {name: partial(whole, pipe) for name, pipe in pipes.items()} | {"": scheduled},
-        rounds=rounds, warm_up=1, device=place, progress=share("whole run"),
-    )  # fmt: skip
-    num_steps, full_steps = steps_run
+    call = _recorded_call(quantized, manifest, samples, place)
+    errors = _relative_errors(models, call)
+    in_turn = partial(measure, rounds=3 * rounds, device=place, progress=of_stage(progress, "one forward"))
+    forwards = in_turn({name: partial(replay, model, call) for name, model in models.items()})
+    in_turn = partial(measure, rounds=rounds, warm_up=1, device=place, progress=of_stage(progress, "whole run"))
+    runs, (num_steps, full_steps) = _time_runs(pipes, schedule, manifest, samples, in_turn)
     cached = f"{manifest.scheme}, {full_steps:g} of {num_steps} steps in full"
     runs = {name or cached: timing for name, timing in runs.items()}
     if note := said_of_steps(schedule, num_steps, full_steps):
         notes.append(note)
+    weights = {name: tensor_bytes(model) for name, model in models.items()}
     where = f"batch {batch}, {dtype} on {device}"
     return {
         "machine": describe_machine(),
         "settings": {
-            "bundle": str(bundle),
-            "model": manifest.model,
-            "backend": manifest.backend,
-            "dtype": dtype,
-            "batch": batch,
-            "rounds": rounds,
-            "device": device,
-            "steps": manifest.num_inference_steps,
-            "full_steps": full_steps,
+            "bundle": str(bundle), "model": manifest.model, "backend": manifest.backend, "dtype": dtype, "batch": batch,
+            "rounds": rounds, "device": device, "steps": manifest.num_inference_steps, "full_steps": full_steps,
         },
         "notes": notes + (busy_note(forwards) or busy_note(runs)),
         "tables": [
@@ -137,4 +101,50 @@ def bench_bundle(
                 "rows": make_rows(runs, weights | {cached: weights[manifest.scheme]}, {}),
             },
         ],
-    }
+    }  # fmt: skip
+
+
+def _open_original(manifest: Manifest, dtype: str, device: str) -> tuple[dict[str, DiffusionPipeline], list[str]]:
+    """The full-precision pipeline by its name; where it is not at hand, nothing, and a note that says so."""
+    try:
+        source = locate(manifest.model, variant=manifest.variant)
+        return {FULL_PRECISION: open_pipeline(source.folder, dtype=dtype, device=device)}, []
+    except ModelError as error:
+        return {}, [f"the bundle alone is timed, its original is not at hand: {error}"]
+
+
+def _recorded_call(pipe: DiffusionPipeline, manifest: Manifest, samples: Batch, device: torch.device) -> Call:
+    """The first call of the denoiser in a short run."""
+    with record_calls(denoisers(pipe)[0][1], every=1) as recorded:
+        run(pipe, samples, steps=min(_RECORDED_STEPS, manifest.num_inference_steps), call=manifest.call)
+    return Call(*send_to_device((recorded[0].arguments, recorded[0].keywords), device))
+
+
+def _relative_errors(models: Mapping[str, torch.nn.Module], call: Call) -> dict[str, float]:
+    """Of each denoiser's output to full precision's; none where that is not at hand."""
+    outputs = {name: replayed_output(model, call) for name, model in models.items()}
+    exact = outputs.get(FULL_PRECISION)
+    return {name: relative_error(exact, output) for name, output in outputs.items() if exact is not None}
+
+
+def _time_runs(
+    pipes: Mapping[str, DiffusionPipeline],
+    schedule: CacheSchedule,
+    manifest: Manifest,
+    samples: Batch,
+    in_turn: Callable[[Mapping[str, Callable[[], Any]]], dict[str, Timing]],
+) -> tuple[dict[str, Timing], tuple[int, float]]:
+    """Whole runs of every pipeline, and of the bundle's under its schedule, which has no name yet: it is to say how
+    many of its steps were computed, and these are counted here, the steps and those in full."""
+    whole = partial(run, batch=samples, steps=manifest.num_inference_steps, call=manifest.call)
+    steps_run: tuple[int, float] = schedule.num_steps, schedule.full_count
+
+    def scheduled() -> None:
+        nonlocal steps_run
+        quantized = pipes[manifest.scheme]
+        with attached(quantized, schedule, manifest.sampler, cache=manifest.cache) as hook:
+            whole(quantized)
+            steps_run = hook.steps_run
+
+    runs = in_turn({name: partial(whole, pipe) for name, pipe in pipes.items()} | {"": scheduled})
+    return runs, steps_run

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import psutil
 import torch
@@ -13,7 +14,7 @@ import torch
 from cemq.bench.answers import predict, relative_error
 from cemq.bench.architectures import ARCHITECTURES, Architecture, Inputs
 from cemq.bench.machine import compile_obstacle, describe_machine
-from cemq.bench.measure import busy_note, make_rows, measure
+from cemq.bench.measure import busy_note, make_rows, measure, of_stage
 from cemq.bench.random_models import (
     empty_model,
     needs_float_model,
@@ -23,12 +24,20 @@ from cemq.bench.random_models import (
     random_model,
     tensor_bytes,
 )
-from cemq.errors import CemqError, InputError, choose, first_line
+from cemq.errors import CemqError, InputError, check_keywords, choose, first_line
 from cemq.pipelines.batches import Progress
 from cemq.pipelines.opening import DTYPES, check_device, default_device
+from cemq.quantize import CemqConfig
 
 FULL_PRECISION = "full precision"
 _USABLE = 0.9  # of the free memory may go into weights; the rest is for what they work on
+
+
+class Variants(TypedDict, total=False):
+    """Whether full precision is timed beside the schemes, and whether all are compiled; each may be left out."""
+
+    full_precision: bool
+    compiled: bool
 
 
 def bench_architecture(
@@ -39,9 +48,8 @@ def bench_architecture(
     batch: int | None = None,
     rounds: int = 15,
     device: str | None = None,
-    full_precision: bool = True,
-    compiled: bool = False,
     progress: Progress | None = None,
+    **variants: Unpack[Variants],
 ) -> dict[str, Any]:
     """Time forwards of one architecture with random weights, the same ones in every variant.
 
@@ -49,7 +57,7 @@ def bench_architecture(
         schemes: Names such as ``w8a8``, of another backend as ``quanto:w8a8``.
         dtype: Of everything that is not quantized.
         batch: Inputs of one forward; None takes what one picture needs.
-        full_precision: Time the model that is not quantized as well, first.
+        full_precision: Time the model that is not quantized as well, first; it is unless this is False.
         compiled: Put every variant through torch.compile.
 
     Returns:
@@ -58,6 +66,121 @@ def bench_architecture(
     Raises:
         CemqError: Something is unknown, not installed or does not fit in memory; before anything is built.
     """
+    check_keywords("bench_architecture", variants, Variants)
+    subject = _subject(architecture, schemes, dtype, batch, device, **variants)
+    usable = _USABLE * _free_memory(subject.place)
+    _check_fit(subject.architecture.name, *subject.needs(), usable, subject.device)
+    inputs = subject.inputs()
+    notes, reference = [], None
+    whole = FULL_PRECISION in subject.configs
+    if planned_bytes(subject.empty, torch.float32) > usable:
+        other = f"the {dtype} output instead" if whole else "nothing, so there is no error"
+        notes.append(f"a float32 model does not fit in memory: outputs are compared with {other}")
+    elif not (whole and subject.kind == torch.float32):
+        told = of_stage(progress, "float32 reference")
+        told(0.0)
+        reference = subject.float32_output(inputs)
+        told(1.0)
+    models, told = {}, of_stage(progress, "building")
+    for done, name in enumerate(subject.configs):
+        told(done / len(subject.configs))
+        models[name] = subject.build(name)
+    told(1.0)
+    calls = {name: subject.call(model, inputs) for name, model in models.items()}
+    errors, strange = _relative_errors(calls, reference)
+    timings = measure(calls, rounds=rounds, device=subject.place, progress=of_stage(progress, "timing"))
+    rows = make_rows(timings, {name: tensor_bytes(model) for name, model in models.items()}, errors)
+    return {
+        "machine": describe_machine(),
+        "settings": subject.settings(inputs, rounds),
+        "notes": notes + strange + busy_note(timings),
+        "tables": [{"title": f"{subject}, median of {rounds}", "rows": rows}],
+    }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Subject:
+    """What is timed, and where: the variants of one architecture, by name, with None for full precision."""
+
+    architecture: Architecture
+    empty: torch.nn.Module
+    configs: Mapping[str, CemqConfig | None]
+    dtype: str
+    batch: int
+    device: str
+    place: torch.device
+    compiled: bool
+
+    @property
+    def kind(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.empty.parameters())
+
+    def __str__(self) -> str:
+        return (
+            f"{self.architecture.name} ({self.parameters / 1e6:,.0f} M parameters), one forward, batch {self.batch}, "
+            f"{self.dtype} on {self.device}{', torch.compile' if self.compiled else ''}"
+        )
+
+    def settings(self, inputs: Inputs, rounds: int) -> dict[str, Any]:
+        return {
+            "architecture": self.architecture.name,
+            "model_class": self.architecture.model_class,
+            "parameters": self.parameters,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "inputs": {key: list(value.shape) for key, value in inputs.items() if torch.is_tensor(value)},
+            "rounds": rounds,
+            "device": self.device,
+            "compiled": self.compiled,
+        }
+
+    def needs(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes of each variant, and of the float model that must be there while one of them is calibrated."""
+        calibrated = [
+            name for name, each in self.configs.items() if each is not None and needs_float_model(self.empty, each)
+        ]
+        kept = {name: planned_bytes(self.empty, self.kind, each) for name, each in self.configs.items()}
+        return kept, dict.fromkeys(calibrated, planned_bytes(self.empty, self.kind))
+
+    def inputs(self) -> Inputs:
+        """Those of one forward. Raises InputError where there is no room for them."""
+        try:
+            return self.architecture.inputs(self.batch, dtype=self.kind, device=self.place)
+        except (MemoryError, OverflowError, RuntimeError, TypeError) as error:  # torch has all of them for a huge size
+            found = first_line(error)
+            raise InputError(f"batch={self.batch}: inputs of that size cannot be made: {found}") from error
+
+    def float32_output(self, inputs: Inputs) -> torch.Tensor:
+        """What the same weights make of the inputs in float32."""
+        exact = random_model(self.architecture, dtype=torch.float32, device=self.place, weights_rounded_to=self.kind)
+        return predict(exact, _cast(inputs, torch.float32))
+
+    def build(self, name: str) -> torch.nn.Module:
+        """The model of a variant."""
+        return random_model(
+            self.architecture, dtype=self.kind, device=self.place, config=self.configs[name], batch=self.batch
+        )
+
+    def call(self, model: torch.nn.Module, inputs: Inputs) -> Callable[[], torch.Tensor]:
+        """One forward of a variant's model."""
+        return partial(predict, torch.compile(model) if self.compiled else model, inputs)
+
+
+def _subject(
+    architecture: str | Architecture,
+    schemes: Sequence[str],
+    dtype: str,
+    batch: int | None,
+    device: str | None,
+    *,
+    full_precision: bool = True,
+    compiled: bool = False,
+) -> _Subject:
+    """Raises CemqError for anything that is unknown, not installed or cannot be compiled; nothing is built yet."""
     if isinstance(architecture, str):
         architecture = ARCHITECTURES[choose("architecture", architecture, ARCHITECTURES)]
     choose("dtype", dtype, DTYPES)
@@ -68,45 +191,22 @@ def bench_architecture(
     place = check_device(device)
     if compiled and (obstacle := compile_obstacle(device)):
         raise InputError(f"torch.compile cannot be used here: {obstacle}")
-    kind, batch = getattr(torch, dtype), batch or architecture.batch
-
     empty = empty_model(architecture)
-    configs = {FULL_PRECISION: None} if full_precision else {}
+    configs: dict[str, CemqConfig | None] = {FULL_PRECISION: None} if full_precision else {}
     configs |= {name: quantization_config(empty, *pair) for name, pair in wanted.items()}
-    free = _free_memory(place)
-    needs = {name: planned_bytes(empty, kind, config) for name, config in configs.items()}
-    calibrated = {name for name, config in configs.items() if config is not None and needs_float_model(empty, config)}
-    _check_fit(architecture.name, needs, dict.fromkeys(calibrated, planned_bytes(empty, kind)), _USABLE * free, device)
+    return _Subject(
+        architecture=architecture, empty=empty, configs=configs, dtype=dtype, batch=batch or architecture.batch,
+        device=device, place=place, compiled=compiled,
+    )  # fmt: skip
 
-    def report(stage: str, done: int, total: int) -> None:
-        if progress:
-            progress(stage, done / total)
 
-    try:
-        inputs = architecture.inputs(batch, dtype=kind, device=place)
-    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:  # torch has all of them for a huge size
-        raise InputError(f"batch={batch}: inputs of that size cannot be made: {first_line(error)}") from error
-    notes, reference = [], None
-    exact_fits = planned_bytes(empty, torch.float32) <= _USABLE * free
-    if exact_fits and not (full_precision and kind == torch.float32):
-        report("float32 reference", 0, 1)
-        exact = random_model(architecture, dtype=torch.float32, device=place, weights_rounded_to=kind)
-        reference = predict(exact, _cast(inputs, torch.float32))
-        del exact
-        report("float32 reference", 1, 1)
-    elif not exact_fits:
-        other = f"the {dtype} output instead" if full_precision else "nothing, so there is no error"
-        notes.append(f"a float32 model does not fit in memory: outputs are compared with {other}")
-
-    models = {}
-    for done, (name, config) in enumerate(configs.items()):
-        report("building", done, len(configs))
-        models[name] = random_model(architecture, dtype=kind, device=place, config=config, batch=batch)
-    report("building", 1, 1)
-    calls = {
-        name: partial(predict, torch.compile(model) if compiled else model, inputs) for name, model in models.items()
-    }
+def _relative_errors(
+    calls: Mapping[str, Callable[[], torch.Tensor]], reference: torch.Tensor | None
+) -> tuple[dict[str, float | None], list[str]]:
+    """Of each variant's output to the reference, or to full precision's without one; and notes on outputs that are not
+    finite."""
     errors: dict[str, float | None] = {}
+    notes = []
     for name, call in calls.items():
         output = _output(name, call)
         reference = output if reference is None and name == FULL_PRECISION else reference
@@ -114,32 +214,7 @@ def bench_architecture(
         errors[name] = None if math.isnan(error) else error
         if not output.isfinite().all():
             notes.append(f"{name}: the output is not finite")
-    timings = measure(
-        calls, rounds=rounds, device=place, progress=(lambda share: progress("timing", share)) if progress else None
-    )
-    parameters = sum(parameter.numel() for parameter in empty.parameters())
-    return {
-        "machine": describe_machine(),
-        "settings": {
-            "architecture": architecture.name,
-            "model_class": architecture.model_class,
-            "parameters": parameters,
-            "dtype": dtype,
-            "batch": batch,
-            "inputs": {key: list(value.shape) for key, value in inputs.items() if torch.is_tensor(value)},
-            "rounds": rounds,
-            "device": device,
-            "compiled": compiled,
-        },
-        "notes": notes + busy_note(timings),
-        "tables": [
-            {
-                "title": f"{architecture.name} ({parameters / 1e6:,.0f} M parameters), one forward, batch {batch}, "
-                f"{dtype} on {device}{', torch.compile' if compiled else ''}, median of {rounds}",
-                "rows": make_rows(timings, {name: tensor_bytes(model) for name, model in models.items()}, errors),
-            }
-        ],
-    }
+    return errors, notes
 
 
 def _output(name: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -6,9 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+
+from cemq.pipelines.batches import Progress
 
 BUSY = 1.5  # median over fastest round from which on a result is not to be trusted
 
@@ -59,6 +62,11 @@ def measure(
         if progress:
             progress((turn + 1 + warm_up) / (rounds + warm_up))
     return {name: Timing(seconds=tuple(seconds[name]), working_bytes=working[name] if cuda else None) for name in names}
+
+
+def of_stage(progress: Progress | None, stage: str) -> Callable[[float], None]:
+    """What is told the share of one stage that is done, and may have nobody to tell."""
+    return partial(progress, stage) if progress else lambda _: None
 
 
 def make_rows(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from cemq.bundle.load import from_pretrained
+from cemq.bundle.load import Placing, from_pretrained
 from cemq.bundle.manifest import read_bundle
+from cemq.errors import check_keywords
 from cemq.pipelines.batches import Batch, check_call, check_conditions, read_call, run
 from cemq.pipelines.opening import pipeline_class
 from cemq.pipelines.outputs import Sample, as_array, check_path, kind_of, output_kind, rate_of
@@ -21,8 +22,7 @@ def generate(
     budget: int | str | None = None,
     call: dict[str, Any] | None = None,
     device: str | None = None,
-    vram: str | int | None = None,
-    offload_folder: str | Path | None = None,
+    **placing: Unpack[Placing],
 ) -> Any:
     """One sample from a bundle, for a prompt or a class label: a PIL image, a list of them for a video, or audio.
 
@@ -32,6 +32,7 @@ def generate(
         steps: Denoising steps; None takes the bundle's.
         budget: Full-compute steps or a ratio such as ``"3x"``; None takes the bundle's.
         call: Arguments of the pipeline, over the bundle's.
+        device: Where it runs; None takes CUDA where there is one.
         vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes, for this very call; see
             `cemq.from_pretrained`.
         offload_folder: For placements that keep weights on disk; None takes ``~/.cache/cemq/offload``.
@@ -39,10 +40,10 @@ def generate(
     Raises:
         CemqError: The bundle, the condition or an argument cannot be used, or no placement fits in ``vram``.
     """
+    check_keywords("generate", placing, Placing)
     sample = generate_sample(
-        bundle, condition, seed=seed, steps=steps, budget=budget, call=call, device=device, vram=vram,
-        offload_folder=offload_folder,
-    )  # fmt: skip
+        bundle, condition, seed=seed, steps=steps, budget=budget, call=call, device=device, **placing
+    )
     return sample if sample.kind == "audio" else sample.to_pil()
 
 
@@ -55,18 +56,15 @@ def generate_sample(
     budget: int | str | None = None,
     call: dict[str, Any] | None = None,
     device: str | None = None,
-    vram: str | int | None = None,
-    offload_folder: str | Path | None = None,
     output: Path | None = None,
+    **placing: Unpack[Placing],
 ) -> Sample:
     """`generate` as a `Sample`, which knows how to save itself; ``output`` is checked beforehand."""
     manifest = read_bundle(Path(bundle))
     kind = pipeline_class(manifest.pipeline_class)
     check_call(kind, call or {})
     arguments = manifest.call | read_call(kind, call or {})
-    pipe = from_pretrained(
-        bundle, device=device, budget=budget, vram=vram, call=arguments, offload_folder=offload_folder
-    )
+    pipe = from_pretrained(bundle, device=device, budget=budget, call=arguments, **placing)
     if output is not None:
         check_path(output, output_kind(pipe))
     batch = Batch(conditions=check_conditions(pipe, [condition]), seeds=(seed,))

@@ -6,17 +6,20 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+import torch
 
 from cemq.bundle.dtypes import check_dtypes, tensor_dtypes
 from cemq.bundle.hub import find_bundle
 from cemq.bundle.manifest import PRIOR, Manifest, OtherRun, read_bundle, read_checksum
 from cemq.bundle.plan_memory import plan_memory
 from cemq.bundle.save import save_as_bundle
-from cemq.errors import BundleError, CemqError, InputError, PlacementError, choose
+from cemq.errors import BundleError, CemqError, InputError, PlacementError, check_keywords, choose
 from cemq.extensions import load_extensions
 from cemq.files import absolute
 from cemq.memory.offload import disk_folder, free_host_memory, place
+from cemq.memory.placement import MemoryPlan
 from cemq.pipelines.opening import DTYPES, check_device, default_device, open_pipeline
 from cemq.prior.error_prior import ErrorPrior
 from cemq.runtime.attach import apply_policy, attach
@@ -25,6 +28,16 @@ from cemq.schedule import AUTO, SEARCH
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import Correction, make_correction
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class Placing(TypedDict, total=False):
+    """How much device memory a pipeline may take, and where weights go that it keeps on disk; each may be left out."""
+
+    vram: str | int | None
+    offload_folder: str | Path | None
+
 
 def from_pretrained(
     path: str | Path,
@@ -32,11 +45,10 @@ def from_pretrained(
     device: str | None = None,
     torch_dtype: Any = None,
     budget: int | str | None = None,
-    vram: str | int | None = None,
     call: Mapping[str, Any] | None = None,
-    offload_folder: str | Path | None = None,
     revision: str | None = None,
     verify: bool = True,
+    **placing: Unpack[Placing],
 ) -> Any:
     """Load a bundle as its own diffusers pipeline class, quantized and scheduled.
 
@@ -50,13 +62,13 @@ def from_pretrained(
             None takes the schedule the bundle was built with. A run with another ``num_inference_steps`` gets a
             schedule of its own, of the same compute ratio: the one the bundle was built with for that step count, if
             there is one, else one planned from the prior.
-        vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: the cheapest placement that fits is
-            applied, ``pipe.cemq_memory_plan`` says which. On a CPU it is the memory of weights and activations.
         call: Arguments that the pipeline will be called with, such as height and width, over the bundle's; ``vram``
             allows for them.
-        offload_folder: For placements that keep weights on disk; None takes ``~/.cache/cemq/offload``.
         revision: Branch, tag or commit on the Hub.
         verify: Compare the checksums of all files first.
+        vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: the cheapest placement that fits is
+            applied, ``pipe.cemq_memory_plan`` says which. On a CPU it is the memory of weights and activations.
+        offload_folder: For placements that keep weights on disk; None takes ``~/.cache/cemq/offload``.
 
     Raises:
         BundleError: The bundle is incomplete, damaged or of another format, or a tensor has not the dtype in which it
@@ -67,9 +79,42 @@ def from_pretrained(
         HubError: There is no such folder, and nothing of that name can be fetched.
         InputError: Unknown dtype or device, or ``vram`` is no size.
     """
+    check_keywords("from_pretrained", placing, Placing)
     load_extensions()
     folder = absolute(find_bundle(path, revision))  # the pipeline outlives a change of the working folder
     manifest = read_bundle(folder, verify=verify)
+    plan = _read_plan(folder, manifest, budget)
+    dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype
+    choose("dtype", dtype, DTYPES)
+    where = check_device(device or default_device())
+    memory = None
+    if (vram := placing.get("vram")) is not None:
+        free, steps = free_host_memory(), plan.schedule.budget
+        memory = plan_memory(folder, vram, device=where.type, budget=steps, call=call, dtype=dtype, host_memory=free)
+        if where.type == "cpu" and memory.chosen.placement.disk and dtype != manifest.dtype:
+            raise PlacementError(
+                f"vram={vram}: weights would lie on disk, but torch_dtype={dtype} converts all of them in memory "
+                f"first: take the bundle's own {manifest.dtype}, or allow more memory"
+            )
+    offloads = memory is not None and memory.chosen.placement.unit != "nothing"
+    pipe = _open(folder, manifest, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
+    if memory is not None:
+        _place(pipe, memory, folder, where, placing.get("offload_folder"))
+    if manifest.policy is None:
+        attach(pipe, plan)
+    else:
+        apply_policy(pipe, make_policy(manifest.policy["name"], manifest.policy["settings"]))
+    save_as_bundle(pipe, folder, manifest, dtype=dtype)
+    return pipe
+
+
+def _read_plan(folder: Path, manifest: Manifest, budget: int | str | None) -> Plan:
+    """The plan that the bundle was built with and those of other step counts, or one for the budget instead.
+
+    Raises:
+        InputError: A budget, of a bundle whose policy needs none.
+        InfeasibleBudgetError: The budget is out of range.
+    """
     prior = ErrorPrior.load(folder / PRIOR)
     asked = manifest.recipe or {}
     plan = Plan(
@@ -83,45 +128,40 @@ def from_pretrained(
         predictor=asked.get("predictor", AUTO),
     )
     plan = replace(plan, others=tuple(_other(plan, run) for run in manifest.other_runs))
-    if budget is not None and manifest.policy is not None:
+    if budget is None:
+        return plan
+    if manifest.policy is not None:
         raise InputError(f"budget={budget}: the policy {manifest.policy['name']} of this bundle decides: leave it out")
-    if budget is not None:
-        plan = plan.with_budget(budget)
-    dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype
-    choose("dtype", dtype, DTYPES)
-    where = check_device(device or default_device())
-    memory = None
-    if vram is not None:
-        free = free_host_memory()
-        memory = plan_memory(
-            folder, vram, device=where.type, budget=plan.schedule.budget, call=call, dtype=dtype, host_memory=free
-        )
-        if where.type == "cpu" and memory.chosen.placement.disk and dtype != manifest.dtype:
-            raise PlacementError(
-                f"vram={vram}: weights would lie on disk, but torch_dtype={dtype} converts all of them in memory "
-                f"first: take the bundle's own {manifest.dtype}, or allow more memory"
-            )
-    offloads = memory is not None and memory.chosen.placement.unit != "nothing"
+    return plan.with_budget(budget)
+
+
+def _open(folder: Path, manifest: Manifest, *, dtype: str, device: str, aligned: bool) -> DiffusionPipeline:
+    """The bundle's pipeline with its quantized weights, checked against the manifest.
+
+    Raises:
+        BundleError: It does not load, or a tensor has not the dtype in which it was measured.
+        CemqError: It loads as another class.
+    """
     try:
-        pipe = open_pipeline(folder, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
+        pipe = open_pipeline(folder, dtype=dtype, device=device, aligned=aligned)
     except BundleError as error:
         raise BundleError(f"bundle '{folder}': {error}") from error
     if type(pipe).__name__ != manifest.pipeline_class:
         raise CemqError(f"bundle '{folder}' loaded as {type(pipe).__name__}, expected {manifest.pipeline_class}")
     if dtype == manifest.dtype:  # else it is what diffusers makes of it in another
         check_dtypes(pipe, folder, manifest)
-    if memory is not None:
-        root = Path(offload_folder) if offload_folder is not None else None
-        offload = disk_folder(read_checksum(folder), memory, tensor_dtypes(pipe), root)
-        place(pipe, memory, device=where, offload_folder=offload)
-        pipe.cemq_memory_plan = memory
-        logging.getLogger("cemq").info("%s: %s", folder, memory.summary())
-    if manifest.policy is None:
-        attach(pipe, plan)
-    else:
-        apply_policy(pipe, make_policy(manifest.policy["name"], manifest.policy["settings"]))
-    save_as_bundle(pipe, folder, manifest, dtype=dtype)
     return pipe
+
+
+def _place(
+    pipe: Any, memory: MemoryPlan, folder: Path, device: torch.device, offload_folder: str | Path | None
+) -> None:
+    """Lay the weights where the plan says, and say so."""
+    root = Path(offload_folder) if offload_folder is not None else None
+    offload = disk_folder(read_checksum(folder), memory, tensor_dtypes(pipe), root)
+    place(pipe, memory, device=device, offload_folder=offload)
+    pipe.cemq_memory_plan = memory
+    logging.getLogger("cemq").info("%s: %s", folder, memory.summary())
 
 
 def _other(plan: Plan, run: OtherRun) -> Plan:

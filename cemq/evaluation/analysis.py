@@ -7,17 +7,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import PRIOR, read_bundle
-from cemq.errors import InputError
+from cemq.errors import InputError, check_keywords
+from cemq.evaluation.compare import Running
 from cemq.files import absolute, written_whole
 from cemq.metrics import error_of, middle_mean
-from cemq.parallel import ALONE, Processes
-from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Progress, make_batches
+from cemq.parallel import ALONE
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches
 from cemq.pipelines.opening import default_device, locate, open_pipeline
 from cemq.predict.correctors import check_corrector
 from cemq.predict.predictors import check_predictor
@@ -82,9 +83,7 @@ def analyze(
     seed: int = 0,
     budget: int | None = None,
     corrector: str | None = None,
-    device: str | None = None,
-    progress: Progress | None = None,
-    processes: Processes = ALONE,
+    **running: Unpack[Running],
 ) -> dict[str, Any]:
     """Run random and near-uniform schedules of a bundle on evaluation seeds and compare with what is predicted.
 
@@ -92,6 +91,8 @@ def analyze(
         schedules: How many for each predictor, none of which the bundle was fitted to; half of them near uniform.
         budget: Full-compute steps of all of them, at least 2; None takes 3 in 10 of the steps.
         corrector: Of all of them; None takes what a plan of that budget would have (`suited_corrector`).
+        device: Where they run; None takes CUDA where there is one.
+        progress: Told the name of what is being run, and the share of it done.
         processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each; all return the same.
 
     Returns:
@@ -101,9 +102,11 @@ def analyze(
     Raises:
         CemqError: The bundle or the model it was made from cannot be used.
     """
+    check_keywords("analyze", running, Running)
     if not predictors:
         raise InputError("predictors: none is named; taylor1,reuse are the default")
-    place, folder = device or default_device(), absolute(bundle)
+    place, folder = running.get("device") or default_device(), absolute(bundle)
+    progress, processes = running.get("progress"), running.get("processes", ALONE)
     manifest, prior = read_bundle(folder), ErrorPrior.load(folder / PRIOR)
     num_steps = prior.num_steps
     check_analysis(num_steps, schedules=schedules, predictors=predictors, budget=budget, corrector=corrector)
@@ -122,7 +125,6 @@ def analyze(
     original.set_progress_bar_config(disable=True)
     references = replace(runner, pipe=original, progress=progress).run(batches, "reference")
     loop = ClosedLoop(runner=runner, prior=prior, batches=batches, references=references, cache=manifest.cache)
-    costs = costs_of(prior)
     result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
     result |= {"samples": samples, "corrector": corrector, "spearman": {}, "points": {}}
     for name in predictors:
@@ -132,15 +134,22 @@ def analyze(
             trials.append(loop.run(schedule))
             if progress:
                 progress(f"schedules, {name}", len(trials) / len(tested))
-        table = {cost: [predict(schedule) for schedule in tested] for cost, predict in costs.items()}
-        errors = errors_found(trials)
-        result["spearman"][name] = {cost: rank_correlation(values, errors) for cost, values in table.items()}
-        result["points"][name] = [
-            {"full_steps": list(schedule.full_steps), "error": error, "psnr_db": trial.psnr_db}
-            | {cost: values[index] for cost, values in table.items()}
-            for index, (schedule, error, trial) in enumerate(zip(tested, errors, trials, strict=True))
-        ]
+        result["spearman"][name], result["points"][name] = _ranked(prior, tested, trials)
     return result
+
+
+def _ranked(
+    prior: ErrorPrior, tested: Sequence[CacheSchedule], trials: Sequence[Trial]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """How well each cost ranks the schedules, and a record of each schedule."""
+    table = {cost: [predict(schedule) for schedule in tested] for cost, predict in costs_of(prior).items()}
+    errors = errors_found(trials)
+    points = [
+        {"full_steps": list(schedule.full_steps), "error": error, "psnr_db": trial.psnr_db}
+        | {cost: values[index] for cost, values in table.items()}
+        for index, (schedule, error, trial) in enumerate(zip(tested, errors, trials, strict=True))
+    ]
+    return {cost: rank_correlation(values, errors) for cost, values in table.items()}, points
 
 
 def check_analysis(

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 
 from cemq.bundle.load import from_pretrained
-from cemq.bundle.manifest import MANIFEST, read_bundle
-from cemq.errors import InputError, ModelError
+from cemq.bundle.manifest import MANIFEST, Manifest, read_bundle
+from cemq.errors import InputError, ModelError, check_keywords
 from cemq.files import absolute, check_writable, written_whole
 from cemq.metrics import psnr_db, relative_l2, ssim
 from cemq.parallel import ALONE, Processes
@@ -23,6 +23,17 @@ from cemq.pipelines.opening import default_device, locate, open_pipeline, weight
 from cemq.pipelines.outputs import as_levels, as_pictures
 from cemq.runtime import schedule_hook
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class Running(TypedDict, total=False):
+    """Where samples are run, and who hears of it and takes a share; each may be left out."""
+
+    device: str | None
+    progress: Progress | None
+    processes: Processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +131,7 @@ def evaluate(
     budget: int | str | None = None,
     batch_size: int | None = None,
     picture: str | Path | None = None,
-    device: str | None = None,
-    progress: Progress | None = None,
-    processes: Processes = ALONE,
+    **running: Unpack[Running],
 ) -> Evaluation:
     """Compare a bundle with its full-precision, uncached original on seeds and prompts not used for profiling.
 
@@ -135,11 +144,14 @@ def evaluate(
         batch_size: Samples run together; None takes that of the bundle's recipe, or 4.
         picture: Write a PNG, full precision on the left and the bundle on the right; four frames of each video, the
             spectrograms of audio.
+        device: Where both run; None takes CUDA where there is one.
+        progress: Told the name of what is being run, and the share of it done.
         processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each; all return the same.
 
     Raises:
         CemqError: The bundle or the reference cannot be used, or a seed was used for profiling.
     """
+    check_keywords("evaluate", running, Running)
     manifest = read_bundle(Path(bundle))
     batches = make_batches(
         manifest.held_out_conditions,
@@ -153,23 +165,11 @@ def evaluate(
     if picture is not None:
         check_picture_path(Path(picture))
         picture = absolute(picture)
-    place = device or default_device()
-    source = locate(reference or manifest.model, variant=None if reference else manifest.variant)
-    if (source.folder / MANIFEST).is_file():
-        raise ModelError(f"reference '{source.name}' is a cemq bundle: give the full-precision model")
-    scheduled = from_pretrained(bundle, device=place, budget=budget)
-    original = open_pipeline(source.folder, dtype=manifest.dtype, device=place)
-    if type(original) is not type(scheduled):
-        raise ModelError(
-            f"reference '{source.name}' is a {type(original).__name__}, the bundle was made from a "
-            f"{manifest.pipeline_class}: give the model that it was made from"
-        )
-    for pipe in (scheduled, original):
-        pipe.set_progress_bar_config(disable=True)
-
+    place, processes = running.get("device") or default_device(), running.get("processes", ALONE)
+    original, scheduled = _open_both(bundle, manifest, reference, place, budget)
     steps = steps or manifest.num_inference_steps
     pairs = [(Runner(pipe=pipe, steps=steps, call=manifest.call), []) for pipe in (original, scheduled)]
-    for batch, on_step in iterate(processes.share(batches), "reference and bundle", progress, 2 * steps):
+    for batch, on_step in iterate(processes.share(batches), "reference and bundle", running.get("progress"), 2 * steps):
         for runner, made in pairs:  # taking turns, so that what else the machine does slows down both
             made.append(runner.run_one(batch, on_step))
     references, outcomes = (made for _, made in pairs)
@@ -190,6 +190,25 @@ def evaluate(
         device=place,
         dtype=manifest.dtype,
     )
+
+
+def _open_both(
+    bundle: str | Path, manifest: Manifest, reference: str | None, device: str, budget: int | str | None
+) -> tuple[DiffusionPipeline, DiffusionPipeline]:
+    """The original and the bundle; raises ModelError where they are not two of a kind."""
+    source = locate(reference or manifest.model, variant=None if reference else manifest.variant)
+    if (source.folder / MANIFEST).is_file():
+        raise ModelError(f"reference '{source.name}' is a cemq bundle: give the full-precision model")
+    scheduled = from_pretrained(bundle, device=device, budget=budget)
+    original = open_pipeline(source.folder, dtype=manifest.dtype, device=device)
+    if type(original) is not type(scheduled):
+        raise ModelError(
+            f"reference '{source.name}' is a {type(original).__name__}, the bundle was made from a "
+            f"{manifest.pipeline_class}: give the model that it was made from"
+        )
+    for pipe in (original, scheduled):
+        pipe.set_progress_bar_config(disable=True)
+    return original, scheduled
 
 
 def check_picture_path(path: Path, what: str = "picture") -> None:

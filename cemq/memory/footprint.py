@@ -110,19 +110,12 @@ def read_footprint(
         role: Role = "denoiser" if name in DENOISERS else "vae" if name.startswith("vae") else "other"
         known = _diffusers_class(kinds[name][1]) if kinds[name][0] == "diffusers" else None
         loaded = [_as_loaded(tensor, stored_dtype or dtype, dtype) for tensor in tensors]
-        itemsize = _ITEMSIZE[_DTYPES[dtype]]
-        if role == "vae":
-            whole, *reduced = _vae_activations(configs[name], picture, dtype)
-        elif name == "unet":
-            whole, reduced = _unet_activations(configs[name], configs.get("vae", {}), picture, itemsize), []
-        else:
-            whole, reduced = _transformer_activations(role, tensors, configs, name, picture, itemsize), []
+        whole, *reduced = _activations(role, tensors, configs, name, picture, dtype)
         kept = 0
         if name == first:  # a second denoiser (Wan 2.2) goes on with what the first one left
             features = _output_features(configs[name]) if cache == "output" else _widths(tensors)[0]
-            kept = (
-                kept_steps * _cached_tensors(cache, loaded) * features * _rows(role, configs, name, picture) * itemsize
-            )
+            rows, itemsize = _rows(role, configs, name, picture), _ITEMSIZE[_DTYPES[dtype]]
+            kept = kept_steps * _cached_tensors(cache, loaded) * features * rows * itemsize
         found.append(
             ComponentMemory(
                 name=name,
@@ -273,6 +266,18 @@ def _channels(vae: Mapping[str, Any]) -> tuple[int, ...]:
     if vae.get("base_dim") and vae.get("dim_mult"):
         return tuple(vae["base_dim"] * factor for factor in vae["dim_mult"])
     return _CHANNELS
+
+
+def _activations(
+    role: Role, tensors: tuple[Tensor, ...], configs: Mapping[str, dict], name: str, picture: Picture, dtype: str
+) -> tuple[int, ...]:
+    """Bytes that a model works on; of an autoencoder also how few they get, see `_vae_activations`."""
+    itemsize = _ITEMSIZE[_DTYPES[dtype]]
+    if role == "vae":
+        return _vae_activations(configs[name], picture, dtype)
+    if name == "unet":
+        return (_unet_activations(configs[name], configs.get("vae", {}), picture, itemsize),)
+    return (_transformer_activations(role, tensors, configs, name, picture, itemsize),)
 
 
 def _vae_activations(vae: Mapping[str, Any], picture: Picture, dtype: str) -> tuple[int, int, int]:

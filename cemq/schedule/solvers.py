@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import TypedDict, Unpack
 
 import numpy as np
 
-from cemq.errors import InfeasibleBudgetError, InputError, choose
+from cemq.errors import InfeasibleBudgetError, InputError, check_keywords, choose
 from cemq.predict.correctors import NO_CORRECTOR, WORTH_CORRECTING, check_corrector
 from cemq.predict.predictors import check_predictor
 from cemq.prior.error_prior import ErrorPrior
@@ -76,6 +77,14 @@ def longest_gap(num_steps: int, budget: int) -> int:
     return num_steps if num_steps <= _UNLIMITED else max(_UNLIMITED // 4, 3 * -(-num_steps // budget))
 
 
+class Rules(TypedDict, total=False):
+    """The finer rules of `plan_schedule`, each of which has a default there."""
+
+    gamma: float
+    max_gap: int | None
+    cem: CemRule | None
+
+
 def plan_schedule(
     prior: ErrorPrior,
     budget: int | str,
@@ -84,9 +93,7 @@ def plan_schedule(
     predictor: str = "taylor1",
     corrector: str = NO_CORRECTOR,
     view: str = "combined",
-    gamma: float = GAMMA,
-    max_gap: int | None = None,
-    cem: CemRule | None = None,
+    **rules: Unpack[Rules],
 ) -> CacheSchedule:
     """Choose the full-compute steps with the least predicted error.
 
@@ -100,7 +107,7 @@ def plan_schedule(
         predictor: One of `PREDICTORS`, or ``auto``: the one of `SLOPES` that suits each segment best.
         corrector: Of `CORRECTORS`, or ``none``: what full-compute steps make up for.
         view: Which errors of the prior to minimise: ``combined``, ``cache`` or ``self``.
-        gamma: Exponent on each segment's error.
+        gamma: Exponent on each segment's error; 2 by default.
         max_gap: Longest gap between full-compute steps; None allows any, thrice the mean gap beyond 64 steps.
         cem: Weighter, gap rules and so on for ``cem`` and ``cem-relaxed``; None takes those published.
 
@@ -114,12 +121,15 @@ def plan_schedule(
     >>> plan_schedule(prior, budget=3, predictor="reuse").full_steps
     (0, 3, 6)
     """
+    check_keywords("plan_schedule", rules, Rules)
+    cem = rules.get("cem")
     count = check_budget(budget, prior.num_steps, solver if cem is None else "segment")
     choose("solver", solver, SOLVERS)
     check_predictors(predictor)
     check_corrector(corrector)
     single = "taylor1" if predictor == AUTO else predictor
     if solver == "segment" and count < prior.num_steps:
+        gamma, max_gap = rules.get("gamma", GAMMA), rules.get("max_gap")
         settings = {"predictor": predictor, "corrector": corrector, "view": view, "gamma": gamma, "max_gap": max_gap}
         return _plan_within(prior, count, **settings)[-1]
     if solver in CEM_RULES:

@@ -16,7 +16,7 @@ across it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,12 +124,11 @@ def fit_propagation(
     free = len(known) - 1  # what sets each group apart is 0 on average; the model's own parameters come after
     apart = np.vstack([np.eye(free), -np.ones(free)])[group]
     # errors come in the model's units: begin with a constant that is right on average
-    parameters = np.zeros(free + 2 * (DEGREE + 1) + 1 + 2 * len(answers))
+    start = np.zeros(free + 2 * (DEGREE + 1) + 1 + 2 * len(answers))
     at_coherence, at_response = free + 2 * (DEGREE + 1), slice(-2 * len(answers), None)
-    parameters[at_coherence] = np.log(_COHERENCE)
-    parameters[at_response].reshape(2, -1)[:, 0] = RESPONSE
-    parameters[free] = np.mean(wanted - model.predict(parameters[free:])[0])
-    start = parameters.copy()
+    start[at_coherence] = np.log(_COHERENCE)
+    start[at_response].reshape(2, -1)[:, 0] = RESPONSE
+    start[free] = np.mean(wanted - model.predict(start[free:])[0])
     orders = np.arange(DEGREE + 1)
     penalty = np.r_[np.zeros(free), RIDGE * orders, _APART * (1 + orders), _HELD, _ANSWERED, _ANSWERED]
 
@@ -139,15 +138,33 @@ def fit_propagation(
         turns = shares[:, None] * np.hstack([apart, slopes])
         return np.r_[misses, penalty * (at - start)], np.vstack([turns, np.diag(penalty)])
 
-    # Levenberg-Marquardt
+    lowest, highest = np.full(len(start), -np.inf), np.full(len(start), np.inf)
+    lowest[at_coherence], highest[at_coherence] = np.log(0.2), np.log(100 * prior.num_steps)
+    parameters, value = _least_squares(residuals, start, lowest, highest)
+    sensitivity = np.stack([np.exp(model.exponents(parameters[free:], sign)) for sign in (-1.0, 1.0)])
+    coherence = float(np.exp(parameters[at_coherence]))
+    response = parameters[at_response].reshape(2, -1) @ answers
+    fitted = replace(prior, sensitivity=sensitivity, coherence=coherence, response=response)
+    return Fit(prior=fitted, rms_log_error=float(np.sqrt(np.sum(value[: len(wanted)] ** 2) / np.sum(shares**2))))
+
+
+def _least_squares(
+    residuals: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    parameters: np.ndarray,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The parameters within their bounds at which the sum of squared residuals is least, and the residuals there.
+
+    Levenberg-Marquardt; ``residuals`` gives them with their derivatives, ``parameters`` is where it begins.
+    """
     damping = 1e-2
     value, slopes = residuals(parameters)
     for _ in range(_ITERATIONS):
         normal = slopes.T @ slopes
         scaled = normal + damping * np.diag(np.diag(normal) + 1e-9)
         step = np.linalg.solve(scaled, -slopes.T @ value)
-        trial = parameters + np.clip(step, -1.0, 1.0)
-        trial[at_coherence] = np.clip(trial[at_coherence], np.log(0.2), np.log(100 * prior.num_steps))
+        trial = np.clip(parameters + np.clip(step, -1.0, 1.0), lowest, highest)
         found, trial_slopes = residuals(trial)
         if found @ found < value @ value:
             converged = value @ value - found @ found < 1e-9 * (value @ value)
@@ -156,11 +173,7 @@ def fit_propagation(
                 break
         else:
             damping = min(damping * 4, 1e6)
-    sensitivity = np.stack([np.exp(model.exponents(parameters[free:], sign)) for sign in (-1.0, 1.0)])
-    coherence = float(np.exp(parameters[at_coherence]))
-    response = parameters[at_response].reshape(2, -1) @ answers
-    fitted = replace(prior, sensitivity=sensitivity, coherence=coherence, response=response)
-    return Fit(prior=fitted, rms_log_error=float(np.sqrt(np.sum(value[: len(wanted)] ** 2) / np.sum(shares**2))))
+    return parameters, value
 
 
 def _strayed_terms(
