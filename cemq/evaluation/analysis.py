@@ -33,17 +33,14 @@ _FIRST_SEED = 12345  # of the schedules that predictions are tested with
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's: the correlation of ranks; ties share their mean rank."""
+    """Spearman's; 0 where all values of one of them are equal."""
+    import torch
+    from torchmetrics.functional import spearman_corrcoef
 
-    def ranks(values: Sequence[float]) -> np.ndarray:
-        _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-        ends = np.cumsum(counts)
-        return (ends - (counts - 1) / 2 - 0.5)[place]
-
-    left, right = ranks(one), ranks(other)
-    if left.std() == 0 or right.std() == 0:
+    values = [torch.tensor(list(each), dtype=torch.float64, device="cpu") for each in (one, other)]
+    if any(each.eq(each[0]).all() for each in values):
         return 0.0
-    return float(np.corrcoef(left, right)[0, 1])
+    return float(spearman_corrcoef(*values))
 
 
 def cem_cost(prior: ErrorPrior, schedule: CacheSchedule, view: str) -> float:
