@@ -18,6 +18,7 @@ from cemq.files import absolute
 from cemq.memory.offload import disk_folder, free_host_memory, place
 from cemq.pipelines.opening import DTYPES, check_device, default_device, open_pipeline
 from cemq.prior.error_prior import ErrorPrior
+from cemq.reclaim import map_large_allocations
 from cemq.runtime.attach import attach
 from cemq.schedule import AUTO, SEARCH
 from cemq.schedule.plan import Plan
@@ -85,18 +86,21 @@ def from_pretrained(
     dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype
     choose("dtype", dtype, DTYPES)
     where = check_device(device or default_device())
-    memory = None
+    memory, on_disk = None, False
     if vram is not None:
         free = free_host_memory()
         memory = plan_memory(
             folder, vram, device=where.type, budget=plan.schedule.budget, call=call, dtype=dtype, host_memory=free
         )
-        if where.type == "cpu" and memory.chosen.placement.disk and dtype != manifest.dtype:
+        on_disk = where.type == "cpu" and memory.chosen.placement.disk
+        if on_disk and dtype != manifest.dtype:
             raise PlacementError(
                 f"vram={vram}: weights would lie on disk, but torch_dtype={dtype} converts all of them in memory "
                 f"first: take the bundle's own {manifest.dtype}, or allow more memory"
             )
     offloads = memory is not None and memory.chosen.placement.unit != "nothing"
+    if on_disk:
+        map_large_allocations()  # before diffusers takes memory for every weight of the models that it is to fill
     try:
         pipe = open_pipeline(folder, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
     except BundleError as error:
