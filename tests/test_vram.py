@@ -50,6 +50,7 @@ def test_loading_and_drawing_never_take_more_than_the_plan(larger, tmp_path):
     found = stage("memory", bundle, limit, tmp_path / "offload")  # the first load, which writes what weights rest in
     assert (found["placement"], found["planned"]) == (placement, limit)
     assert 0 < found["loading"] <= found["peak"] <= limit
+    assert found["heap"] < 20e6  # a load that took the models from it left a hole that weights filled, if it stayed
 
 
 def test_a_kernel_that_grants_what_is_planned_kills_only_who_loads_without_vram(larger, tmp_path):

@@ -22,6 +22,7 @@ from cemq.memory.offload import disk_folder, free_host_memory, place
 from cemq.memory.placement import MemoryPlan
 from cemq.pipelines.opening import DTYPES, check_device, default_device, open_pipeline
 from cemq.prior.error_prior import ErrorPrior
+from cemq.reclaim import map_large_allocations
 from cemq.runtime.attach import apply_policy, attach
 from cemq.runtime.policies import make_policy
 from cemq.schedule import AUTO, SEARCH
@@ -87,23 +88,27 @@ def from_pretrained(
     dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype
     choose("dtype", dtype, DTYPES)
     where = check_device(device or default_device())
-    memory = None
+    policy = manifest.policy and make_policy(manifest.policy["name"], manifest.policy["settings"])
+    memory, on_disk = None, False
     if (vram := placing.get("vram")) is not None:
         free, steps = free_host_memory(), plan.schedule.budget
         memory = plan_memory(folder, vram, device=where.type, budget=steps, call=call, dtype=dtype, host_memory=free)
-        if where.type == "cpu" and memory.chosen.placement.disk and dtype != manifest.dtype:
+        on_disk = where.type == "cpu" and memory.chosen.placement.disk
+        if on_disk and dtype != manifest.dtype:
             raise PlacementError(
                 f"vram={vram}: weights would lie on disk, but torch_dtype={dtype} converts all of them in memory "
                 f"first: take the bundle's own {manifest.dtype}, or allow more memory"
             )
     offloads = memory is not None and memory.chosen.placement.unit != "nothing"
+    if on_disk:
+        map_large_allocations()  # before diffusers takes memory for every weight of the models that it is to fill
     pipe = _open(folder, manifest, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
     if memory is not None:
         _place(pipe, memory, folder, where, placing.get("offload_folder"))
-    if manifest.policy is None:
+    if policy is None:
         attach(pipe, plan)
     else:
-        apply_policy(pipe, make_policy(manifest.policy["name"], manifest.policy["settings"]))
+        apply_policy(pipe, policy)
     save_as_bundle(pipe, folder, manifest, dtype=dtype)
     return pipe
 

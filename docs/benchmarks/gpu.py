@@ -34,11 +34,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_page import draw
+
+if TYPE_CHECKING:
+    from gpu_parts import Setting
 
 HERE = Path(__file__).parent
 TOTAL = 590  # seconds
@@ -70,10 +74,7 @@ PARTS = {
 
 
 def run_part(name: str, first: int, device: str, tiny: bool, scratch: Path) -> None:
-    """Run the cases of a part from the ``first`` on, and say on stdout what happens, a line of JSON each.
-
-    Ends after a case that must have been alone, or that has left the device unusable.
-    """
+    """`run_cases` as a process: says on stdout what happens, a line of JSON each."""
     said = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print
 
@@ -85,12 +86,21 @@ def run_part(name: str, first: int, device: str, tiny: bool, scratch: Path) -> N
     import transformers
     from gpu_parts import Setting
 
-    from cemq.errors import first_line
-
     diffusers.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     torch.set_grad_enabled(False)
-    setting = Setting(device=torch.device(device), tiny=tiny, scratch=scratch)
+    run_cases(name, Setting(device=torch.device(device), tiny=tiny, scratch=scratch), first, say)
+
+
+def run_cases(name: str, setting: Setting, first: int, say: Callable[..., None]) -> None:
+    """Run the cases of a part from the ``first`` on, and tell ``say`` of each that it begins, its rows and its end.
+
+    Ends after a case that must have been alone, or that has left the device unusable.
+    """
+    import torch
+
+    from cemq.errors import first_line
+
     cases = importlib.import_module(f"gpu_parts.{name}").cases(setting)
     for index, case in enumerate(cases[first:], first):
         say(case=index, labels=case.labels)
@@ -112,7 +122,7 @@ def run_part(name: str, first: int, device: str, tiny: bool, scratch: Path) -> N
     say(done=True)
 
 
-def usable(setting: Any) -> bool:
+def usable(setting: Setting) -> bool:
     """False once an illegal access has broken the process's context: everything fails from there on."""
     try:
         setting.synchronize()

@@ -45,6 +45,7 @@ PIPELINES = {  # of random weights, in place of those of the built-in model: 205
 TEXT = {"num_hidden_layers": 8, "intermediate_size": 16384}  # 34 MB
 RUNS = (("sd3", "none"), ("dit", "w8a8"))
 STREAMS = "streams"  # which want a device that has them
+M_MMAP_THRESHOLD = -3  # of mallopt: bytes from which on an allocation gets a mapping of its own
 
 
 # --- stages, each in a process of its own
@@ -87,9 +88,11 @@ def build(folder: Path, model: str, scheme: str, steps: int) -> None:
 
 def memory(folder: Path, vram: int, offload: Path, group: Path | None = None) -> dict[str, object]:
     """Peaks of loading and of one run, above the imports; as a member of the control group, if one is given."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most it comes to by itself, or not, by what was freed when
     warm_up()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # 10 MB that the C library keeps of it would be used again, and not count
+    libc.malloc_trim(0)  # 10 MB that the C library keeps of it would be used again, and not count
     for top in (folder, offload):
         for file in filter(Path.is_file, top.rglob("*")):
             (drop if vram else read)(file)
@@ -106,6 +109,7 @@ def memory(folder: Path, vram: int, offload: Path, group: Path | None = None) ->
         "loading": loading.peak,
         "peak": max(whole.peak, loading.peak),
         "anonymous": max(whole.anonymous, loading.anonymous),
+        "heap": max(whole.heap, loading.heap),
     }
 
 
@@ -146,13 +150,21 @@ def resident() -> dict[str, int]:
     return {name: int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssAnon")}
 
 
+def heap_end() -> int:
+    """Where the C library's heap ends, whether its pages are in memory or not."""
+    sbrk = ctypes.CDLL(None).sbrk
+    sbrk.argtypes, sbrk.restype = [ctypes.c_ssize_t], ctypes.c_size_t
+    return sbrk(0)
+
+
 class Watch:
-    """How far memory rises above what it is on entry."""
+    """How far memory, and the end of the heap, rise above what they are on entry."""
 
     def __enter__(self) -> Watch:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
         self.before, self.anonymous, self.done = resident(), 0, threading.Event()
+        self.start = self.heap = heap_end()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
@@ -160,12 +172,14 @@ class Watch:
     def _watch(self) -> None:
         while not self.done.wait(0.002):
             self.anonymous = max(self.anonymous, resident()["RssAnon"])
+            self.heap = max(self.heap, heap_end())
 
     def __exit__(self, *_: object) -> None:
         self.done.set()
         self.thread.join()
         self.peak = resident()["VmHWM"] - self.before["VmRSS"]
         self.anonymous -= self.before["RssAnon"]
+        self.heap -= self.start
 
 
 def warm_up() -> None:
