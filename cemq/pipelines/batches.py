@@ -337,7 +337,9 @@ def _read_picture(name: str, path: str) -> Any:
         raise InputError(f"--call {name}={path}: no picture can be read there ({error})") from None
 
 
-def iterate(batches: Sequence[Batch], stage: str, progress: Progress | None, steps: int) -> Iterator:
+def iterate(
+    batches: Sequence[Batch], stage: str, progress: Progress | None, steps: int
+) -> Iterator[tuple[Batch, Callable[[], None]]]:
     """Yield (batch, on_step) and report the share of all steps done under the name ``stage``."""
     done, total = 0, len(batches) * steps
 

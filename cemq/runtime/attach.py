@@ -27,7 +27,7 @@ from cemq.runtime.cached.caches import Cache, make_caches
 from cemq.runtime.cached.modulated import modulated_input
 from cemq.runtime.callers import Caller, ThreadContexts, find_caller
 from cemq.runtime.history import History, shapes_of
-from cemq.runtime.policies import Policy, Scheduled, StepCall
+from cemq.runtime.policies import Decider, Policy, Scheduled, StepCall
 from cemq.runtime.registration import HOOK, Uncopied, install, keep_outermost, refuse_other_caches, uninstall
 from cemq.runtime.steps import AnySamplerTracker, AnyStepsTracker, StepTracker, Stream, full_compute
 from cemq.schedule import CacheSchedule
@@ -59,8 +59,9 @@ class Run:
 
     def follow(self, schedule: CacheSchedule) -> None:
         """Go on under another schedule, which begins with the same step."""
-        self.schedule, self.branches = schedule, Branches(schedule)
-        self.decider = Scheduled(schedule) if self.policy is None else self.policy.begin(schedule.num_steps)
+        self.schedule = schedule
+        self.branches: Branches = Branches(schedule)
+        self.decider: Decider = Scheduled(schedule) if self.policy is None else self.policy.begin(schedule.num_steps)
 
     @property
     def full_steps(self) -> float:
@@ -113,7 +114,9 @@ class ScheduleHook(Uncopied):
     def __init__(
         self, pipe: DiffusionPipeline, plan: Plan, tracker: StepTracker, run: Run, models: list[torch.nn.Module]
     ) -> None:
-        self.plan, self.tracker, self.run = plan, tracker, run
+        self.plan: Plan = plan
+        self.tracker: StepTracker = tracker
+        self.run: Run = run
         self._pipe = weakref.ref(pipe)
         self._models = [weakref.ref(model) for model in models]
 
@@ -259,10 +262,11 @@ class DenoiserHook(Uncopied, ModelHook):
 
     def __init__(self, module: torch.nn.Module, kind: str, cache: Cache) -> None:
         super().__init__()
-        self.kind, self.cache = kind, cache
-        self.contexts = ThreadContexts()
+        self.kind: str = kind
+        self.cache: Cache = cache
+        self.contexts: ThreadContexts = ThreadContexts()
         self.installed: Any = None  # the denoiser's forward once this hook is in it
-        self.lock = threading.Lock()  # runs of several pipelines may begin at once, and put it on top
+        self.lock: threading.Lock = threading.Lock()  # runs of several pipelines may begin at once, and put it on top
         self._schedules: tuple[weakref.ref[ScheduleHook], ...] = ()
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._timestep = next(((names.index(each), each) for each in TIMESTEP_ARGUMENTS if each in names), None)

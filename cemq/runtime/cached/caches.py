@@ -43,7 +43,7 @@ class Cache(Protocol):
 class OutputCache:
     """Keeps the denoiser's output: a skipped step runs nothing of the denoiser."""
 
-    contents = "the output"
+    contents: str = "the output"
 
     @torch.compiler.disable(recursive=False)
     def compute(self, forward: Forward, *, wanted: bool, shapes: Any) -> tuple[Any, Any]:
