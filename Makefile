@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint fix wheel docs bench families train clean
+.PHONY: demo test lint types fix wheel docs bench families train clean
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,9 @@ test: lint wheel docs  ## lint, build the wheel and look into it, build the docs
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev  ## how many public names have types that a type checker knows
+	$(BIN)/python tests/type_completeness.py
 
 fix: .venv/installed-dev
 	$(BIN)/ruff check --fix .

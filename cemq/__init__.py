@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cemq._register import register_when_loaded
+
+if TYPE_CHECKING:  # for editors and type checkers; the same names as below
+    from cemq.build import quantize_and_schedule
+    from cemq.bundle.apply import apply_schedule
+    from cemq.bundle.generate import generate
+    from cemq.bundle.hub import push_to_hub
+    from cemq.bundle.load import from_pretrained
+    from cemq.bundle.plan_memory import plan_memory
+    from cemq.bundle.schedule_file import export
+    from cemq.errors import BundleError, CemqError
+    from cemq.evaluation.compare import Evaluation, evaluate
+    from cemq.parallel import launched
+    from cemq.predict.predictors import register_predictor
+    from cemq.prior.error_prior import ErrorPrior
+    from cemq.quantize import CemqConfig, Format, quantize_in_place, register_format
+    from cemq.quantize.in_transformers import TextEncoderConfig, quantize_text_encoder
+    from cemq.runtime import apply_policy, attached, detach, for_request, set_budget
+    from cemq.runtime.policies import register_policy
+    from cemq.runtime.runner import Runner
+    from cemq.runtime.teacache import TeaCache
+    from cemq.schedule import CacheSchedule, plan_schedule
+    from cemq.schedule.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -43,7 +65,13 @@ _PUBLIC = {
     "register_predictor": "cemq.predict.predictors",
     "quantize_text_encoder": "cemq.quantize.in_transformers",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [  # written out, for type checkers
+    "__version__", "BundleError", "CacheSchedule", "CemqConfig", "CemqError", "ErrorPrior", "Evaluation", "Format",
+    "Plan", "Runner", "TeaCache", "TextEncoderConfig", "apply_policy", "apply_schedule", "attached", "detach",
+    "evaluate", "export", "for_request", "from_pretrained", "generate", "launched", "plan_memory", "plan_schedule",
+    "push_to_hub", "quantize_and_schedule", "quantize_in_place", "quantize_text_encoder", "register_format",
+    "register_policy", "register_predictor", "set_budget",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ from cemq.extensions import load_extensions
 from cemq.files import check_writable, written_whole
 from cemq.recipe import RENAMED, Recipe
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="Quantize a diffusion transformer, plan which steps it may skip, and ship both as one folder.",
     no_args_is_help=True,
     add_completion=False,

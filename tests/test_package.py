@@ -1,5 +1,6 @@
 """What ships, and what importing costs."""
 
+import ast
 import subprocess
 import sys
 import zipfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from type_completeness import judged
 
 import cemq
 from cemq.pipelines.opening import BUILTINS, locate
@@ -21,6 +23,30 @@ def test_every_public_name_can_be_had():
         _ = cemq.nothing
 
 
+def test_editors_see_every_public_name_where_it_lives():
+    module = ast.parse(Path(cemq.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in module.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.asname or alias.name: line.module for line in block.body for alias in line.names}
+    assert seen == cemq._PUBLIC
+    assert sorted(cemq.__all__) == sorted({"__version__", *cemq._PUBLIC})
+    assert (Path(cemq.__file__).parent / "py.typed").is_file()
+
+
+def report_of(*known):
+    symbols = [{"name": f"cemq.n{n}", "isExported": True, "isTypeKnown": each} for n, each in enumerate(known)]
+    counts = {"withKnownType": sum(known), "withAmbiguousType": 0, "withUnknownType": len(known) - sum(known)}
+    score = sum(known) / len(known) if known else 0.0
+    return {"typeCompleteness": {"completenessScore": score, "exportedSymbolCounts": counts, "symbols": symbols}}
+
+
+def test_the_share_of_known_types_is_judged_and_what_is_unknown_named():
+    said, enough = judged(report_of(*[True] * 19, False))
+    assert enough
+    assert said == "not wholly known: cemq.n19\ntypes of 19 of 20 public names are known: 95.0%"
+    assert not judged(report_of(*[True] * 18, False, False))[1]
+    assert judged(report_of()) == ("no public names found: is cemq/py.typed there?", False)
+
+
 def test_evaluate_stays_a_function_whatever_was_imported_before():
     code = "import cemq.evaluation.report, cemq.build, cemq; assert callable(cemq.evaluate)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -32,7 +58,7 @@ def test_the_built_in_models_are_small_and_hold_no_pickle():
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
 
 
-def test_the_wheel_holds_models_recipes_and_calibration_texts():
+def test_the_wheel_holds_models_recipes_calibration_texts_and_the_mark_of_types():
     wheels = sorted((ROOT / "dist").glob("*.whl"))
     if not wheels:
         pytest.skip("no wheel built: `make wheel`")
@@ -42,6 +68,7 @@ def test_the_wheel_holds_models_recipes_and_calibration_texts():
         "cemq/builtin/sd3-digits/tokenizer/tokenizer_config.json",
         "cemq/recipes/dit-digits.yaml",
         "cemq/calib_data/prompts.txt",
+        "cemq/py.typed",
     ):
         assert wanted in names
     assert wheels[-1].stat().st_size < 14e6

@@ -105,3 +105,8 @@ def test_a_large_function_is_told_from_one_that_is_just_small_enough():
     assert list(too_large(ast.parse(f"async def f({names}, *, q): pass"))) == [
         f"f: 1 lines, {MOST_PARAMETERS + 1} parameters"
     ]
+
+
+def test_a_pipeline_is_typed_as_one():
+    found = [str(path) for path in FILES for _ in re.finditer(r"\bpipe: Any\b", path.read_text(encoding="utf-8"))]
+    assert len(found) <= 5, found

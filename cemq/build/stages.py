@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -51,6 +51,9 @@ from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
 from cemq.search.choose import Planned, check_correctable, plan
 from cemq.search.trials import ClosedLoop
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 CHECK_SAMPLES = 4  # held-out samples for the fidelity that is written into the bundle
 CALIBRATION_CALLS = 48  # calls of the denoiser that quantization is fitted to, spread over all trajectories
@@ -392,7 +395,7 @@ class _CallRecorder:
         return {name: [call for calls in found for call in calls[name]] for name in found[0]}
 
 
-def _digest(pipe: Any) -> str:
+def _digest(pipe: DiffusionPipeline) -> str:
     """Of all weights, bit by bit."""
     found = hashlib.sha256()
     for name, component in sorted(pipe.components.items()):
@@ -403,7 +406,7 @@ def _digest(pipe: Any) -> str:
     return found.hexdigest()
 
 
-def _default_steps(pipe: Any) -> int:
+def _default_steps(pipe: DiffusionPipeline) -> int:
     parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
     if parameter is None or not isinstance(parameter.default, int):
         raise InputError(f"{type(pipe).__name__} has no default step count: give --steps")

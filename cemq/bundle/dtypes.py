@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -15,10 +15,13 @@ from cemq.bundle.manifest import ComponentDtypes, Manifest
 from cemq.errors import BundleError
 from cemq.quantize import QuantizedLinear
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 Dtypes = dict[str, dict[str, str]]  # of every tensor, by component and name
 
 
-def tensor_dtypes(pipe: Any) -> Dtypes:
+def tensor_dtypes(pipe: DiffusionPipeline) -> Dtypes:
     """Of all parameters and buffers, stored or not; those that a quantized layer's scheme fixes are left out."""
     return {
         name: {tensor: str(values.dtype).removeprefix("torch.") for tensor, values in _tensors(part)}
@@ -58,7 +61,7 @@ def _summary(dtypes: Mapping[str, str]) -> ComponentDtypes:
     return ComponentDtypes(default=default, exceptions={kind: tuple(names) for kind, names in exceptions.items()})
 
 
-def check_dtypes(pipe: Any, folder: Path, manifest: Manifest) -> None:
+def check_dtypes(pipe: DiffusionPipeline, folder: Path, manifest: Manifest) -> None:
     """Raises BundleError, naming file and tensor, unless every tensor has the dtype that it was measured in."""
     for component, tensor, expected, found in differing(tensor_dtypes(pipe), manifest):
         libraries = ", ".join(f"{name} {manifest.libraries.get(name, '?')}" for name in ("diffusers", "transformers"))

@@ -159,7 +159,7 @@ def _open(folder: Path, manifest: Manifest, *, dtype: str, device: str, aligned:
 
 
 def _place(
-    pipe: Any, memory: MemoryPlan, folder: Path, device: torch.device, offload_folder: str | Path | None
+    pipe: DiffusionPipeline, memory: MemoryPlan, folder: Path, device: torch.device, offload_folder: str | Path | None
 ) -> None:
     """Lay the weights where the plan says, and say so."""
     root = Path(offload_folder) if offload_folder is not None else None

@@ -16,13 +16,16 @@ from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cemq.errors import BundleError, CemqError, choose, first_line
 from cemq.files import absolute
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.pipelines.opening import DTYPES
 from cemq.schedule import CacheSchedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 FORMAT_VERSION = 5
 MANIFEST = "cemq.json"
@@ -214,7 +217,7 @@ def _check_free(target: Path, named: Path, overwrite: bool) -> None:
         raise BundleError(f"output '{named}' cannot be replaced as a whole: name a new folder in it or beside it")
 
 
-def write_pipeline(pipe: Any, folder: Path, source: Path) -> None:
+def write_pipeline(pipe: DiffusionPipeline, folder: Path, source: Path) -> None:
     """``save_pretrained``, plus what it forgets: plain entries of the source's model_index.json (DiT's id2label)."""
     type(pipe).save_pretrained(pipe, folder, safe_serialization=True)  # a loaded bundle's own writes a bundle
     index = folder / "model_index.json"

@@ -7,7 +7,7 @@ import inspect
 import shutil
 import types
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,10 +18,13 @@ from cemq.errors import BundleError
 from cemq.runtime.attach import find_hook
 from cemq.runtime.policies import describe_policy
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _LEFT_TO_OTHERS = ("README.md", MANIFEST, "model_index.json")
 
 
-def save_as_bundle(pipe: Any, origin: Path, manifest: Manifest, *, dtype: str) -> None:
+def save_as_bundle(pipe: DiffusionPipeline, origin: Path, manifest: Manifest, *, dtype: str) -> None:
     """Give this one pipeline object a ``save_pretrained`` that writes a bundle; its class stays as it is."""
     saver = type(pipe).save_pretrained
     signature = inspect.signature(saver)
@@ -40,7 +43,7 @@ def save_as_bundle(pipe: Any, origin: Path, manifest: Manifest, *, dtype: str) -
     pipe.save_pretrained = types.MethodType(save_pretrained, pipe)
 
 
-def write_again(pipe: Any, output: Path, origin: Path, manifest: Manifest, *, dtype: str) -> None:
+def write_again(pipe: DiffusionPipeline, output: Path, origin: Path, manifest: Manifest, *, dtype: str) -> None:
     """Write a pipeline that was loaded from ``origin`` as a bundle.
 
     Raises:
@@ -88,6 +91,6 @@ def _holds(found: str, expected: str) -> bool:
     return wide is not None and torch.promote_types(wide, narrow) == wide
 
 
-def _weights_are_elsewhere(pipe: Any, model: nn.Module) -> bool:
+def _weights_are_elsewhere(pipe: DiffusionPipeline, model: nn.Module) -> bool:
     plan = getattr(pipe, "cemq_memory_plan", None)
     return (plan is not None and plan.chosen.placement.disk) or any(p.is_meta for p in model.parameters())

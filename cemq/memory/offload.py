@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import accelerate
 import torch
@@ -28,6 +28,9 @@ from cemq.files import absolute
 from cemq.memory.placement import MemoryPlan
 from cemq.pipelines.opening import ALIGNMENT, align
 from cemq.reclaim import give_back, map_large_allocations
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _COMPLETE = "complete.json"
 _LAYOUT = "2"  # of the files that weights rest in; raised when what was written before is not to be read
@@ -44,7 +47,9 @@ def free_host_memory() -> int | None:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def place(pipe: Any, plan: MemoryPlan, *, device: torch.device, offload_folder: Path | None = None) -> None:
+def place(
+    pipe: DiffusionPipeline, plan: MemoryPlan, *, device: torch.device, offload_folder: Path | None = None
+) -> None:
     """Put a pipeline that lies in host memory where the plan wants it.
 
     Args:
@@ -76,7 +81,7 @@ def place(pipe: Any, plan: MemoryPlan, *, device: torch.device, offload_folder: 
             _in_groups(name, model, plan, device)
 
 
-def _models(pipe: Any) -> dict[str, nn.Module]:
+def _models(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 

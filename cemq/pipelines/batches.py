@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from cemq.pipelines.noise_scheduler import Call, intercepted
 from cemq.pipelines.opening import denoisers
 from cemq.pipelines.outputs import output_kind
 from cemq.recipe import SEEDS
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Progress = Callable[[str, float], None]  # told a stage's name and the share of it done
 BUILD_LOG = "cemq.build"  # the logger of what a build says beside its progress
@@ -53,7 +56,7 @@ class Batch:
                 raise InputError(f"seed={seed}: seeds are whole numbers from 0 to {SEEDS - 1}")
 
 
-def condition_argument(pipe: Any) -> str:
+def condition_argument(pipe: DiffusionPipeline) -> str:
     """The pipeline argument that takes what to draw: ``class_labels`` or ``prompt``. Raises InputError for neither."""
     return _condition_argument(type(pipe))
 
@@ -85,7 +88,7 @@ def read_conditions(path: Path) -> tuple[str, ...]:
     return found
 
 
-def check_conditions(pipe: Any, conditions: Sequence[str | int]) -> tuple[str | int, ...]:
+def check_conditions(pipe: DiffusionPipeline, conditions: Sequence[str | int]) -> tuple[str | int, ...]:
     """The conditions as the pipeline wants them: prompts as they are, labels as class numbers.
 
     Raises:
@@ -211,7 +214,7 @@ def _number(name: str, value: Any, kind: type, *, optional: bool) -> Any:
     return value
 
 
-def check_steps(pipe: Any, *counts: int) -> None:
+def check_steps(pipe: DiffusionPipeline, *counts: int) -> None:
     """Raises InputError, before any run, for a step count that the pipeline's noise scheduler does not take."""
 
     def refusal(steps: int) -> Exception | None:
@@ -229,7 +232,7 @@ def check_steps(pipe: Any, *counts: int) -> None:
             raise InputError(f"steps={steps}: {type(pipe.scheduler).__name__} does not take it: {first_line(found)}")
 
 
-def check_drivable(pipe: Any) -> None:
+def check_drivable(pipe: DiffusionPipeline) -> None:
     """Raises ModelError or InputError, before any run, for a pipeline that cemq cannot drive, and says why."""
     name, known = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
     denoisers(pipe)
@@ -251,7 +254,7 @@ def check_drivable(pipe: Any) -> None:
 
 
 def run(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     batch: Batch,
     *,
     steps: int,
@@ -293,7 +296,7 @@ def run(
     return output[0] if isinstance(output, tuple) else next(iter(output.values()))
 
 
-def _refused(pipe: Any, batch: Batch, arguments: Mapping[str, Any], error: Exception) -> PipelineError:
+def _refused(pipe: DiffusionPipeline, batch: Batch, arguments: Mapping[str, Any], error: Exception) -> PipelineError:
     """One line for what a pipeline raised: how it was called, why it failed, and where."""
     name, reason = type(pipe).__name__, first_line(error)
     if len(batch.conditions) > 1 and arguments.keys() & set(PICTURE_ARGUMENTS):
@@ -307,7 +310,7 @@ def _refused(pipe: Any, batch: Batch, arguments: Mapping[str, Any], error: Excep
     return PipelineError(f"{name} cannot be run with {given}: {reason} ({where})")
 
 
-def _cuda_devices(pipe: Any) -> list[torch.device]:
+def _cuda_devices(pipe: DiffusionPipeline) -> list[torch.device]:
     device = getattr(pipe, "_execution_device", torch.device("cpu"))
     return [torch.device("cuda", device.index or 0)] if device.type == "cuda" else []
 
@@ -334,7 +337,9 @@ def _read_picture(name: str, path: str) -> Any:
         raise InputError(f"--call {name}={path}: no picture can be read there ({error})") from None
 
 
-def iterate(batches: Sequence[Batch], stage: str, progress: Progress | None, steps: int) -> Iterator:
+def iterate(
+    batches: Sequence[Batch], stage: str, progress: Progress | None, steps: int
+) -> Iterator[tuple[Batch, Callable[[], None]]]:
     """Yield (batch, on_step) and report the share of all steps done under the name ``stage``."""
     done, total = 0, len(batches) * steps
 

@@ -66,7 +66,8 @@ class Interception:
 
     def __init__(self, scheduler: Any, method: str, around: Callable[..., Any]) -> None:
         self._scheduler, self._method = scheduler, method
-        self.below, self.before = getattr(scheduler, method), vars(scheduler).get(method)
+        self.below: Any = getattr(scheduler, method)
+        self.before: Any = vars(scheduler).get(method)
         self.around: Callable[..., Any] | None = around
         functools.update_wrapper(self, self.below, updated=())  # pipelines inspect the signature
         self._names = _positional(self.below)

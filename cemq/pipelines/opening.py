@@ -9,11 +9,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cemq.errors import InputError, ModelError, choose, first_line
 from cemq.families import DENOISERS
 from cemq.files import absolute
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 BUILTIN_PREFIX = "builtin:"
 BUILTINS = ("dit-digits", "sd3-digits")
@@ -168,7 +171,7 @@ def default_dtype(device: str) -> str:
     return "float32" if device == "cpu" else "bfloat16"
 
 
-def denoisers(pipe: Any) -> list[tuple[str, Any]]:
+def denoisers(pipe: DiffusionPipeline) -> list[tuple[str, Any]]:
     """The (component name, model) pairs that denoise, without `torch.compile`'s wrapper. Raises ModelError for none."""
     found = [(name, getattr(pipe, name)) for name in DENOISERS if getattr(pipe, name, None) is not None]
     found = [(name, getattr(model, "_orig_mod", model)) for name, model in found]
@@ -202,7 +205,7 @@ def _lost_weights(module: Any, prefix: str, *, brought: bool = False) -> Iterato
         yield from _lost_weights(child, f"{prefix}{name}.", brought=brought)
 
 
-def weight_bytes(pipe: Any) -> int:
+def weight_bytes(pipe: DiffusionPipeline) -> int:
     """Bytes of the denoiser's parameters and buffers."""
     return sum(
         tensor.numel() * tensor.element_size()

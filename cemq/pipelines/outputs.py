@@ -13,7 +13,7 @@ import wave
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ import torch
 from cemq.errors import InputError
 from cemq.families import DEFAULT_FRAME_RATE, FRAME_RATES
 from cemq.files import check_writable, written_whole
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Kind = Literal["image", "video", "audio"]
 _FIELDS: dict[str, Kind] = {"images": "image", "frames": "video", "audios": "audio"}
@@ -74,7 +77,7 @@ class Sample:
             first.save(path, save_all=True, append_images=others, duration=round(1000 / self.rate), loop=0)
 
 
-def output_kind(pipe: Any) -> Kind:
+def output_kind(pipe: DiffusionPipeline) -> Kind:
     """What a pipeline makes, told by the output class that its module names.
 
     Raises:
@@ -130,7 +133,7 @@ def kind_of(values: np.ndarray) -> Kind:
     return {3: "audio", 4: "image", 5: "video"}[values.ndim]
 
 
-def rate_of(pipe: Any, call: Mapping[str, Any]) -> float:
+def rate_of(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> float:
     """Frames or audio samples a second of what ``pipe`` makes; 0 for images."""
     kind = output_kind(pipe)
     if kind == "video":

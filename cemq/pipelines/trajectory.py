@@ -11,13 +11,16 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cemq.errors import PriorMismatchError
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.pipelines.noise_scheduler import Call, fingerprint, intercepted, next_sample, with_next_sample
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass
@@ -48,7 +51,7 @@ class End:
 
 
 @contextmanager
-def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
+def record(pipe: DiffusionPipeline, *, measure_steps: bool = False) -> Iterator[Trajectory]:
     """Keep what every step of the next run consumes and returns.
 
     Args:
@@ -72,7 +75,7 @@ def record(pipe: Any, *, measure_steps: bool = False) -> Iterator[Trajectory]:
 
 
 @contextmanager
-def run_end(pipe: Any) -> Iterator[End]:
+def run_end(pipe: DiffusionPipeline) -> Iterator[End]:
     """Once the block has ended: the final sample of the run in it, and the timesteps that it took."""
     end, scheduler, timesteps = End(), pipe.scheduler, []
 
@@ -92,7 +95,7 @@ def run_end(pipe: Any) -> Iterator[End]:
 
 
 @contextmanager
-def force(pipe: Any, reference: Trajectory) -> Iterator[Trajectory]:
+def force(pipe: DiffusionPipeline, reference: Trajectory) -> Iterator[Trajectory]:
     """Run along the samples of ``reference`` (teacher forcing) and record the predictions made there.
 
     Raises:

@@ -66,12 +66,15 @@ class CemqConfig(QuantizationConfigMixin):
         check_scheme(scheme, backend)
         if scheme not in SCHEMES:
             raise SchemeError(f"scheme {scheme!r} quantizes nothing: leave the quantization config out instead")
-        self.quant_method = Method.CEMQ
-        self.scheme, self.backend = scheme, backend
-        self.full_precision, self.eight_bit = list(full_precision), list(eight_bit)
+        self.quant_method: Method = Method.CEMQ
+        self.scheme: str = scheme
+        self.backend: str = backend
+        self.full_precision: list[str] = list(full_precision)
+        self.eight_bit: list[str] = list(eight_bit)
         if (low_rank or smoothed) and backend != "native":
             raise SchemeError(f"backend '{backend}' has no low-rank correction and no smoothing: take --backend native")
-        self.low_rank, self.smoothed = low_rank, smoothed
+        self.low_rank: int = low_rank
+        self.smoothed: bool = smoothed
 
     def scheme_for(self, name: str) -> Scheme | None:
         """The scheme of one module, None where it stays in full precision."""

@@ -129,8 +129,8 @@ class TextEncoderQuantizer(HfQuantizer):
             parent = model.get_submodule(name.rpartition(".")[0])
             if not parent._buffers:  # or transformers draws normal numbers for a missing weight, and fails: it is int8
                 parent._is_hf_initialized = True
-        self.shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
-        self.exact = {  # the dtypes of what must be loaded as it is stored
+        self.shapes: dict[str, torch.Size] = {name: tensor.shape for name, tensor in model.named_parameters()}
+        self.exact: dict[str, torch.dtype] = {  # the dtypes of what must be loaded as it is stored
             f"{name}.{leaf}": tensor.dtype
             for name, layer in _layers(model)
             for leaf, tensor in layer.named_parameters()

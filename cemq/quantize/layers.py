@@ -105,7 +105,9 @@ class QuantizedLinear(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.in_features: int = in_features
+        self.out_features: int = out_features
+        self.scheme: Scheme = scheme
         self._compute_dtype = dtype
         self.register_parameter(
             "bias", _frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None

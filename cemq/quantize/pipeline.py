@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -111,7 +111,7 @@ class QuantizationSettings:
             raise ReplayError(f"{reason}, and a bits budget is spent by replaying calls: leave it out") from reason
         return replace(self, gptq=False, smoothed=False)
 
-    def check_pipeline(self, pipe: Any) -> None:
+    def check_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Raises InputError for a component that the pipeline lacks or that stays, or a budget that cannot be kept."""
         for name in self.components:
             known = [key for key, part in pipe.components.items() if isinstance(part, nn.Module)]

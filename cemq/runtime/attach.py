@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
@@ -27,11 +27,14 @@ from cemq.runtime.cached.caches import Cache, make_caches
 from cemq.runtime.cached.modulated import modulated_input
 from cemq.runtime.callers import Caller, ThreadContexts, find_caller
 from cemq.runtime.history import History, shapes_of
-from cemq.runtime.policies import Policy, Scheduled, StepCall
+from cemq.runtime.policies import Decider, Policy, Scheduled, StepCall
 from cemq.runtime.registration import HOOK, Uncopied, install, keep_outermost, refuse_other_caches, uninstall
 from cemq.runtime.steps import AnySamplerTracker, AnyStepsTracker, StepTracker, Stream, full_compute
 from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _OWN = "_cemq_schedule"  # the attribute of a pipeline that keeps its hook
 
@@ -56,8 +59,9 @@ class Run:
 
     def follow(self, schedule: CacheSchedule) -> None:
         """Go on under another schedule, which begins with the same step."""
-        self.schedule, self.branches = schedule, Branches(schedule)
-        self.decider = Scheduled(schedule) if self.policy is None else self.policy.begin(schedule.num_steps)
+        self.schedule = schedule
+        self.branches: Branches = Branches(schedule)
+        self.decider: Decider = Scheduled(schedule) if self.policy is None else self.policy.begin(schedule.num_steps)
 
     @property
     def full_steps(self) -> float:
@@ -107,8 +111,12 @@ class ScheduleHook(Uncopied):
     ``schedule`` is that of the current or latest run, which at another step count is not the one that was attached.
     """
 
-    def __init__(self, pipe: Any, plan: Plan, tracker: StepTracker, run: Run, models: list[torch.nn.Module]) -> None:
-        self.plan, self.tracker, self.run = plan, tracker, run
+    def __init__(
+        self, pipe: DiffusionPipeline, plan: Plan, tracker: StepTracker, run: Run, models: list[torch.nn.Module]
+    ) -> None:
+        self.plan: Plan = plan
+        self.tracker: StepTracker = tracker
+        self.run: Run = run
         self._pipe = weakref.ref(pipe)
         self._models = [weakref.ref(model) for model in models]
 
@@ -142,7 +150,7 @@ class ScheduleHook(Uncopied):
         """The pipeline it was attached to; None once that is gone, though its scheduler may live on in a loop."""
         return self._pipe()
 
-    def follows(self, pipe: Any) -> bool:
+    def follows(self, pipe: DiffusionPipeline) -> bool:
         """Whether it is this pipeline's: the one it was attached to, or another that steps the same scheduler."""
         return self.pipe is pipe or self.tracker.scheduler is getattr(pipe, "scheduler", None)
 
@@ -254,10 +262,11 @@ class DenoiserHook(Uncopied, ModelHook):
 
     def __init__(self, module: torch.nn.Module, kind: str, cache: Cache) -> None:
         super().__init__()
-        self.kind, self.cache = kind, cache
-        self.contexts = ThreadContexts()
+        self.kind: str = kind
+        self.cache: Cache = cache
+        self.contexts: ThreadContexts = ThreadContexts()
         self.installed: Any = None  # the denoiser's forward once this hook is in it
-        self.lock = threading.Lock()  # runs of several pipelines may begin at once, and put it on top
+        self.lock: threading.Lock = threading.Lock()  # runs of several pipelines may begin at once, and put it on top
         self._schedules: tuple[weakref.ref[ScheduleHook], ...] = ()
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._timestep = next(((names.index(each), each) for each in TIMESTEP_ARGUMENTS if each in names), None)
@@ -348,7 +357,11 @@ class DenoiserHook(Uncopied, ModelHook):
 
 
 def attach(
-    pipe: Any, plan: Plan | CacheSchedule, sampler: SamplerFingerprint | None = None, *, cache: str | None = None
+    pipe: DiffusionPipeline,
+    plan: Plan | CacheSchedule,
+    sampler: SamplerFingerprint | None = None,
+    *,
+    cache: str | None = None,
 ) -> ScheduleHook:
     """Have ``pipe`` follow a plan, or a schedule made for ``sampler``, until `detach`.
 
@@ -373,7 +386,7 @@ def attach(
     return _attach(pipe, plan, Run(plan.schedule), AnySamplerTracker if plan.sampler is None else StepTracker)
 
 
-def apply_policy(pipe: Any, policy: Policy, *, cache: str | None = None) -> ScheduleHook:
+def apply_policy(pipe: DiffusionPipeline, policy: Policy, *, cache: str | None = None) -> ScheduleHook:
     """Have ``policy`` decide, while ``pipe`` draws, which calls of its denoiser are computed; until `detach`.
 
     It may be any pipeline, quantized or not, at any step count and under any sampler.
@@ -392,7 +405,7 @@ def apply_policy(pipe: Any, policy: Policy, *, cache: str | None = None) -> Sche
 
 
 @contextmanager
-def policy_attached(pipe: Any, policy: Policy, *, cache: str | None = None) -> Iterator[ScheduleHook]:
+def policy_attached(pipe: DiffusionPipeline, policy: Policy, *, cache: str | None = None) -> Iterator[ScheduleHook]:
     """`apply_policy` for the length of a ``with`` block; undone on exit, also after an exception."""
     hook = apply_policy(pipe, policy, cache=cache)
     try:
@@ -401,7 +414,7 @@ def policy_attached(pipe: Any, policy: Policy, *, cache: str | None = None) -> I
         hook.leave()
 
 
-def _attach(pipe: Any, plan: Plan, run: Run, follow: type[StepTracker]) -> ScheduleHook:
+def _attach(pipe: DiffusionPipeline, plan: Plan, run: Run, follow: type[StepTracker]) -> ScheduleHook:
     models = [model for _, model in denoisers(pipe)]
     for denoiser in models:
         refuse_other_caches(denoiser)
@@ -424,7 +437,7 @@ def _attach(pipe: Any, plan: Plan, run: Run, follow: type[StepTracker]) -> Sched
     return found
 
 
-def _refuse_others(pipe: Any, plan: Plan, models: list[torch.nn.Module]) -> None:
+def _refuse_others(pipe: DiffusionPipeline, plan: Plan, models: list[torch.nn.Module]) -> None:
     """Raises ModelError where a schedule is attached already that this one cannot live beside."""
     for denoiser in models:
         _uninstall_unused(denoiser)
@@ -444,7 +457,7 @@ def _refuse_others(pipe: Any, plan: Plan, models: list[torch.nn.Module]) -> None
                 )
 
 
-def for_request(pipe: Any) -> Any:
+def for_request(pipe: DiffusionPipeline) -> Any:
     """A pipeline for one request, to be run beside others: all models are those of ``pipe``, which follows a schedule.
 
     It has a scheduler of its own and follows the same plan, with its own history and counts. Nothing is to be detached
@@ -459,7 +472,7 @@ def for_request(pipe: Any) -> Any:
     return request
 
 
-def detach(pipe: Any) -> None:
+def detach(pipe: DiffusionPipeline) -> None:
     """Undo `attach`; does nothing if no schedule is attached."""
     hook = find_hook(pipe)
     if hook is not None:
@@ -477,14 +490,14 @@ def _uninstall_unused(denoiser: torch.nn.Module) -> None:
         hook.cache.remove()
 
 
-def find_hook(pipe: Any) -> ScheduleHook | None:
+def find_hook(pipe: DiffusionPipeline) -> ScheduleHook | None:
     """The hook that `attach` returned for this pipeline, or for another with the same scheduler; None for neither."""
     hooks = [hook for _, denoiser in denoisers(pipe) if (hook := _find(denoiser)) is not None]
     found = [each for hook in hooks for each in hook.schedules if each.follows(pipe)]
     return next((each for each in found if each.pipe is pipe), found[0] if found else None)
 
 
-def schedule_hook(pipe: Any) -> ScheduleHook:
+def schedule_hook(pipe: DiffusionPipeline) -> ScheduleHook:
     """The hook that `attach` returned: its schedule, and how many evaluations the latest run made.
 
     Raises:
@@ -496,7 +509,7 @@ def schedule_hook(pipe: Any) -> ScheduleHook:
     return hook
 
 
-def set_budget(pipe: Any, budget: int | str) -> CacheSchedule:
+def set_budget(pipe: DiffusionPipeline, budget: int | str) -> CacheSchedule:
     """Give a scheduled pipeline another budget, planned from its bundle's prior; returns the new schedule.
 
     Args:
@@ -514,7 +527,11 @@ def set_budget(pipe: Any, budget: int | str) -> CacheSchedule:
 
 @contextmanager
 def attached(
-    pipe: Any, plan: Plan | CacheSchedule, sampler: SamplerFingerprint | None = None, *, cache: str | None = None
+    pipe: DiffusionPipeline,
+    plan: Plan | CacheSchedule,
+    sampler: SamplerFingerprint | None = None,
+    *,
+    cache: str | None = None,
 ) -> Iterator[ScheduleHook]:
     """`attach` for the length of a ``with`` block; undone on exit, also after an exception."""
     hook = attach(pipe, plan, sampler, cache=cache)

@@ -18,7 +18,7 @@ class Branches:
     """
 
     def __init__(self, schedule: CacheSchedule) -> None:
-        self.by_difference = bool(schedule.branch_steps)
+        self.by_difference: bool = bool(schedule.branch_steps)
         self._first_output: list[Any] = []  # of this step, flattened
 
     def forget(self) -> None:

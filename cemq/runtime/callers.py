@@ -51,7 +51,8 @@ class Origin:
     """
 
     def __init__(self, scheduler: Any, on_end: Callable[[Origin], None]) -> None:
-        self.thread, self._on_end = threading.get_ident(), on_end
+        self.thread: int = threading.get_ident()
+        self._on_end = on_end
         self._call: tuple[int, weakref.ref[Any]] | None = None
         self._candidates: dict[int, _Seen] = {}
         for frame in _stack():

@@ -151,7 +151,7 @@ class Scheduled:
     """Decides by a schedule; where that skips branches of guidance, otherwise for the first than for the others."""
 
     def __init__(self, schedule: CacheSchedule) -> None:
-        self.most_kept = schedule.most_kept
+        self.most_kept: int = schedule.most_kept
         self._first = self._others = _Branch(schedule)
         if schedule.branch_steps:
             self._others = _Branch(schedule.between_branches)

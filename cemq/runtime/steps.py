@@ -58,15 +58,18 @@ class StepTracker:
         on_end: Callable[[], None],
         on_late_start: Callable[[CacheSchedule], None],
     ):
-        self.plan, self.on_start, self.on_end, self.on_late_start = plan, on_start, on_end, on_late_start
+        self.plan: Plan = plan
+        self.on_start: Callable[[CacheSchedule], None] = on_start
+        self.on_end: Callable[[], None] = on_end
+        self.on_late_start: Callable[[CacheSchedule], None] = on_late_start
         self._current = plan  # that of the latest run
         self._timesteps: tuple[float, ...] = ()  # which it is expected to take
         self._corrector: Corrector | None = None  # of the run
         self._plans, self._corrections = _Recent(), _Recent()
         self.scheduler: Any = None
         self.step_index: int | None = None
-        self.steps_taken = 0  # since `set_timesteps`, planned or not
-        self.as_planned = True  # no call of this step was computed that should have been served
+        self.steps_taken: int = 0  # since `set_timesteps`, planned or not
+        self.as_planned: bool = True  # no call of this step was computed that should have been served
         self.origins: list[Origin] = []  # of the run, and of those in other threads that it broke into
         self._calls: Counter[Place] = Counter()
         self._first_stream: Stream | None = None  # of the run

@@ -6,14 +6,18 @@ the error of a C steps old feature, weighted by the interval. First and last ste
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from cemq.errors import InfeasibleBudgetError, InputError, choose
 
-WEIGHTERS = {"none": lambda c: 1.0, "linear": lambda c: float(c), "quadratic": lambda c: float(c * c)}
+WEIGHTERS: dict[str, Callable[[int], float]] = {
+    "none": lambda c: 1.0,
+    "linear": lambda c: float(c),
+    "quadratic": lambda c: float(c * c),
+}
 MAX_GAP = 10
 
 GapRules = Mapping[range, Collection[int]]

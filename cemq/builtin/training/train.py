@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, StableDiffusion3Pipeline
 
 from cemq.builtin.training import check, models
-from cemq.builtin.training.digits import WORDS, caption, make_digits, soften
+from cemq.builtin.training.digits import WORDS, Digits, caption, make_digits, soften
 from cemq.bundle.manifest import forget_paths
 
 BATCH = 128
@@ -33,9 +34,10 @@ class Average:
     """Exponential moving average of the parameters, with a warm-up so that early weights are forgotten."""
 
     def __init__(self, modules: Iterable[torch.nn.Module], decay: float = 0.999):
-        self.live = [p for m in modules for p in m.parameters()]
-        self.mean = [p.detach().clone() for p in self.live]
-        self.decay, self.updates = decay, 0
+        self.live: list[torch.nn.Parameter] = [p for m in modules for p in m.parameters()]
+        self.mean: list[torch.Tensor] = [p.detach().clone() for p in self.live]
+        self.decay: float = decay
+        self.updates: int = 0
 
     @torch.no_grad()
     def update(self) -> None:
@@ -125,7 +127,7 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([vae.encode(part).latent_dist.mean for part in images.split(256)])
 
 
-def train_dit(transformer: DiTTransformer2DModel, latents: torch.Tensor, labels: np.ndarray, **options) -> None:
+def train_dit(transformer: DiTTransformer2DModel, latents: torch.Tensor, labels: np.ndarray, **options: Any) -> None:
     transformer.eval().requires_grad_(True)  # eval: in training mode diffusers would drop labels in each block apart
     scheduler, targets = models.dit_scheduler(), torch.from_numpy(labels)
 
@@ -158,7 +160,7 @@ def settle_dit(transformer: DiTTransformer2DModel, vae: AutoencoderKL, scale: fl
     train_dit(transformer, latents, plain.labels, steps=int(1000 * scale), learning_rate=6e-4, seed=10)
 
 
-def train_sd3(vae: AutoencoderKL, latents: torch.Tensor, digits, steps: int) -> StableDiffusion3Pipeline:
+def train_sd3(vae: AutoencoderKL, latents: torch.Tensor, digits: Digits, steps: int) -> StableDiffusion3Pipeline:
     torch.manual_seed(4)
     tokenizer = models.tokenizer()
     encoders = [models.text_encoder(len(tokenizer)) for _ in range(2)]

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers.hooks.hooks import ModelHook
@@ -19,6 +19,9 @@ from cemq.runtime.cached.modules import ModuleCache
 from cemq.runtime.cached.residual import ResidualCache, Routes
 from cemq.runtime.history import copied, summed, tensor_bytes
 from cemq.runtime.registration import Uncopied, install, uninstall
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 class Cache(Protocol):
@@ -40,7 +43,7 @@ class Cache(Protocol):
 class OutputCache:
     """Keeps the denoiser's output: a skipped step runs nothing of the denoiser."""
 
-    contents = "the output"
+    contents: str = "the output"
 
     @torch.compiler.disable(recursive=False)
     def compute(self, forward: Forward, *, wanted: bool, shapes: Any) -> tuple[Any, Any]:
@@ -96,7 +99,7 @@ class _Probe(Uncopied, ModelHook):
 
 
 @contextmanager
-def cache_checked(pipe: Any, kind: str) -> Iterator[CacheMemory]:
+def cache_checked(pipe: DiffusionPipeline, kind: str) -> Iterator[CacheMemory]:
     """Find out in one step, run without a schedule, whether denoisers can be cached in this way and what that takes.
 
     Outputs are unchanged. Each denoiser is checked at its first call.

@@ -147,7 +147,8 @@ class InnerCache:
     strayed: str  # why it cannot be, where other modules are called when they are served
 
     def __init__(self, denoiser: nn.Module, find: Callable[[nn.Module], dict[nn.Module, Any]]):
-        self._denoiser, self.hooks = denoiser, InnerHooks(denoiser, find)
+        self._denoiser = denoiser
+        self.hooks: InnerHooks = InnerHooks(denoiser, find)
         self._checked: set[Any] = set()  # shapes of arguments
 
     def install(self) -> None:

@@ -100,13 +100,14 @@ class ModuleCache(InnerCache):
         ModelError: As `find_parts`.
     """
 
-    cached, strayed = "modules", "which of them it calls depends on what they return"
+    cached: str = "modules"
+    strayed: str = "which of them it calls depends on what they return"
 
     def __init__(self, denoiser: nn.Module):
         super().__init__(denoiser, find_parts)
         kept = [part for part in find_parts(denoiser).values() if part.kept]
         names = ", ".join(dict.fromkeys(part.name for part in kept))
-        self.contents = f"{len(kept)} outputs of {len({part.block for part in kept})} blocks ({names})"
+        self.contents: str = f"{len(kept)} outputs of {len({part.block for part in kept})} blocks ({names})"
 
     @torch.compiler.disable(recursive=False)
     def compute(self, forward: Forward, *, wanted: bool, shapes: Any) -> tuple[Any, Any]:

@@ -128,12 +128,13 @@ class ResidualCache(InnerCache):
         ModelError: The denoiser has no list of blocks.
     """
 
-    cached, strayed = "residual", "which blocks it calls depends on what they return"
+    cached: str = "residual"
+    strayed: str = "which blocks it calls depends on what they return"
 
     def __init__(self, denoiser: nn.Module, routes: Routes):
         super().__init__(denoiser, _positions)
         self.routes = routes
-        self.contents = f"the residual of {len(block_stack(denoiser))} blocks"
+        self.contents: str = f"the residual of {len(block_stack(denoiser))} blocks"
 
     @torch.compiler.disable(recursive=False)
     def compute(self, forward: Forward, *, wanted: bool, shapes: Any) -> tuple[Any, Residual | None]:
