@@ -7,6 +7,7 @@ Writes teacache.md and teacache.json beside itself.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -37,7 +38,7 @@ from cemq.search.settings import PlanSettings
 from cemq.search.trials import ClosedLoop
 
 STEPS, MODELS = 50, ("dit-digits", "sd3-digits")
-CASES = (("none", "residual"), ("none", "output"), ("w8a8", "residual"))  # scheme, and what TeaCache caches
+CASES = (("none", "residual"), ("w8a8", "residual"), ("none", "output"))  # scheme, and what TeaCache caches
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
 PLANNING, EVALUATED = 8, 16  # samples
 
@@ -116,14 +117,19 @@ def page(rows: list[dict[str, Any]], machine: dict[str, Any], minutes: float) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="Others keep the rows they have.")
     models = parser.parse_args().models
     torch.set_num_threads(1)
-    started, here = time.time(), Path(__file__).parent
-    rows = [row for model in models for case in CASES for row in measure(model, *case, STEPS)]
-    machine = describe_machine()
-    (here / "teacache.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    (here / "teacache.md").write_text(page(rows, machine, (time.time() - started) / 60))
+    started, path = time.time(), Path(__file__).with_suffix(".json")
+    record = json.loads(path.read_text()) if path.is_file() else {"rows": [], "minutes": {}}
+    record["rows"] = [row for row in record["rows"] if row["model"] not in models]
+    for case, model in itertools.product(CASES, models):  # written after each: it may be stopped
+        record["rows"] += measure(model, *case, STEPS)
+        record["machine"] = describe_machine()
+        record["minutes"] |= {model: (time.time() - started) / 60 / len(models) for model in models}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        rows = sorted(record["rows"], key=lambda row: (MODELS.index(row["model"]), row["scheme"], row["cache"]))
+        path.with_suffix(".md").write_text(page(rows, record["machine"], sum(record["minutes"].values())))
 
 
 if __name__ == "__main__":
