@@ -105,10 +105,7 @@ def from_pretrained(
     pipe = _open(folder, manifest, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
     if memory is not None:
         _place(pipe, memory, folder, where, placing.get("offload_folder"))
-    if policy is None:
-        attach(pipe, plan)
-    else:
-        apply_policy(pipe, policy)
+    attach(pipe, plan) if policy is None else apply_policy(pipe, policy)
     save_as_bundle(pipe, folder, manifest, dtype=dtype)
     return pipe
 
