@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,20 @@ PARTS = ("machine", "correctness", "steps", "linears", "skipping", "vram", "roun
 OPTIONAL = ("gemlite", "humming", "torchao")
 
 
-def measure(output, *arguments, script=BENCHMARKS / "gpu.py"):
-    """The record and the page of a run."""
+def start(output, *arguments, script=BENCHMARKS / "gpu.py"):
     paths = os.pathsep.join([str(BENCHMARKS.parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(script), "--tiny", "--output", str(output), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(output)
+    return subprocess.Popen(
+        [sys.executable, str(script), "--tiny", "--output", str(output), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+
+
+def measure(output, *arguments, **options):
+    """The record and the page of a run."""
+    process = start(output, *arguments, **options)
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert said.splitlines()[-1] == str(output)
     return json.loads(output.read_text()), output.with_suffix(".md").read_text()
 
 
@@ -176,6 +184,21 @@ def test_a_part_whose_time_is_over_says_where_it_was_and_the_next_part_runs(scri
     assert record["parts"]["machine"]["rows"] == [{"what": "works", "right": True}]
     assert "**Stopped after its 6 s, at what sleeps.**" in page
     assert "**Failed: exit code 1: ImportError: no such library**" in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
+def test_what_runs_ends_with_a_script_that_is_terminated(script, tmp_path):
+    (script.parent / "gpu_parts" / "correctness.py").write_text(CASES.replace("[fails, crashes, hangs,", "[hangs,"))
+    output = tmp_path / "record.json"
+    process = start(output, "--parts", "correctness", script=script)
+    while not output.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143
+    (row,) = json.loads(output.read_text())["parts"]["correctness"]["rows"]
+    assert not runs(row["started"])
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,7 @@ def main(arguments: list[str]) -> None:
     record = json.loads(output.read_text()) if output.exists() else {"parts": {}}
     record["tiny"] = options.tiny
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what runs, as after Ctrl-C
     patience = PATIENCE if options.tiny else 1
     stretch, total = options.stretch or patience, options.seconds * patience
     options.silence = options.silence or SILENCE * patience
