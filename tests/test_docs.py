@@ -24,7 +24,8 @@ from cemq.quantize import BACKENDS, SCHEMES
 from cemq.quantize.coded import CodedLinear
 from cemq.recipe import Recipe
 from cemq.runtime import schedule_hook
-from cemq.runtime.policies import POLICIES, parse_policy
+from cemq.runtime.policies import POLICIES
+from cemq.runtime.policy_names import parse_policy
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -17,7 +17,8 @@ from cemq.bundle.manifest import CARD, read_bundle
 from cemq.errors import BundleError, InputError, ModelError
 from cemq.pipelines.batches import Batch, make_batches, run
 from cemq.runtime import attached, detach, for_request, policy_attached, schedule_hook
-from cemq.runtime.policies import POLICIES, Serving, describe_policy, make_policy, parse_policy, register_policy
+from cemq.runtime.policies import POLICIES, Serving, register_policy
+from cemq.runtime.policy_names import describe_policy, make_policy, parse_policy
 from cemq.runtime.runner import Runner
 from cemq.runtime.teacache import TeaCache, fitted_coefficients
 from cemq.schedule import CacheSchedule

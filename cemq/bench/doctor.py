@@ -25,7 +25,7 @@ from cemq.pipelines.batches import Progress
 from cemq.pipelines.opening import default_dtype
 from cemq.predict.predictors import PREDICTORS
 from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, installed
-from cemq.runtime.policies import known_policies
+from cemq.runtime.policy_names import known_policies
 
 OK, NOT_TRIED = "ok", "-"
 LARGEST_ERROR = 0.3  # fp4 weights of random models come to half of it

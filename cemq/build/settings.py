@@ -12,7 +12,8 @@ from cemq.pipelines.batches import read_conditions
 from cemq.pipelines.opening import ModelSource, check_device, default_device, default_dtype, locate
 from cemq.quantize import QuantizationSettings
 from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, recipe_for
-from cemq.runtime.policies import Policy, parse_policy
+from cemq.runtime.policies import Policy
+from cemq.runtime.policy_names import parse_policy
 from cemq.schedule import SEARCH
 from cemq.schedule.plan import CACHES
 from cemq.search.settings import AUTO_BUDGET, PlanSettings

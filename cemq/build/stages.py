@@ -45,7 +45,7 @@ from cemq.prior.error_prior import ErrorPrior
 from cemq.quantize import RECORDED_BYTES, Call, QuantizationSettings, quantize_pipeline, record_calls
 from cemq.recipe import find_calibration, make_recipe
 from cemq.runtime import attached, cache_checked, policy_attached
-from cemq.runtime.policies import describe_policy
+from cemq.runtime.policy_names import describe_policy
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
 from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan

@@ -24,7 +24,7 @@ from cemq.pipelines.opening import DTYPES, check_device, default_device, open_pi
 from cemq.prior.error_prior import ErrorPrior
 from cemq.reclaim import map_large_allocations
 from cemq.runtime.attach import apply_policy, attach
-from cemq.runtime.policies import make_policy
+from cemq.runtime.policy_names import make_policy
 from cemq.schedule import AUTO, SEARCH
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import Correction, make_correction

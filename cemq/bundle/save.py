@@ -16,7 +16,7 @@ from cemq.bundle.dtypes import differing, tensor_dtypes
 from cemq.bundle.manifest import MANIFEST, Manifest, seal, staging, write_pipeline
 from cemq.errors import BundleError
 from cemq.runtime.attach import find_hook
-from cemq.runtime.policies import describe_policy
+from cemq.runtime.policy_names import describe_policy
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
