@@ -73,12 +73,12 @@ def test_every_part_of_every_family_answers_with_the_dtype_it_computes_in(name):
         assert all(type(tensor) is torch.Tensor for tensor in model.state_dict().values())
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:In CPU autocast:UserWarning")  # diffusers' own
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "wan" else pytest.mark.slow) for n in FAMILIES])
 def test_a_picture_is_the_same_where_every_part_has_its_inputs_cast_to_what_it_answers(name):
     pipe = FAMILIES[name].pipeline()
-    for _, model in denoisers(pipe):
-        quantized(model, "w4a8")
+    for _, model in denoisers(pipe):  # torch's own attention, in Hunyuan-DiT's pooler, multiplies with weights itself
+        quantize_in_place(model, CemqConfig("w4a8", full_precision=["*pooler*"]))
     expected = draw(pipe, FAMILIES[name])
     for _, model in denoisers(pipe):
         for module in model.modules():
