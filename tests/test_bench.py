@@ -325,7 +325,7 @@ def test_bench_of_a_bundle(bundle):
 
 
 def test_without_the_original_the_bundle_is_timed_alone(bundle, monkeypatch, capsys):
-    def gone(name):
+    def gone(name, **_):
         from cemq.errors import ModelError
 
         raise ModelError(f"no such model '{name}'")
