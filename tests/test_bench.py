@@ -132,7 +132,10 @@ def test_peak_memory_is_that_of_a_variant_alone():
     ],
 )  # fmt: skip
 def test_architectures_have_the_published_size(name, millions):
-    model = empty_model(ARCHITECTURES[name])
+    architecture = ARCHITECTURES[name]
+    if "pos_embed_max_size" in architecture.config:  # a table without parameters: 2 GB while it is made
+        architecture = dataclasses.replace(architecture, config={**architecture.config, "pos_embed_max_size": 8})
+    model = empty_model(architecture)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
