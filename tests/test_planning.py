@@ -15,14 +15,14 @@ from cemq.prior.error_prior import ErrorPrior
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.runtime import attached
 from cemq.runtime.runner import Runner
-from cemq.schedule import CacheSchedule, plan_schedule
+from cemq.schedule import CacheSchedule, full_compute, plan_schedule
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import METHODS
 from cemq.search.choose import plan
 from cemq.search.explore import Search, Wanted
 from cemq.search.propagation import Fit, sample_schedules
 from cemq.search.settings import EFFORTS, PlanSettings, SearchSettings
-from cemq.search.trials import FULL, ClosedLoop, Trial
+from cemq.search.trials import ClosedLoop, Trial
 
 STEPS, BUDGET = 6, 3
 CALL = {"guidance_scale": 2.0}
@@ -258,7 +258,7 @@ def test_auto_goes_on_to_larger_budgets_where_all_samples_do_not_keep_what_some_
     # pictures may be best with few steps although latents are not, and so budgets that do not do rank first
     monkeypatch.setattr(Search, "_ranked", lambda _, trials: sorted(trials, key=lambda trial: trial.schedule.budget))
     loop = ClosedLoop(**prepared(batch_size=1))
-    full = loop.run(CacheSchedule(num_steps=STEPS, full_steps=range(STEPS), solver=FULL))
+    full = loop.run(full_compute(STEPS))
     for schedule in sample_schedules(STEPS, 6, ("taylor1",), 0):
         loop.calibrate(schedule, 0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cemq.bundle.manifest import MANIFEST
@@ -110,6 +109,6 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
     place = device or default_device()
     check_device(place)
     source = locate(settled.model, variant=settled.variant)
-    if (Path(source.folder) / MANIFEST).is_file():
+    if (source.folder / MANIFEST).is_file():
         raise ModelError(f"'{settled.model}' is a cemq bundle already: give the full-precision model it was made from")
     return BuildSettings(recipe=settled, source=source, device=place, dtype=settled.dtype or default_dtype(place))

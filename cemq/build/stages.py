@@ -47,7 +47,7 @@ from cemq.recipe import find_calibration, make_recipe
 from cemq.runtime import attached, cache_checked, policy_attached
 from cemq.runtime.policy_names import describe_policy
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
-from cemq.schedule import CacheSchedule
+from cemq.schedule import full_compute
 from cemq.schedule.plan import Plan
 from cemq.search.choose import Planned, check_correctable, plan
 from cemq.search.trials import ClosedLoop
@@ -288,8 +288,7 @@ def write_bundle(folder: Path, runner: Runner, settings: BuildSettings, plans: P
 
 def _unplanned(prior: ErrorPrior, settings: BuildSettings) -> Plans:
     """Nothing but the prior, which says what a policy has to cope with."""
-    num_steps = prior.num_steps
-    schedule = CacheSchedule(num_steps=num_steps, full_steps=tuple(range(num_steps)), solver="full")
+    schedule = full_compute(prior.num_steps)
     planned = Planned(schedule=schedule, correction=None, prior=prior, evidence={"policy": settings.recipe.policy})
     own = Plan(schedule=schedule, sampler=prior.metadata.sampler, prior=prior, cache=settings.cache)
     return Plans(own=own, planned=planned, others={})

@@ -29,8 +29,8 @@ from cemq.runtime.callers import Caller, ThreadContexts, find_caller
 from cemq.runtime.history import History, shapes_of
 from cemq.runtime.policies import Decider, Policy, Scheduled, StepCall
 from cemq.runtime.registration import HOOK, Uncopied, install, keep_outermost, refuse_other_caches, uninstall
-from cemq.runtime.steps import AnySamplerTracker, AnyStepsTracker, StepTracker, Stream, full_compute
-from cemq.schedule import CacheSchedule
+from cemq.runtime.steps import AnySamplerTracker, AnyStepsTracker, StepTracker, Stream
+from cemq.schedule import CacheSchedule, full_compute
 from cemq.schedule.plan import Plan
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.pipelines.noise_scheduler import Call, Interception, fingerprint, intercepted, next_sample, responses, retimed
 from cemq.runtime.callers import Caller, Origin, find_caller
 from cemq.runtime.corrector import Corrector
-from cemq.schedule import CacheSchedule
+from cemq.schedule import CacheSchedule, full_compute
 from cemq.schedule.plan import Plan
 
 Place = tuple[str | None, int]  # a cache context, and where in the code of its run a call is made
@@ -338,11 +338,6 @@ class AnySamplerTracker(StepTracker):
             self._corrector = Corrector(schedule, added)
         self.on_late_start(schedule)
         return None
-
-
-def full_compute(num_steps: int) -> CacheSchedule:
-    """Every step in full."""
-    return CacheSchedule(num_steps=num_steps, full_steps=tuple(range(num_steps)), solver="full")
 
 
 class AnyStepsTracker(AnySamplerTracker):

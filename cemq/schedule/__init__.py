@@ -1,7 +1,7 @@
 """Schedules: which denoising steps run in full. NumPy only; importing this loads no torch."""
 
 from cemq.schedule.branches import paid_steps, plan_branches, skip_branches
-from cemq.schedule.cache_schedule import CacheSchedule
+from cemq.schedule.cache_schedule import FULL, CacheSchedule, full_compute
 from cemq.schedule.cem import CemRule, cem_costs, published_errors, solve_cem, solve_relaxed_cem
 from cemq.schedule.local_search import SEARCH, SEGMENT_PREDICTORS, improve, neighbours, plan_predicted, stretched
 from cemq.schedule.segment import segment_costs, solve_segments
@@ -20,6 +20,7 @@ from cemq.schedule.solvers import (
 
 __all__ = [
     "AUTO",
+    "FULL",
     "SEARCH",
     "SEGMENT_PREDICTORS",
     "SOLVERS",
@@ -28,6 +29,7 @@ __all__ = [
     "cem_costs",
     "check_budget",
     "check_predictors",
+    "full_compute",
     "improve",
     "neighbours",
     "paid_steps",

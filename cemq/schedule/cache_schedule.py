@@ -15,6 +15,7 @@ from cemq.errors import InputError
 from cemq.predict.correctors import NO_CORRECTOR, check_corrector, correcting_matrix, integrated_matrix
 from cemq.predict.predictors import check_predictor, serving_matrix
 
+FULL = "full"  # the solver of full compute
 MOST_STEPS = 10_000  # what serves what is a table of steps by steps, then of 0.8 GB
 
 
@@ -184,3 +185,8 @@ class CacheSchedule:
         if set(fields) | {"branch_steps", "corrector"} != expected:
             raise InputError(f"cache schedule: expected the keys {sorted(expected)}, found {sorted(fields)}")
         return cls(**fields)
+
+
+def full_compute(num_steps: int) -> CacheSchedule:
+    """Every step in full, by the solver `FULL`."""
+    return CacheSchedule(num_steps=num_steps, full_steps=tuple(range(num_steps)), solver=FULL)

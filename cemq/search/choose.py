@@ -16,12 +16,12 @@ from cemq.metrics import middle_mean
 from cemq.pipelines.noise_scheduler import is_linear
 from cemq.predict.correctors import NO_CORRECTOR
 from cemq.prior.error_prior import ErrorPrior
-from cemq.schedule import AUTO, SEARCH, CacheSchedule, plan_schedule, usual_budget
+from cemq.schedule import AUTO, SEARCH, CacheSchedule, full_compute, plan_schedule, usual_budget
 from cemq.schedule.rectify import METHODS, Correction, make_correction
 from cemq.search.explore import Search, Wanted, is_certain
 from cemq.search.propagation import sample_schedules
 from cemq.search.settings import AUTO_BUDGET, PlanSettings
-from cemq.search.trials import FULL, ClosedLoop, Trial
+from cemq.search.trials import ClosedLoop, Trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def plan(loop: ClosedLoop, settings: PlanSettings, *, known: CacheSchedule | Non
         InfeasibleBudgetError: The budget is out of range, or no budget reaches the target.
         InputError: The sampler or the cache leaves no room for the corrector asked for.
     """
-    full = loop.run(CacheSchedule(num_steps=loop.num_steps, full_steps=range(loop.num_steps), solver=FULL))
+    full = loop.run(full_compute(loop.num_steps))
     loop.spent = 0.0  # its error is what all others are measured by, not part of the search
     if settings.budget == AUTO_BUDGET and settings.target_psnr is None and not full.relative_l2:
         raise InputError("budget=auto: full compute has no error without quantization, so give a target PSNR")

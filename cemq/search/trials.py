@@ -15,13 +15,11 @@ from cemq.predict.correctors import NO_CORRECTOR
 from cemq.prior.error_prior import ErrorPrior
 from cemq.runtime import attached
 from cemq.runtime.runner import Outcome, Runner
-from cemq.schedule import CacheSchedule
+from cemq.schedule import FULL, CacheSchedule
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import Correction
 from cemq.search.propagation import SAMPLE, Fit, fit_propagation
 from cemq.search.settings import SearchSettings
-
-FULL = "full"  # the solver of full compute
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -49,6 +49,7 @@ from cemq.runtime import attached, detach
 from cemq.runtime.runner import Runner
 from cemq.schedule import (
     CacheSchedule,
+    full_compute,
     neighbours,
     plan_all,
     plan_predicted,
@@ -61,7 +62,7 @@ from cemq.search.choose import plan
 from cemq.search.explore import PUBLISHED
 from cemq.search.propagation import sample_schedules
 from cemq.search.settings import PlanSettings
-from cemq.search.trials import FULL, ClosedLoop, Trial
+from cemq.search.trials import ClosedLoop, Trial
 
 STEPS = (20, 28, 100)
 PARTS = ("ranking", "cells", "ablation", "auto", "steps", "quanto", "solver")
@@ -256,7 +257,7 @@ def measure_auto(lab: Lab) -> dict[str, Any]:
         batches=lab.batches(EVALUATION_SEED_OFFSET),
         references=lab.references(50),
     )
-    full = evaluated.run(CacheSchedule(num_steps=50, full_steps=range(50), solver=FULL))
+    full = evaluated.run(full_compute(50))
     chosen = evaluated.run(planned.schedule, planned.correction)
     return {
         "budget": planned.schedule.budget,
