@@ -13,10 +13,11 @@ from family_checks import draw
 from tiny_pipelines import FAMILIES
 
 import cemq
+from cemq.bench import bench_bundle
 from cemq.bundle.manifest import CARD, read_bundle
 from cemq.errors import BundleError, InputError, ModelError
 from cemq.pipelines.batches import Batch, make_batches, run
-from cemq.runtime import attached, detach, for_request, policy_attached, schedule_hook
+from cemq.runtime import attached, detach, find_hook, for_request, schedule_hook
 from cemq.runtime.policies import POLICIES, Serving, register_policy
 from cemq.runtime.policy_names import describe_policy, make_policy, parse_policy
 from cemq.runtime.runner import Runner
@@ -84,7 +85,7 @@ def teacache_by_hand(pipe, settings, steps):
 def test_teacache_decides_as_worked_out_by_hand(dit, threshold, coefficients):
     settings = TeaCache(threshold=threshold, coefficients=coefficients, cache="output")
     expected, computed = teacache_by_hand(dit, settings, STEPS)
-    with policy_attached(dit, settings) as hook:
+    with attached(dit, settings) as hook:
         assert np.array_equal(drawn(dit), expected)
         assert hook.steps_run == (STEPS, len(computed))
     assert len(computed) >= 2  # the first and the last
@@ -99,7 +100,7 @@ def test_a_threshold_of_nothing_changes_nothing_and_a_larger_one_computes_less(d
     dit.transformer.transformer_blocks[0].attn1.register_forward_pre_hook(lambda *_: attended.append(1))
     for threshold in (0.0, 0.5, 2.0):
         attended.clear()
-        with policy_attached(dit, TeaCache(threshold=threshold)) as hook:
+        with attached(dit, TeaCache(threshold=threshold)) as hook:
             found = drawn(dit)
         assert np.array_equal(found, plain) == (threshold == 0)
         counts.append(hook.full_evaluations)
@@ -109,7 +110,7 @@ def test_a_threshold_of_nothing_changes_nothing_and_a_larger_one_computes_less(d
 
 
 def test_a_policy_follows_any_step_count_and_begins_every_run_anew(dit):
-    with policy_attached(dit, TeaCache(threshold=1.0)) as hook:
+    with attached(dit, TeaCache(threshold=1.0)) as hook:
         first = drawn(dit)
         for steps in (5, 11):
             drawn(dit, steps)
@@ -130,7 +131,7 @@ def test_what_cannot_be_served_is_computed_and_the_policy_is_told(dit):
             return ()
 
     plain = drawn(dit)
-    with policy_attached(dit, Greedy()), pytest.warns(UserWarning, match="no earlier output"):
+    with attached(dit, Greedy()), pytest.warns(UserWarning, match="no earlier output"):
         assert np.array_equal(drawn(dit), plain)
     assert told == [False] * STEPS
 
@@ -139,7 +140,7 @@ def test_a_policy_serves_what_a_schedule_of_the_same_steps_serves(dit):
     schedule = CacheSchedule(num_steps=STEPS, full_steps=tuple(range(0, STEPS, 2)), predictor="reuse")
     with attached(dit, schedule):
         expected = drawn(dit)
-    with policy_attached(dit, EveryOther()) as hook:
+    with attached(dit, EveryOther()) as hook:
         assert np.array_equal(drawn(dit), expected)
         assert hook.steps_run == (STEPS, STEPS / 2)
 
@@ -154,12 +155,12 @@ def test_every_family_of_transformers_can_be_decided_about(name):
     pipe = family.pipeline()
     plain = draw(pipe, family)
     try:
-        with policy_attached(pipe, TeaCache(threshold=0.0, cache="output")):
+        with attached(pipe, TeaCache(threshold=0.0, cache="output")):
             assert np.array_equal(draw(pipe, family), plain)
     except ModelError as error:
         assert "has no list of blocks" in str(error)  # noqa: PT017
         return
-    with policy_attached(pipe, TeaCache(threshold=1e9, cache="output")) as hook:
+    with attached(pipe, TeaCache(threshold=1e9, cache="output")) as hook:
         assert np.isfinite(draw(pipe, family)).all()
         steps, computed = hook.steps_run
         assert steps == 2 or computed < steps
@@ -174,7 +175,7 @@ def test_branches_of_guidance_are_decided_about_one_by_one():
             seen.append((call.step, call.stream, call.is_first, served))
             return super().keeps(call, served=served)
 
-    with policy_attached(pipe, Watching()):
+    with attached(pipe, Watching()):
         drawn(pipe, 4, Batch(conditions=("a seven",), seeds=(1,)), FLUX_CALL | {"negative_prompt": "a two"})
     streams = {stream for _, stream, _, _ in seen}
     assert len(streams) == 2
@@ -201,7 +202,7 @@ def test_the_fitted_polynomial_says_how_much_the_output_changes(dit):
     runner = Runner(pipe=dit, steps=12, call=CALL)
     batches = make_batches((1, 2), samples=2, first_seed=0, batch_size=2)
     seen = []
-    with policy_attached(dit, TeaCache(threshold=0.0, cache="output")):
+    with attached(dit, TeaCache(threshold=0.0, cache="output")):
         handle = dit.transformer.register_forward_hook(lambda *call: seen.append(call[-1][0].clone()))
         runner.run(batches)
         handle.remove()
@@ -291,6 +292,30 @@ def test_a_bundle_with_a_policy_has_no_budget_and_is_saved_with_no_other(bundle,
     assert not (tmp_path / "other").exists()
 
 
+def test_a_bundle_with_a_policy_is_timed_under_it(bundle):
+    result = bench_bundle(bundle, rounds=1, device="cpu")
+    computed = read_bundle(bundle).full_steps
+    assert result["settings"]["full_steps"] < STEPS
+    assert (
+        result["tables"][1]["rows"][-1]["variant"]
+        == f"w8a8, {result['settings']['full_steps']:g} of {STEPS} steps in full"
+    )
+    assert abs(result["settings"]["full_steps"] - computed) <= 2  # other samples
+    assert not [note for note in result["notes"] if "were planned" in note]
+
+
+def test_a_policy_has_no_schedule_to_export_or_to_follow(bundle, dit):
+    for use in (cemq.export, lambda folder: cemq.apply_schedule(dit, folder)):
+        with pytest.raises(InputError, match="the policy teacache decides while drawing, so there is no schedule"):
+            use(bundle)
+    assert find_hook(dit) is None
+
+
+def test_the_memory_plan_allows_for_what_a_policy_keeps(bundle):
+    (denoiser,) = [each for each in cemq.plan_memory(bundle, "4GiB").components if each.name == "transformer"]
+    assert denoiser.cached_bytes > 0
+
+
 @pytest.mark.parametrize("name", ["budget", "solver", "rectify", "effort", "cache"])
 def test_a_policy_and_what_is_planned_do_not_go_together(bundle, tmp_path, name):
     given = {"budget": 4, "solver": "uniform", "rectify": "none", "effort": "quick", "cache": "modules"}[name]
@@ -301,5 +326,5 @@ def test_a_policy_and_what_is_planned_do_not_go_together(bundle, tmp_path, name)
 
 
 def test_a_policy_stays_within_its_device(dit):
-    with policy_attached(dit, TeaCache(threshold=0.05)), torch.inference_mode():
+    with attached(dit, TeaCache(threshold=0.05)), torch.inference_mode():
         drawn(dit)

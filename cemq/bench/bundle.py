@@ -24,6 +24,7 @@ from cemq.quantize import record_calls
 from cemq.quantize.allocate import replayed_output
 from cemq.quantize.calibrate import Call, replay
 from cemq.runtime import attached, detach, schedule_hook
+from cemq.runtime.policies import Policy
 from cemq.runtime.runner import said_of_steps
 from cemq.schedule import CacheSchedule
 
@@ -63,7 +64,7 @@ def bench_bundle(
     place = check_device(device)
     pipes, notes = _open_original(manifest, dtype, device) if full_precision else ({}, [])
     pipes[manifest.scheme] = quantized = from_pretrained(folder, device=device, torch_dtype=dtype)
-    schedule = schedule_hook(quantized).schedule
+    schedule, policy = manifest.schedule, schedule_hook(quantized).run.policy
     detach(quantized)
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
@@ -77,7 +78,7 @@ def bench_bundle(
     in_turn = partial(measure, rounds=3 * rounds, device=place, progress=of_stage(progress, "one forward"))
     forwards = in_turn({name: partial(replay, model, call) for name, model in models.items()})
     in_turn = partial(measure, rounds=rounds, warm_up=1, device=place, progress=of_stage(progress, "whole run"))
-    runs, (num_steps, full_steps) = _time_runs(pipes, schedule, manifest, samples, in_turn)
+    runs, (num_steps, full_steps) = _time_runs(pipes, policy or schedule, manifest, samples, in_turn)
     cached = f"{manifest.scheme}, {full_steps:g} of {num_steps} steps in full"
     runs = {name or cached: timing for name, timing in runs.items()}
     if note := said_of_steps(schedule, num_steps, full_steps):
@@ -129,20 +130,20 @@ def _relative_errors(models: Mapping[str, torch.nn.Module], call: Call) -> dict[
 
 def _time_runs(
     pipes: Mapping[str, DiffusionPipeline],
-    schedule: CacheSchedule,
+    followed: CacheSchedule | Policy,
     manifest: Manifest,
     samples: Batch,
     in_turn: Callable[[Mapping[str, Callable[[], Any]]], dict[str, Timing]],
 ) -> tuple[dict[str, Timing], tuple[int, float]]:
-    """Whole runs of every pipeline, and of the bundle's under its schedule, which has no name yet: it is to say how
+    """Whole runs of every pipeline, and of the bundle's under what it follows, which has no name yet: it is to say how
     many of its steps were computed, and these are counted here, the steps and those in full."""
     whole = partial(run, batch=samples, steps=manifest.num_inference_steps, call=manifest.call)
-    steps_run: tuple[int, float] = schedule.num_steps, schedule.full_count
+    steps_run: tuple[int, float] = manifest.schedule.num_steps, manifest.schedule.full_count
 
     def scheduled() -> None:
         nonlocal steps_run
         quantized = pipes[manifest.scheme]
-        with attached(quantized, schedule, manifest.sampler, cache=manifest.cache) as hook:
+        with attached(quantized, followed, manifest.sampler, cache=manifest.cache) as hook:
             whole(quantized)
             steps_run = hook.steps_run
 

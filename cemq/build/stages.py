@@ -44,7 +44,7 @@ from cemq.pipelines.trajectory import Trajectory
 from cemq.prior.error_prior import ErrorPrior
 from cemq.quantize import RECORDED_BYTES, Call, QuantizationSettings, quantize_pipeline, record_calls
 from cemq.recipe import find_calibration, make_recipe
-from cemq.runtime import attached, cache_checked, policy_attached
+from cemq.runtime import attached, cache_checked
 from cemq.runtime.policy_names import describe_policy
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
 from cemq.schedule import full_compute
@@ -219,12 +219,11 @@ def choose_plans(
 
 def check(runner: Runner, plans: Plans, samples: Samples, originals: Originals, settings: BuildSettings) -> Fidelity:
     """Run the plan, or the policy, on samples that it has never seen."""
-    policy = settings.policy
-    with attached(runner.pipe, plans.own) if policy is None else policy_attached(runner.pipe, policy):
+    with attached(runner.pipe, settings.policy or plans.own):
         found = runner.run(samples.check, "scheduled check")
     fidelity = measure_fidelity(originals.check, found, runner.processes)
     note = said_of_steps(plans.own.schedule, fidelity.num_steps, fidelity.full_steps)
-    if note and policy is None and runner.processes.is_main:
+    if note and runner.processes.is_main:
         logging.getLogger(BUILD_LOG).warning(note)
     return fidelity
 

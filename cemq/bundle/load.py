@@ -23,7 +23,7 @@ from cemq.memory.placement import MemoryPlan
 from cemq.pipelines.opening import DTYPES, check_device, default_device, open_pipeline
 from cemq.prior.error_prior import ErrorPrior
 from cemq.reclaim import map_large_allocations
-from cemq.runtime.attach import apply_policy, attach
+from cemq.runtime.attach import attach
 from cemq.runtime.policy_names import make_policy
 from cemq.schedule import AUTO, SEARCH
 from cemq.schedule.plan import Plan
@@ -105,7 +105,7 @@ def from_pretrained(
     pipe = _open(folder, manifest, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
     if memory is not None:
         _place(pipe, memory, folder, where, placing.get("offload_folder"))
-    attach(pipe, plan) if policy is None else apply_policy(pipe, policy)
+    attach(pipe, plan if policy is None else policy)
     save_as_bundle(pipe, folder, manifest, dtype=dtype)
     return pipe
 

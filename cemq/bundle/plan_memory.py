@@ -12,6 +12,7 @@ from cemq.errors import InputError, choose
 from cemq.memory.footprint import read_footprint
 from cemq.memory.placement import GIB, MemoryPlan, parse_bytes, plan_placement
 from cemq.pipelines.opening import pipeline_class
+from cemq.runtime.policy_names import make_policy
 from cemq.schedule import CacheSchedule, parse_budget
 
 # What the device's libraries take: on CUDA context, workspaces and fragmentation, which is an assumption; on a CPU what
@@ -56,6 +57,10 @@ def plan_memory(
     if budget is not None:
         full_steps = parse_budget(budget, manifest.schedule.num_steps)
     followed = [run.schedule for run in manifest.other_runs] if full_steps == manifest.schedule.budget else []
+    kept = [_most_kept(manifest.schedule, full_steps), *(each.most_kept for each in followed)]
+    if manifest.policy is not None:
+        policy = make_policy(manifest.policy["name"], manifest.policy["settings"])
+        kept = [policy.begin(manifest.schedule.num_steps).most_kept]
     components = read_footprint(
         folder,
         dtype=dtype or manifest.dtype,
@@ -64,7 +69,7 @@ def plan_memory(
         full_steps=full_steps,
         samples=samples,
         cache=manifest.cache,
-        kept_steps=max([_most_kept(manifest.schedule, full_steps), *(each.most_kept for each in followed)]),
+        kept_steps=max(kept),
     )
     kind = choose("device", device.partition(":")[0], ("cuda", "cpu", "mps", "xpu", "npu"))
     return plan_placement(

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cemq.bundle.manifest import CACHED, MANIFEST, read_bundle
+from cemq.bundle.manifest import CACHED, MANIFEST, Manifest, read_bundle
 from cemq.errors import InputError, choose
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.schedule import CacheSchedule
@@ -25,11 +25,11 @@ def export(bundle: str | Path, format: str = "json") -> str:
     they were planned for. ``cache-dit`` is YAML for ``cache_dit.load_configs``; its head says what differs there.
 
     Raises:
-        InputError: No such format.
+        InputError: No such format, or a policy decides and there is no schedule.
         BundleError: The bundle is incomplete or damaged.
     """
     choose("export format", format, FORMATS)
-    manifest = read_bundle(Path(bundle))
+    manifest = _read_scheduled(Path(bundle))
     made_for = {
         "model": manifest.model,
         "revision": manifest.revision,
@@ -53,6 +53,17 @@ def export(bundle: str | Path, format: str = "json") -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
+def _read_scheduled(folder: Path) -> Manifest:
+    """The manifest of a bundle that a schedule was planned for. Raises InputError where a policy decides instead."""
+    manifest = read_bundle(folder)
+    if manifest.policy is not None:
+        raise InputError(
+            f"bundle '{folder}': the policy {manifest.policy['name']} decides while drawing, so there is no schedule: "
+            "apply the policy with cemq.apply_policy"
+        )
+    return manifest
+
+
 def read_schedule(source: str | Path | CacheSchedule) -> tuple[CacheSchedule, SamplerFingerprint | None, str]:
     """A schedule, the sampler it was planned for (None where the source does not say), and the cache.
 
@@ -60,14 +71,14 @@ def read_schedule(source: str | Path | CacheSchedule) -> tuple[CacheSchedule, Sa
         source: A `CacheSchedule`, a bundle's folder, or a file that `export` wrote as ``json``.
 
     Raises:
-        InputError: Neither of these, or a key is missing or unknown.
+        InputError: Neither of these, or a key is missing or unknown, or a policy decides and there is no schedule.
         BundleError: The bundle is incomplete or damaged.
     """
     if isinstance(source, CacheSchedule):
         return source, None, "output"
     path = Path(source)
     if path.is_dir() or (path / MANIFEST).is_file():
-        manifest = read_bundle(path)
+        manifest = _read_scheduled(path)
         return manifest.schedule, manifest.sampler, manifest.cache
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -178,7 +178,7 @@ def evaluate(
     if picture is not None and processes.is_main:
         write_side_by_side(picture, references[0].images, outcomes[0].images)
     note = said_of_steps(schedule_hook(scheduled).schedule, fidelity.num_steps, fidelity.full_steps)
-    if note and manifest.policy is None:  # which plans nothing
+    if note:
         warnings.warn(f"cemq: {note}", stacklevel=2)
     return Evaluation(
         **dataclasses.asdict(fidelity),

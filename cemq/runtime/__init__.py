@@ -8,7 +8,6 @@ from cemq.runtime.attach import (
     detach,
     find_hook,
     for_request,
-    policy_attached,
     schedule_hook,
     set_budget,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "detach",
     "find_hook",
     "for_request",
-    "policy_attached",
     "schedule_hook",
     "set_budget",
 ]

@@ -125,6 +125,11 @@ class ScheduleHook(Uncopied):
         return self.run.schedule
 
     @property
+    def followed(self) -> Plan | Policy:
+        """What it was attached to follow."""
+        return self.plan if self.run.policy is None else self.run.policy
+
+    @property
     def full_evaluations(self) -> int:
         return self.run.computed.total()
 
@@ -358,20 +363,21 @@ class DenoiserHook(Uncopied, ModelHook):
 
 def attach(
     pipe: DiffusionPipeline,
-    plan: Plan | CacheSchedule,
+    followed: Plan | CacheSchedule | Policy,
     sampler: SamplerFingerprint | None = None,
     *,
     cache: str | None = None,
 ) -> ScheduleHook:
-    """Have ``pipe`` follow a plan, or a schedule made for ``sampler``, until `detach`.
+    """Have ``pipe`` follow a plan, a schedule made for ``sampler``, or a policy, until `detach`.
 
     A run at other timesteps of the same sampler gets a schedule of its own, of the same compute ratio, if the plan has
     a prior; any other run computes in full, with one warning. Without a sampler to compare with, only the step count
-    must be that of the schedule.
+    must be that of the schedule. A policy decides in every run, whatever its sampler and steps.
 
     Args:
-        cache: ``output``, ``residual`` or ``modules``, see `Plan`; None takes the plan's, for a schedule the output.
-            What the latter two keep is logged (INFO, logger ``cemq.runtime``) in bytes, once a first step is kept.
+        cache: ``output``, ``residual`` or ``modules``, see `Plan`; None takes the plan's or the policy's, for a
+            schedule the output. What the latter two keep is logged (INFO, logger ``cemq.runtime``) in bytes, once a
+            first step is kept.
 
     Raises:
         ModelError: A cemq schedule or another cache is active on the denoiser already, or it has no blocks whose
@@ -379,49 +385,25 @@ def attach(
             are kept of: computed, then served on the same input, must agree.
         InputError: No such cache.
     """
-    if isinstance(plan, CacheSchedule):
-        plan = Plan(schedule=plan, sampler=sampler)
+    policy = None
+    if isinstance(followed, CacheSchedule):
+        plan = Plan(schedule=followed, sampler=sampler)
+    elif isinstance(followed, Plan):
+        plan = followed
+    else:
+        policy, plan = followed, Plan(schedule=full_compute(2), sampler=None, cache=followed.cache)
     if cache is not None:
         plan = replace(plan, cache=cache)
-    return _attach(pipe, plan, Run(plan.schedule), AnySamplerTracker if plan.sampler is None else StepTracker)
-
-
-def apply_policy(pipe: DiffusionPipeline, policy: Policy, *, cache: str | None = None) -> ScheduleHook:
-    """Have ``policy`` decide, while ``pipe`` draws, which calls of its denoiser are computed; until `detach`.
-
-    It may be any pipeline, quantized or not, at any step count and under any sampler.
-
-    Args:
-        cache: What skipped steps are served from, see `attach`; None takes the policy's.
-
-    Returns:
-        The hook, which counts full and skipped evaluations of the latest run.
-
-    Raises:
-        ModelError, InputError: As `attach` does.
-    """
-    plan = Plan(schedule=full_compute(2), sampler=None, cache=cache or policy.cache)
-    return _attach(pipe, plan, Run(plan.schedule, policy=policy), AnyStepsTracker)
-
-
-@contextmanager
-def policy_attached(pipe: DiffusionPipeline, policy: Policy, *, cache: str | None = None) -> Iterator[ScheduleHook]:
-    """`apply_policy` for the length of a ``with`` block; undone on exit, also after an exception."""
-    hook = apply_policy(pipe, policy, cache=cache)
-    try:
-        yield hook
-    finally:
-        hook.leave()
-
-
-def _attach(pipe: DiffusionPipeline, plan: Plan, run: Run, follow: type[StepTracker]) -> ScheduleHook:
-    models = [model for _, model in denoisers(pipe)]
+    models, run = [model for _, model in denoisers(pipe)], Run(plan.schedule, policy=policy)
     for denoiser in models:
         refuse_other_caches(denoiser)
     _refuse_others(pipe, plan, models)
     caches = make_caches(plan.cache, models)
 
-    tracker = follow(plan, on_start=lambda schedule: found.begin(schedule), on_end=run.forget, on_late_start=run.follow)
+    kind = AnySamplerTracker if plan.sampler is None else StepTracker
+    tracker = (AnyStepsTracker if policy is not None else kind)(
+        plan, on_start=lambda schedule: found.begin(schedule), on_end=run.forget, on_late_start=run.follow
+    )
     found = ScheduleHook(pipe, plan, tracker, run, models)
     try:
         for denoiser, cache in zip(models, caches, strict=True):
@@ -457,6 +439,23 @@ def _refuse_others(pipe: DiffusionPipeline, plan: Plan, models: list[torch.nn.Mo
                 )
 
 
+def apply_policy(pipe: DiffusionPipeline, policy: Policy, *, cache: str | None = None) -> ScheduleHook:
+    """Have ``policy`` decide, while ``pipe`` draws, which calls of its denoiser are computed; until `detach`.
+
+    It may be any pipeline, quantized or not, at any step count and under any sampler.
+
+    Args:
+        cache: What skipped steps are served from, see `attach`; None takes the policy's.
+
+    Returns:
+        The hook, which counts full and skipped evaluations of the latest run.
+
+    Raises:
+        ModelError, InputError: As `attach` does.
+    """
+    return attach(pipe, policy, cache=cache)
+
+
 def for_request(pipe: DiffusionPipeline) -> Any:
     """A pipeline for one request, to be run beside others: all models are those of ``pipe``, which follows a schedule.
 
@@ -468,7 +467,7 @@ def for_request(pipe: DiffusionPipeline) -> Any:
     """
     hook, request = schedule_hook(pipe), copy.copy(pipe)
     request.scheduler = copy.deepcopy(pipe.scheduler)
-    _attach(request, hook.plan, Run(hook.plan.schedule, policy=hook.run.policy), type(hook.tracker))
+    attach(request, hook.followed, cache=hook.plan.cache)
     return request
 
 
@@ -528,13 +527,13 @@ def set_budget(pipe: DiffusionPipeline, budget: int | str) -> CacheSchedule:
 @contextmanager
 def attached(
     pipe: DiffusionPipeline,
-    plan: Plan | CacheSchedule,
+    followed: Plan | CacheSchedule | Policy,
     sampler: SamplerFingerprint | None = None,
     *,
     cache: str | None = None,
 ) -> Iterator[ScheduleHook]:
     """`attach` for the length of a ``with`` block; undone on exit, also after an exception."""
-    hook = attach(pipe, plan, sampler, cache=cache)
+    hook = attach(pipe, followed, sampler, cache=cache)
     try:
         yield hook
     finally:

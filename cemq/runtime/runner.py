@@ -157,8 +157,9 @@ class Runner:
 
 def said_of_steps(planned: CacheSchedule, num_steps: float, full_steps: float) -> str | None:
     """What to say where other steps were computed than a schedule has; None where there is nothing to say, nor about
-    runs that it is not for: of these the runtime has warned."""
-    if full_steps == planned.full_count or num_steps != planned.num_steps:
+    runs that it is not for (of these the runtime has warned), nor where it has all: then a policy skipped the others.
+    """
+    if full_steps == planned.full_count or num_steps != planned.num_steps or planned.full_count == num_steps:
         return None
     ran = f"{full_steps:g} of {num_steps:g} steps ran in full"
     return f"{ran}, {planned.full_count:g} were planned: what is reported is what ran"

@@ -23,7 +23,7 @@ from cemq.errors import InputError
 from cemq.pipelines.batches import Batch
 from cemq.pipelines.opening import denoisers
 from cemq.pipelines.outputs import first_tensor
-from cemq.runtime.attach import policy_attached
+from cemq.runtime.attach import attached
 from cemq.runtime.policies import Serving, StepCall, register_policy
 from cemq.runtime.runner import Runner
 
@@ -114,7 +114,7 @@ def fitted_coefficients(runner: Runner, batches: Sequence[Batch], degree: int = 
             for _, denoiser in denoisers(runner.pipe)
         ]
         try:
-            with policy_attached(runner.pipe, watching):
+            with attached(runner.pipe, watching):
                 runner.run_one(batch)
         finally:
             for handle in handles:

@@ -28,7 +28,7 @@ from cemq.pipelines.batches import (
 from cemq.pipelines.opening import locate, open_pipeline
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.recipe import find_calibration, load_recipe
-from cemq.runtime import attached, policy_attached
+from cemq.runtime import attached
 from cemq.runtime.runner import Outcome, Runner
 from cemq.runtime.teacache import TeaCache, fitted_coefficients
 from cemq.schedule import CacheSchedule, uniform_steps
@@ -67,7 +67,7 @@ def measure(model: str, scheme: str, cache: str, steps: int) -> list[dict[str, A
 
     rows = []
     for threshold in THRESHOLDS:
-        with policy_attached(pipe, TeaCache(threshold=threshold, coefficients=coefficients, cache=cache)):
+        with attached(pipe, TeaCache(threshold=threshold, coefficients=coefficients, cache=cache)):
             found, computed = quality()
         row = {"model": model, "scheme": scheme, "cache": cache, "threshold": threshold, "full_steps": computed}
         row["teacache"], budget = found, int(computed)
