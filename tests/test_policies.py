@@ -218,7 +218,7 @@ def test_the_fitted_polynomial_says_how_much_the_output_changes(dit):
         ("teecache:threshold=1", "unknown policy 'teecache'.*did you mean 'teacache'"),
         ("teacache:treshold=1", "unknown setting of policy teacache 'treshold'.*did you mean 'threshold'"),
         ("teacache:threshold", "write NAME:KEY=VALUE"),
-        ("teacache", "policy teacache: .*threshold"),
+        ("teacache", "policy teacache needs threshold: write teacache:threshold="),
         ("teacache:threshold=-1", "threshold=-1: choose 0 or more"),
         ("teacache:threshold=much", "threshold=much: choose 0 or more"),
         ("teacache:threshold=1,coefficients=one", "give numbers, highest power first"),

@@ -20,9 +20,12 @@ def known_policies() -> dict[str, type[Policy]]:
 def make_policy(name: str, settings: Mapping[str, Any]) -> Policy:
     """A registered policy with these settings. Raises InputError for what it does not take."""
     kind = known_policies()[choose("policy", name, known_policies())]
-    known = {field.name for field in dataclasses.fields(kind)}
+    fields = dataclasses.fields(kind)
     for key in settings:
-        choose(f"setting of policy {name}", key, known)
+        choose(f"setting of policy {name}", key, [field.name for field in fields])
+    for field in fields:
+        if field.name not in settings and field.default is field.default_factory is dataclasses.MISSING:
+            raise InputError(f"policy {name} needs {field.name}: write {name}:{field.name}=...")
     try:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
     except TypeError as error:
