@@ -206,13 +206,10 @@ def _recipe_options() -> dict[str, tuple[type, Any]]:
             continue
         kinds = {typing.get_origin(kind) or kind for kind in typing.get_args(field.annotation) or (field.annotation,)}
         kind = next((each for each in (bool, float, int) if {each} == kinds - {type(None)}), str)
-        least = (
-            next((each.ge for each in field.metadata if hasattr(each, "ge")), None) if kind in (int, float) else None
-        )
+        least = next((each.ge for each in field.metadata if hasattr(each, "ge")), None)
         told = field.description + ("" if field.default is None or kind is bool else f" [{field.default}].")
-        extra = {"metavar": (field.json_schema_extra or {}).get("metavar")}
-        names = [f"--{name.replace('_', '-')}"]
-        found[name] = kind, typer.Option(*names, help=told, min=least, **extra)
+        metavar = (field.json_schema_extra or {}).get("metavar")
+        found[name] = kind, typer.Option(f"--{name.replace('_', '-')}", help=told, min=least, metavar=metavar)
     return found | {name: (str, typer.Option(f"--{name}", hidden=True)) for name in RENAMED}
 
 
