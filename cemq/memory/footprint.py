@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from cemq.errors import BundleError, InputError, ModelError, first_line
 from cemq.families import BLOCK_LISTS, DENOISERS, EIGHT_BIT, cached_modules
@@ -144,13 +145,11 @@ def _json(path: Path) -> dict[str, Any]:
 def _tensors(folder: Path) -> Iterator[Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with path.open("rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(size).ljust(size, b"-"))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    yield Tensor(name=name, dtype=entry["dtype"], shape=tuple(entry["shape"]))
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118
+                    entry = file.get_slice(name)
+                    yield Tensor(name=name, dtype=entry.get_dtype(), shape=tuple(entry.get_shape()))
+        except (OSError, SafetensorError) as error:
             raise BundleError(f"'{path}' is not a whole safetensors file ({error}): copy or write it again") from None
 
 
