@@ -195,32 +195,18 @@ def test_schedules(num_steps: int, count: int, predictor: str, budget: int, corr
 
 def draw(analysis: dict[str, Any], path: Path) -> None:
     """A PNG: for each predictor and view, predicted against measured error of every schedule, both in logarithms."""
-    from PIL import Image, ImageDraw
+    from matplotlib.figure import Figure
 
-    size, margin = 260, 46
     names = list(analysis["points"])
-    sheet = Image.new("RGB", (len(VIEWS) * size, len(names) * size), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, name in enumerate(names):
+    figure = Figure(figsize=(3 * len(VIEWS), 3 * len(names)), layout="constrained")
+    figure.supxlabel("predicted error")
+    figure.supylabel("measured error")
+    for row, name in zip(figure.subplots(len(names), len(VIEWS), squeeze=False), names, strict=True):
         points = analysis["points"][name]
-        measured = np.log10([point["error"] for point in points])
-        for column, view in enumerate(VIEWS):
+        for axes, view in zip(row, VIEWS, strict=True):
             cost = f"fitted, {view}"
-            predicted = np.log10(np.maximum([point[cost] for point in points], 1e-12))
-            left, top = column * size + margin, row * size + margin
-            side = size - margin - 10
-            pen.rectangle((left, top, left + side, top + side), outline="black")
-            title = f"{name}, {view}: {analysis['spearman'][name][cost]:.3f}"
-            pen.text((left, top - 30), title, fill="black")
-            pen.text((left, top - 16), "across: predicted, up: measured (log)", fill="gray")
-            across, up = (_unit(values) * (side - 12) + 6 for values in (predicted, measured))
-            for x, y in zip(left + across, top + side - up, strict=True):
-                pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(30, 90, 160))
+            axes.scatter([point[cost] for point in points], [point["error"] for point in points], s=8)
+            axes.set(xscale="log", yscale="log")
+            axes.set_title(f"{name}, {view}: {analysis['spearman'][name][cost]:.3f}", fontsize="medium")
     with written_whole(path, "plot") as partial:
-        sheet.save(partial)
-
-
-def _unit(values: np.ndarray) -> np.ndarray:
-    """Stretched to 0..1."""
-    span = values.max() - values.min()
-    return (values - values.min()) / span if span else np.full(len(values), 0.5)
+        figure.savefig(partial, format="png")

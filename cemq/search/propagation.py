@@ -16,11 +16,12 @@ across it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.polynomial import legendre
+from scipy.optimize import least_squares
 
 from cemq.predict.correctors import NO_CORRECTOR, straying_matrix
 from cemq.predict.predictors import reused_steps
@@ -34,7 +35,7 @@ _APART = 0.4  # pulls the two polynomials together, where runs do not tell them 
 _COHERENCE = 8.0  # steps; where the fit begins
 _HELD = 0.015  # keeps it there if runs say nothing about it
 _ANSWERED = (0.05, 0.05)  # and likewise the response: what it is on average, and what it is more at the end
-_ITERATIONS = 60
+_TOLERANCE = 1e-6  # of the fit; errors found scatter by percents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,40 +141,16 @@ def fit_propagation(
 
     lowest, highest = np.full(len(start), -np.inf), np.full(len(start), np.inf)
     lowest[at_coherence], highest[at_coherence] = np.log(0.2), np.log(100 * prior.num_steps)
-    parameters, value = _least_squares(residuals, start, lowest, highest)
+    solution = least_squares(
+        lambda at: residuals(at)[0], start, lambda at: residuals(at)[1], (lowest, highest),
+        ftol=_TOLERANCE, xtol=_TOLERANCE, gtol=_TOLERANCE,
+    )  # fmt: skip
+    parameters, value = solution.x, solution.fun
     sensitivity = np.stack([np.exp(model.exponents(parameters[free:], sign)) for sign in (-1.0, 1.0)])
     coherence = float(np.exp(parameters[at_coherence]))
     response = parameters[at_response].reshape(2, -1) @ answers
     fitted = replace(prior, sensitivity=sensitivity, coherence=coherence, response=response)
     return Fit(prior=fitted, rms_log_error=float(np.sqrt(np.sum(value[: len(wanted)] ** 2) / np.sum(shares**2))))
-
-
-def _least_squares(
-    residuals: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    parameters: np.ndarray,
-    lowest: np.ndarray,
-    highest: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The parameters within their bounds at which the sum of squared residuals is least, and the residuals there.
-
-    Levenberg-Marquardt; ``residuals`` gives them with their derivatives, ``parameters`` is where it begins.
-    """
-    damping = 1e-2
-    value, slopes = residuals(parameters)
-    for _ in range(_ITERATIONS):
-        normal = slopes.T @ slopes
-        scaled = normal + damping * np.diag(np.diag(normal) + 1e-9)
-        step = np.linalg.solve(scaled, -slopes.T @ value)
-        trial = np.clip(parameters + np.clip(step, -1.0, 1.0), lowest, highest)
-        found, trial_slopes = residuals(trial)
-        if found @ found < value @ value:
-            converged = value @ value - found @ found < 1e-9 * (value @ value)
-            parameters, value, slopes, damping = trial, found, trial_slopes, max(damping / 3, 1e-6)
-            if converged:
-                break
-        else:
-            damping = min(damping * 4, 1e6)
-    return parameters, value
 
 
 def _strayed_terms(
