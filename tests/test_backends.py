@@ -7,10 +7,12 @@ import logging
 import accelerate
 import pytest
 import torch
-from conftest import identical, make_denoiser, predict, relative, run_python
 from diffusers import DiTTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file, save_file
+from support.comparing import identical, relative
+from support.pipelines import make_denoiser, predict
+from support.processes import run_python
 from torch import nn
 
 from cemq.errors import BundleError, SchemeError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import make_dit
+from support.pipelines import make_dit
 from typer.testing import CliRunner
 
 import cemq

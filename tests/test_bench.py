@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.quantized import PAIRS
 from typer.testing import CliRunner
 
 from cemq import cli
@@ -26,7 +27,7 @@ from cemq.bench.random_models import (
 )
 from cemq.bench.table import print_benchmark, print_doctor
 from cemq.errors import CemqError, InputError
-from cemq.quantize import BACKENDS, quantize_in_place
+from cemq.quantize import quantize_in_place
 from cemq.quantize.schemes import installed
 
 TINY = doctor.TINY
@@ -176,13 +177,6 @@ def test_shared_blocks_compute_what_as_many_equal_ones_do(name, alike, scheme):
     for index, first in enumerate(alike):
         plain.transformer_blocks[index] = copy.deepcopy(plain.transformer_blocks[first])
     assert torch.equal(predict(plain, inputs), predict(shared, inputs))
-
-
-PAIRS = [
-    pytest.param(backend, scheme, marks=pytest.mark.skipif(not installed(backend), reason=f"{backend} is missing"))
-    for backend in BACKENDS
-    for scheme in BACKENDS[backend].layers
-]
 
 
 @pytest.mark.parametrize(("backend", "scheme"), PAIRS)

@@ -6,10 +6,10 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import FLUX_CALL
-from test_runtime import CALL, HALF, HALVED, ONE, STEPS, flux_sampler, plan_of
-from test_shapes import keep_one, without_guidance
-from tiny_pipelines import FAMILIES
+from support.callbacks import WARNED, drawn, end_guidance, keep_one
+from support.families import FAMILIES
+from support.pipelines import CALL, FLUX_CALL, ONE, STEPS
+from support.schedules import HALF, HALVED, flux_sampler, plan_of
 
 import cemq
 from cemq.bench.bundle import bench_bundle
@@ -47,10 +47,8 @@ def test_a_step_of_which_one_of_two_calls_is_served_counts_half(flux):
     assert hook.steps_run == (STEPS, 3.5) == (HALVED.num_steps, HALVED.full_count)
 
 
-@pytest.mark.parametrize("change", [keep_one, without_guidance])
+@pytest.mark.parametrize("change", [keep_one, end_guidance])
 def test_skipped_steps_that_are_computed_after_all_are_counted(change):
-    from test_shapes import WARNED, drawn
-
     pipe, schedule = FAMILIES["sd3"].pipeline(), CacheSchedule(num_steps=STEPS, full_steps=(0, 2), predictor="reuse")
     with attached(pipe, schedule) as hook, warnings.catch_warnings():
         warnings.filterwarnings("ignore", WARNED)

@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import identical, make_denoiser
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from test_calibrate import Toy, toy_calls
+from support.comparing import identical
+from support.models import Toy, toy_calls
+from support.pipelines import make_denoiser
+from support.quantized import PAIRS
 from torch import nn
 
 import cemq
 from cemq.metrics import ssim
 from cemq.pipelines.noise_scheduler import responses
 from cemq.pipelines.outputs import as_pictures
-from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, InputStatistics, installed, integers, quantize_calibrated
+from cemq.quantize import SCHEMES, CemqConfig, InputStatistics, installed, integers, quantize_calibrated
 from cemq.quantize import quantize_in_place as quantize
 from cemq.quantize.calibrate import replay
 from cemq.quantize.kernels import cpu
@@ -69,13 +71,6 @@ def test_whoever_makes_a_tensor_names_its_dtype_and_device():
 def same(found, expected):
     assert (found.dtype, found.device, found.shape) == (expected.dtype, expected.device, expected.shape)
     assert torch.equal(found, expected)
-
-
-PAIRS = [
-    pytest.param(backend, scheme, marks=pytest.mark.skipif(not installed(backend), reason="is not installed"))
-    for backend in BACKENDS
-    for scheme in BACKENDS[backend].layers
-]
 
 
 @every_default

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import FLUX_CALL, make_dit, make_flux
 from diffusers import DDIMScheduler, DiTPipeline
+from support.pipelines import BATCH, FLUX_CALL, make_dit, make_flux
 from torch import nn
 from typer.testing import CliRunner
 
@@ -23,7 +23,6 @@ from cemq.pipelines.batches import Batch, run
 from cemq.runtime import schedule_hook
 from cemq.schedule import CacheSchedule
 
-BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 SETTINGS = {"steps": 8, "budget": 4, "samples": 2, "planning_samples": 2, "solver": "uniform", "rectify": "none"}
 SETTINGS["call"] = {"guidance_scale": 2.0}
 

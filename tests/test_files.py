@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_dit
 from PIL import Image
 from safetensors import SafetensorError
+from support.pipelines import make_dit
 
 import cemq
 from cemq.bundle.manifest import MANIFEST, staging

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import run_python
 
 from cemq.quantize import integers
 from cemq.quantize.integers import (

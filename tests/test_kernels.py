@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import run_python
 from torch import nn
 
 from cemq.errors import ModelError

@@ -7,14 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import make_dit
+from support.pipelines import STEPS
+from support.planning import BUDGET, prepared, quickly
 
 from cemq.errors import InfeasibleBudgetError, InputError
-from cemq.pipelines.batches import make_batches
 from cemq.prior.error_prior import ErrorPrior
-from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.runtime import attached
-from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule, full_compute, plan_schedule
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import METHODS
@@ -23,23 +21,6 @@ from cemq.search.explore import Search, Wanted
 from cemq.search.propagation import Fit, sample_schedules
 from cemq.search.settings import EFFORTS, PlanSettings, SearchSettings
 from cemq.search.trials import ClosedLoop, Trial
-
-STEPS, BUDGET = 6, 3
-CALL = {"guidance_scale": 2.0}
-
-
-def prepared(scheme="w4a8", batch_size=2, pipe=None):
-    """A quantized pipeline, its prior, and two planning samples as full precision drew them."""
-    pipe = pipe or make_dit()
-    profiled, planning = (
-        make_batches((1, 2), samples=4 - batch_size, first_seed=seed, batch_size=batch_size) for seed in (0, 5)
-    )
-    runner = Runner(pipe=pipe, steps=STEPS, call=CALL)
-    trajectories, references = runner.record(profiled), runner.run(planning)
-    if scheme != "none":
-        quantize_in_place(pipe.transformer, CemqConfig(scheme))
-    prior = runner.profile(profiled, trajectories, scheme=scheme, dtype="float32")
-    return {"runner": runner, "prior": prior, "batches": planning, "references": references}
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +36,6 @@ def searched(quantized):
 def planned(quantized, budget, **settings):
     loop = ClosedLoop(**quantized)
     return loop, quickly(loop, budget, **settings)
-
-
-def quickly(loop, budget, **settings):
-    return plan(loop, PlanSettings(budget=budget, effort="quick", **settings))
 
 
 def plain(loop, budget):

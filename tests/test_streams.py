@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_dit
+from support.pipelines import make_dit
 
 import cemq
 from cemq.cli import _in_one_line, _make_printable

@@ -19,7 +19,6 @@ import accelerate
 import numpy as np
 import torch
 from diffusers.hooks import apply_group_offloading
-from tiny_pipelines import STEPS, Family, small_hidream
 from torch import nn
 
 import cemq
@@ -37,6 +36,7 @@ from cemq.runtime.cached.inner import block_stack
 from cemq.runtime.cached.modules import find_parts
 from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule
+from support.families import STEPS, Family, small_hidream
 
 CPU = torch.device("cpu")
 
