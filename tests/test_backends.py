@@ -330,9 +330,9 @@ def no_build(monkeypatch):
     """quanto's own layers unpack int4 in a C++ extension that they would compile here."""
     from optimum.quanto.tensor.packed import PackedTensor
 
-    from cemq.quantize.backends.quanto import _Packed
+    from cemq.quantize.backends.quanto import PackedHalves
 
-    monkeypatch.setattr(PackedTensor, "unpack", _Packed.unpack)
+    monkeypatch.setattr(PackedTensor, "unpack", PackedHalves.unpack)
 
 
 @quanto

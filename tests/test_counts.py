@@ -20,7 +20,7 @@ from cemq.runtime import attached
 from cemq.runtime.runner import said_of_steps
 from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
-from cemq.search.explore import _affordable
+from cemq.search.explore import affordable
 from cemq.search.trials import Trial
 
 # On the last two of six steps SD3 calls its denoiser once more, for guidance by one that lacks a layer. Of that call no
@@ -116,8 +116,8 @@ def trial(full_steps, computed):
 
 def test_a_schedule_that_computes_more_than_it_says_is_none_of_that_budget():
     honest, greedy, half = trial((0, 5), 2.0), trial((0, 4), 6.0), trial((0, 3), 2.5)
-    assert _affordable([greedy, honest, half], 2) == [honest]
-    assert _affordable([greedy, half], 2) == [half]  # none keeps to it: the least costly
-    assert _affordable([greedy, half], 6) == [greedy, half]
-    assert _affordable([], 2) == []
+    assert affordable([greedy, honest, half], 2) == [honest]
+    assert affordable([greedy, half], 2) == [half]  # none keeps to it: the least costly
+    assert affordable([greedy, half], 6) == [greedy, half]
+    assert affordable([], 2) == []
     assert (greedy.compute_ratio, greedy.budget, half.budget) == (10 / 6, 6, 3)

@@ -126,27 +126,27 @@ def test_a_model_quantized_while_it_loads_is_the_same_under_any_default(kind, tm
 @every_default
 def test_the_kernels_are_found_right_under_any_default(kind):
     with default(kind):
-        assert cpu._agrees(cpu.kernels())
+        assert cpu.load()[1] == ""
     with torch.autocast("cpu", torch.bfloat16):
-        assert cpu._agrees(cpu.kernels())
+        assert cpu.load()[1] == ""
 
 
 @every_default
 def test_the_integer_product_is_tried_out_under_any_default(kind):
     with default(kind):
-        assert integers._probe_cpu_product.__wrapped__() == integers.cpu_product_is_exact()
+        assert integers.probe_cpu_product.__wrapped__() == integers.cpu_product_is_exact()
 
 
 @pytest.mark.skipif(not installed("bitsandbytes"), reason="is not installed")
 @every_default
 @pytest.mark.parametrize("table", ["nf4", "fp4"])
 def test_the_tables_of_bitsandbytes_are_the_same_under_any_default(table, kind):
-    from cemq.quantize.backends.bitsandbytes import _code
+    from cemq.quantize.backends.bitsandbytes import code_of
 
-    expected = _code.__wrapped__(table, torch.device("cpu"))
+    expected = code_of.__wrapped__(table, torch.device("cpu"))
     assert expected.dtype == torch.float32
     with default(kind):
-        same(_code.__wrapped__(table, torch.device("cpu")), expected)
+        same(code_of.__wrapped__(table, torch.device("cpu")), expected)
 
 
 @every_default

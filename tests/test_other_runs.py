@@ -55,7 +55,7 @@ def pipe(bundle):
 def followed(pipe, steps):
     """The plan of a run of so many steps."""
     run(pipe, BATCH, steps=steps, call=CALL)
-    return schedule_hook(pipe).tracker._current
+    return schedule_hook(pipe).tracker.current
 
 
 def test_a_run_with_a_planned_step_count_follows_what_was_planned(bundle, pipe):

@@ -303,13 +303,13 @@ def test_the_check_notices_a_wrong_residual(name, wrong, monkeypatch):
     family = FAMILIES[name]
     pipe = family.pipeline()
     _, trajectory = plain_run(pipe, family)
-    difference = ResidualCache._difference
+    serve = ResidualCache.serve
 
-    def scaled(self, full, bare):
-        calls, leaves = difference(self, full, bare)
-        return calls, [wrong * leaf if torch.is_tensor(leaf) else leaf for leaf in leaves]
+    def scaled(self, forward, residual):
+        calls, leaves = residual
+        return serve(self, forward, (calls, [wrong * leaf if torch.is_tensor(leaf) else leaf for leaf in leaves]))
 
-    monkeypatch.setattr(ResidualCache, "_difference", scaled)
+    monkeypatch.setattr(ResidualCache, "serve", scaled)
     with (
         attached(pipe, few_steps(trajectory), trajectory.sampler, cache="residual"),
         pytest.raises(ModelError, match="it gives another output"),

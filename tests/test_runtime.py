@@ -485,7 +485,7 @@ def test_nothing_is_left_of_a_run_with_skipped_branches(flux):
     with attached(flux, plan) as hook:
         first, second = (run(flux, ONE, steps=STEPS, call=FLUX_CALL) for _ in range(2))
         assert not hook.run.histories
-        assert not hook.run.branches._first_output
+        assert not hook.run.branches.first_output
     assert np.array_equal(first, second)
     assert np.array_equal(run(flux, ONE, steps=STEPS, call=FLUX_CALL), plain)
 
