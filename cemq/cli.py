@@ -48,11 +48,11 @@ Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written b
 
 def main() -> None:
     """Entry point of the ``cemq`` command; it prints to streams of any encoding."""
-    _make_printable(sys.stdout, sys.stderr)
+    make_printable(sys.stdout, sys.stderr)
     app()
 
 
-def _make_printable(*streams: Any) -> None:
+def make_printable(*streams: Any) -> None:
     """What a stream's encoding does not have is printed in ASCII, and no error."""
     codecs.register_error("cemq", _in_ascii)
     for stream in streams:

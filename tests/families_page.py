@@ -16,8 +16,8 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from family_checks import CHECKS, NotApplicableError, plain_run
-from tiny_pipelines import FAMILIES, STEPS, Family
+from support.checks import CHECKS, NotApplicableError, plain_run
+from support.families import FAMILIES, STEPS, Family
 
 from cemq.errors import CemqError
 from cemq.pipelines.opening import denoisers

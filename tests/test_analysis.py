@@ -4,8 +4,9 @@ from functools import partial
 import numpy as np
 import pytest
 import yaml
-from conftest import make_dit
 from PIL import Image
+from support.pipelines import make_dit
+from support.priors import prior_of, trajectories
 from typer.testing import CliRunner
 
 import cemq
@@ -23,7 +24,7 @@ from cemq.evaluation.analysis import (
     rank_correlation,
     unweighted,
 )
-from cemq.prior.error_prior import VIEWS, ErrorPrior
+from cemq.prior.error_prior import VIEWS
 from cemq.schedule import CacheSchedule, cem_costs, plan_schedule, solve_cem
 from cemq.search.trials import Trial
 
@@ -50,24 +51,20 @@ def test_what_one_sample_makes_of_a_schedule_is_left_out_of_its_error():
     assert -20 * np.log10(errors_found(trials)) == pytest.approx([46, 44, 45, 45])
 
 
-def prior_of(steps):
-    random = np.random.default_rng(0)
-    v = 3 + np.cumsum(random.normal(size=(steps, 5)), axis=0)
-    q = v + 0.3 * random.normal(size=v.shape)
-    sensitivity = random.uniform(0.1, 2, steps)
-    grams = {"qq": q @ q.T / 5, "qv": q @ v.T / 5, "vv": v @ v.T / 5}
-    return ErrorPrior(**grams, step_sizes=np.ones(steps), sensitivity=sensitivity, coherence=4.0)
+def fitted_prior(steps):
+    q, v, _ = trajectories(steps)
+    return prior_of(q, v, sensitivity=np.random.default_rng(1).uniform(0.1, 2, steps), coherence=4.0)
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_cost_of_a_schedule_of_the_cem_rule_is_what_its_solver_says(view):
-    prior = prior_of(20)
+    prior = fitted_prior(20)
     _, total = solve_cem(cem_costs(prior.cosine_distances(view)), 8)
     assert cem_cost(prior, plan_schedule(prior, 8, solver="cem", view=view), view) == pytest.approx(total)
 
 
 def test_every_cost_is_named_and_unweighted_ones_know_nothing_of_the_fit():
-    prior, schedule = prior_of(10), CacheSchedule(num_steps=10, full_steps=(0, 3, 7))
+    prior, schedule = fitted_prior(10), CacheSchedule(num_steps=10, full_steps=(0, 3, 7))
     costs = costs_of(prior)
     assert set(costs) == {f"{kind}, {view}" for kind in ("cem", "unweighted", "fitted") for view in VIEWS}
     for view in VIEWS:

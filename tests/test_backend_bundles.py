@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import run_python
 from diffusers import DiffusionPipeline
+from support.processes import run_python
 from typer.testing import CliRunner
 
 from cemq.bundle.manifest import PRIOR, read_bundle

@@ -7,10 +7,12 @@ import logging
 import accelerate
 import pytest
 import torch
-from conftest import identical, make_denoiser, predict, relative, run_python
 from diffusers import DiTTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file, save_file
+from support.comparing import identical, relative
+from support.pipelines import make_denoiser, predict
+from support.processes import run_python
 from torch import nn
 
 from cemq.errors import BundleError, SchemeError
@@ -328,9 +330,9 @@ def no_build(monkeypatch):
     """quanto's own layers unpack int4 in a C++ extension that they would compile here."""
     from optimum.quanto.tensor.packed import PackedTensor
 
-    from cemq.quantize.backends.quanto import _Packed
+    from cemq.quantize.backends.quanto import PackedHalves
 
-    monkeypatch.setattr(PackedTensor, "unpack", _Packed.unpack)
+    monkeypatch.setattr(PackedTensor, "unpack", PackedHalves.unpack)
 
 
 @quanto

@@ -6,13 +6,16 @@ import json
 import math
 from functools import partial
 
+import psutil
 import pytest
 import torch
+from support.quantized import PAIRS
 from typer.testing import CliRunner
 
 from cemq import cli
 from cemq.bench import ARCHITECTURES, Architecture, bench_architecture, bench_bundle, doctor, examine, forward
-from cemq.bench.answers import predict
+from cemq.bench.answers import predict, relative_error
+from cemq.bench.doctor import LARGEST_ERROR, OK, PROBES, Subject
 from cemq.bench.forward import FULL_PRECISION
 from cemq.bench.machine import describe_machine, one_line
 from cemq.bench.measure import Timing, busy_note, make_rows, measure
@@ -26,7 +29,7 @@ from cemq.bench.random_models import (
 )
 from cemq.bench.table import print_benchmark, print_doctor
 from cemq.errors import CemqError, InputError
-from cemq.quantize import BACKENDS, quantize_in_place
+from cemq.quantize import quantize_in_place
 from cemq.quantize.schemes import installed
 
 TINY = doctor.TINY
@@ -178,13 +181,6 @@ def test_shared_blocks_compute_what_as_many_equal_ones_do(name, alike, scheme):
     assert torch.equal(predict(plain, inputs), predict(shared, inputs))
 
 
-PAIRS = [
-    pytest.param(backend, scheme, marks=pytest.mark.skipif(not installed(backend), reason=f"{backend} is missing"))
-    for backend in BACKENDS
-    for scheme in BACKENDS[backend].layers
-]
-
-
 @pytest.mark.parametrize(("backend", "scheme"), PAIRS)
 @pytest.mark.filterwarnings("ignore")
 def test_direct_quantization_is_that_of_the_float_model(backend, scheme):
@@ -246,8 +242,9 @@ def test_full_precision_can_be_left_out():
 
 
 def test_without_memory_for_float32_outputs_are_compared_with_full_precision(monkeypatch):
-    small_enough = planned_bytes(empty_model(TINY), torch.float32) / forward._USABLE - 1
-    monkeypatch.setattr(forward, "_free_memory", lambda device: small_enough)
+    small_enough = planned_bytes(empty_model(TINY), torch.float32) / forward.USABLE - 1
+    found = psutil.virtual_memory()
+    monkeypatch.setattr("psutil.virtual_memory", lambda: found._replace(available=small_enough))
     result = bench_architecture(TINY, schemes=["w4a8"], rounds=1, device="cpu")
     full, w4a8 = result["tables"][0]["rows"]
     assert full["relative_l2"] == 0.0 < w4a8["relative_l2"]
@@ -270,8 +267,8 @@ def test_what_does_not_fit_is_refused_by_name(gigabytes, message):
     else:
         passing = {"quanto:w8a8": 10 * 10**9}
     with pytest.raises(InputError, match=message):
-        forward._check_fit("flux", sizes, passing, gigabytes * 1e9, "cpu")
-    forward._check_fit("flux", sizes, passing, 28e9, "cpu")
+        forward.check_fit("flux", sizes, passing, gigabytes * 1e9, "cpu")
+    forward.check_fit("flux", sizes, passing, 28e9, "cpu")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -369,10 +366,12 @@ def test_native_w8a8_compiles():
         pytest.skip(doctor.compile_obstacle("cpu"))
     inputs = TINY.inputs(TINY.batch, dtype=torch.float32, device="cpu")
     original = random_model(TINY, dtype=torch.float32, device="cpu")
-    exact = predict(original, inputs)
-    with doctor._silence():
-        found = doctor._try({"compile": doctor._compile}, original, exact, inputs, "native", "w8a8")
-    assert found["probes"] == {"runs": "ok", "compile": "ok"}
+    config = quantization_config(original, "native", "w8a8")
+    model = random_model(TINY, dtype=torch.float32, device="cpu", config=config, batch=TINY.batch)
+    output = predict(model, inputs)
+    assert relative_error(predict(original, inputs), output) < LARGEST_ERROR
+    subject = Subject(model=model, inputs=inputs, output=output, device=output.device)
+    assert PROBES["compile"](subject) == OK
 
 
 def test_the_doctor_reports_what_fails_and_what_is_missing(monkeypatch, capsys):
@@ -384,9 +383,8 @@ def test_the_doctor_reports_what_fails_and_what_is_missing(monkeypatch, capsys):
         model.proj_out_2.bias.data += 1.0
         return subject.same(model)
 
-    monkeypatch.setattr(doctor, "PROBES", {"broken": broken, "other": other})
     monkeypatch.setattr(doctor, "installed", lambda backend: backend == "native")
-    result = examine()
+    result = examine(probes={"broken": broken, "other": other})
     missing = {row["backend"]: row["reason"] for row in result["rows"] if row["reason"]}
     assert missing["torchao"] == "not installed: pip install 'cemq[torchao]'"
     tried = next(row for row in result["rows"] if row["scheme"] == "w8a8")

@@ -7,10 +7,11 @@ from pathlib import Path
 import diffusers as D
 import pytest
 import torch
-from conftest import make_dit
 from diffusers import DiTTransformer2DModel
 from diffusers.utils import load_image
-from tiny_pipelines import flux2_parts, picture, qwen3, tokenizer
+from support.families import flux2_parts, picture, qwen3, tokenizer
+from support.pipelines import make_dit
+from support.quantized import eight_bits, schemes_of
 from torch import nn
 from transformers import Qwen3ForCausalLM
 
@@ -18,7 +19,7 @@ import cemq
 from cemq.bundle.manifest import read_bundle
 from cemq.errors import InputError, ReplayError, SchemeError
 from cemq.families import EIGHT_BIT, FULL_PRECISION
-from cemq.quantize import QuantizationSettings, QuantizedLinear, quantize_pipeline, record_calls, schemes
+from cemq.quantize import QuantizationSettings, quantize_pipeline, record_calls, schemes
 
 QUICK = {"solver": "uniform", "effort": "quick", "rectify": "none", "planning_samples": 1}
 SETTINGS = {"steps": 6, "budget": 3, "samples": 2, "call": {"guidance_scale": 2.0}, **QUICK}
@@ -33,14 +34,6 @@ def everything_installed(monkeypatch):
 def wide_dit():
     """Of layers that four bits make smaller than eight do: groups of 64 fill them."""
     return make_dit(head_dim=64)
-
-
-def schemes_of(model):
-    return {name: module.scheme for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-
-
-def eight_bits(model):
-    return {name for name, scheme in schemes_of(model).items() if scheme.weight_bits == 8}
 
 
 @torch.no_grad()

@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from safetensors import safe_open
+from support.bundles import resealed
+from support.pipelines import BATCH, make_dit
 
 import cemq
-from cemq.bundle.manifest import EVIDENCE, FORMAT_VERSION, MANIFEST, PRIOR, _checksum, read_bundle, staging
+from cemq.bundle.manifest import EVIDENCE, FORMAT_VERSION, MANIFEST, PRIOR, read_bundle, staging
 from cemq.errors import BundleError, InfeasibleBudgetError
-from cemq.pipelines.batches import Batch, run
+from cemq.pipelines.batches import run
 from cemq.prior.error_prior import ErrorPrior
 from cemq.recipe import make_recipe
 from cemq.runtime import attached, detach, schedule_hook
@@ -20,7 +21,6 @@ from cemq.schedule import plan_schedule
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import make_correction
 
-BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 SETTINGS = {
     "steps": 8, "budget": 4, "samples": 4, "call": {"guidance_scale": 2.0}, "planning_samples": 2, "effort": "quick",
     "solver": "uniform",
@@ -247,15 +247,16 @@ def test_a_bundle_records_only_what_the_recipe_set(bundle):
     assert make_recipe(read_bundle(bundle).recipe).steps == 8
 
 
-def resealed(folder, place, value):
-    """A manifest with another value at a place, and a checksum that fits: written so, not damaged."""
-    content = json.loads((folder / MANIFEST).read_text())
-    content.pop("checksum")
-    parent = content
-    for key in place[:-1]:
-        parent = parent[key]
-    parent[place[-1]] = value
-    (folder / MANIFEST).write_text(json.dumps(content | {"checksum": _checksum(content)}))
+def put(place, value):
+    """An edit of a manifest that leaves another value at a place."""
+
+    def edit(content):
+        *parents, last = place
+        for key in parents:
+            content = content[key]
+        content[last] = value
+
+    return edit
 
 
 NESTED = [[]]
@@ -287,7 +288,7 @@ def test_a_manifest_with_a_value_of_another_type_is_refused(copy, place, wrong):
     whole = (copy / MANIFEST).read_text()
     for value in wrong:
         (copy / MANIFEST).write_text(whole)
-        resealed(copy, place, value)
+        resealed(copy, put(place, value))
         with pytest.raises(BundleError):
             read_bundle(copy)
 

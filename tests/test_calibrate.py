@@ -5,12 +5,12 @@ import weakref
 
 import pytest
 import torch
-from conftest import identical, make_denoiser, predict, relative
-from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.comparing import identical, relative
+from support.models import Toy, toy_calls
+from support.pipelines import make_denoiser, predict
 from torch import nn
 
 from cemq.errors import InputError, ReplayError, SchemeError
@@ -32,31 +32,6 @@ from cemq.quantize.integers import quantize_int4
 EVERYWHERE = {"full_precision": (), "eight_bit": ()}
 BLOCK = "transformer_blocks.0"
 SHARED = [f"{BLOCK}.attn1.to_{name}" for name in "qkv"]
-
-
-class Toy(ModelMixin, ConfigMixin):
-    """Two layers fed alike, one after them, one that nothing reaches; ``calls`` counts."""
-
-    @register_to_config
-    def __init__(self, width: int = 100):
-        super().__init__()
-        torch.manual_seed(0)
-        self.left, self.right = nn.Linear(width, 128), nn.Linear(width, 128)
-        self.after, self.unused = nn.Linear(128, 64), nn.Linear(width, 64)
-        self.calls = 0
-
-    def forward(self, values, *, text=None, extras=()):
-        self.calls += 1
-        for extra in (text, *extras):
-            if extra is not None:
-                values = values + extra
-        return {"sample": self.after(torch.relu(self.left(values) * self.right(values)))}
-
-
-def toy_calls(count=5, rows=50, width=100):
-    torch.manual_seed(1)
-    mixing = torch.randn(width // 8, width)
-    return [Call((torch.randn(rows, width // 8) @ mixing + 0.1 * torch.randn(rows, width),), {}) for _ in range(count)]
 
 
 def recorded(model, count=3):

@@ -12,12 +12,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import identical, make_denoiser, relative
 from diffusers import AnyFlowTransformer3DModel, CosmosTransformer3DModel, WanTransformer3DModel
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
-from family_checks import draw
-from test_defaults import PAIRS
-from tiny_pipelines import FAMILIES
+from support.checks import draw
+from support.comparing import identical, relative
+from support.families import FAMILIES
+from support.pipelines import make_denoiser
+from support.quantized import PAIRS
 from torch import nn
 
 from cemq.errors import ModelError

@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import FLUX_CALL, make_dit
 from diffusers import (
     CogVideoXDPMScheduler,
     DDIMScheduler,
@@ -19,9 +18,10 @@ from diffusers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_planning import BUDGET, CALL, STEPS, prepared, quickly
-from test_predict import full_steps_of
-from test_schedule import all_schedules, prior_of, trajectories
+from support.pipelines import BATCH, CALL, FLUX_CALL, STEPS, make_dit
+from support.planning import BUDGET, prepared, quickly
+from support.priors import prior_of, trajectories
+from support.schedules import all_schedules, full_steps_of
 
 from cemq.errors import InputError
 from cemq.metrics import psnr_of
@@ -45,7 +45,6 @@ from cemq.schedule.segment import SLOPES
 from cemq.search.settings import PlanSettings, SearchSettings
 from cemq.search.trials import ClosedLoop
 
-BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 LINEAR_DDIM = {"clip_sample": False}
 
 # --- weights

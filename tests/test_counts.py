@@ -6,10 +6,10 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import FLUX_CALL
-from test_runtime import CALL, HALF, HALVED, ONE, STEPS, flux_sampler, plan_of
-from test_shapes import keep_one, without_guidance
-from tiny_pipelines import FAMILIES
+from support.callbacks import WARNED, drawn, end_guidance, keep_one
+from support.families import FAMILIES
+from support.pipelines import CALL, FLUX_CALL, ONE, STEPS
+from support.schedules import HALF, HALVED, flux_sampler, plan_of
 
 import cemq
 from cemq.bench.bundle import bench_bundle
@@ -20,7 +20,7 @@ from cemq.runtime import attached
 from cemq.runtime.runner import said_of_steps
 from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
-from cemq.search.explore import _affordable
+from cemq.search.explore import affordable
 from cemq.search.trials import Trial
 
 # On the last two of six steps SD3 calls its denoiser once more, for guidance by one that lacks a layer. Of that call no
@@ -47,10 +47,8 @@ def test_a_step_of_which_one_of_two_calls_is_served_counts_half(flux):
     assert hook.steps_run == (STEPS, 3.5) == (HALVED.num_steps, HALVED.full_count)
 
 
-@pytest.mark.parametrize("change", [keep_one, without_guidance])
+@pytest.mark.parametrize("change", [keep_one, end_guidance])
 def test_skipped_steps_that_are_computed_after_all_are_counted(change):
-    from test_shapes import WARNED, drawn
-
     pipe, schedule = FAMILIES["sd3"].pipeline(), CacheSchedule(num_steps=STEPS, full_steps=(0, 2), predictor="reuse")
     with attached(pipe, schedule) as hook, warnings.catch_warnings():
         warnings.filterwarnings("ignore", WARNED)
@@ -118,8 +116,8 @@ def trial(full_steps, computed):
 
 def test_a_schedule_that_computes_more_than_it_says_is_none_of_that_budget():
     honest, greedy, half = trial((0, 5), 2.0), trial((0, 4), 6.0), trial((0, 3), 2.5)
-    assert _affordable([greedy, honest, half], 2) == [honest]
-    assert _affordable([greedy, half], 2) == [half]  # none keeps to it: the least costly
-    assert _affordable([greedy, half], 6) == [greedy, half]
-    assert _affordable([], 2) == []
+    assert affordable([greedy, honest, half], 2) == [honest]
+    assert affordable([greedy, half], 2) == [half]  # none keeps to it: the least costly
+    assert affordable([greedy, half], 6) == [greedy, half]
+    assert affordable([], 2) == []
     assert (greedy.compute_ratio, greedy.budget, half.budget) == (10 / 6, 6, 3)

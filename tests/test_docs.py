@@ -1,6 +1,5 @@
 """The docs: whole, reachable, and true where a program can tell."""
 
-import ast
 import pkgutil
 import re
 import subprocess
@@ -32,7 +31,6 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = [ROOT / "README.md", *PAGES]
 OF_TODAY = [page for page in TEXTS if page.name != "changelog.md"]  # which names what has been renamed and removed
-FROM_FILE = {"spec_from_file_location", "run_path"}
 COMMANDS = get_command(app).commands
 FILE = re.compile(r"(?<![\w./-])(?:cemq|docs|tests|recipes|calib_data)/[\w./-]+\.(?:py|md|yaml|txt|toml)\b")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.S | re.M)
@@ -73,14 +71,6 @@ def pages_of(entry: object) -> Iterator[str]:
         yield from pages_of(part)
 
 
-def loaded(path: Path) -> set[str]:
-    """The modules that a script imports by name, and the functions by which it would load one from a file."""
-    tree = list(ast.walk(ast.parse(read(path))))
-    names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in tree if isinstance(node, ast.ImportFrom)}
-    return names | {node.attr for node in tree if isinstance(node, ast.Attribute)} & FROM_FILE
-
-
 def examples(page: str, heading: str) -> list[str]:
     return [code for language, code in FENCE.findall(section(page, heading)) if language == "python"]
 
@@ -118,13 +108,6 @@ def test_every_public_name_says_what_it_is():
 def test_every_page_is_in_the_navigation_once():
     navigation = yaml.safe_load(read(DOCS / "site" / "mkdocs.yml"))["nav"]
     assert sorted(pages_of(navigation)) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
-
-
-def test_docs_and_tests_do_not_import_each_other():
-    scripts, tests = sorted(DOCS.rglob("*.py")), sorted((ROOT / "tests").rglob("*.py"))
-    for files, others in ((scripts, tests), (tests, scripts)):
-        names = FROM_FILE | {path.stem for path in others}
-        assert {name_of(path): found for path in files if (found := loaded(path) & names)} == {}
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=name_of)

@@ -1,21 +1,20 @@
 """What was measured is what is loaded: every tensor of a pipeline, its dtype and its bits, and what it draws."""
 
-import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from family_checks import batch_of, draw
-from tiny_pipelines import FAMILIES, STEPS, small_hidream
+from support.bundles import resealed
+from support.checks import batch_of, draw
+from support.families import FAMILIES, STEPS, small_hidream
 from torch import nn
 
 import cemq
 import cemq.build.stages
-from cemq.bundle import manifest as bundles
 from cemq.bundle.dtypes import as_loaded, tensor_dtypes
-from cemq.bundle.manifest import MANIFEST, ComponentDtypes, read_bundle, write_pipeline
+from cemq.bundle.manifest import ComponentDtypes, read_bundle, write_pipeline
 from cemq.errors import BundleError
 from cemq.pipelines.batches import run
 from cemq.pipelines.opening import denoisers, open_pipeline
@@ -209,22 +208,13 @@ def test_buffers_that_are_in_no_file_are_checked_too(wan, monkeypatch):
         load(folder)
 
 
-def resealed(folder, dtypes):
-    """Change what the manifest says of dtypes, and its checksum with it; None: it says nothing."""
-    content = json.loads((folder / MANIFEST).read_text())
-    del content["checksum"], content["dtypes"]
-    content |= {"dtypes": dtypes} if dtypes else {}
-    content["checksum"] = bundles._checksum(content)
-    (folder / MANIFEST).write_text(json.dumps(content))
-
-
 @pytest.fixture
 def copy(wan, tmp_path):
     return shutil.copytree(wan[0], tmp_path / "copy")
 
 
 def test_bundles_of_before_say_nothing_of_dtypes_and_load(wan, copy):
-    resealed(copy, None)
+    resealed(copy, lambda manifest: manifest.pop("dtypes"))
     assert read_bundle(copy).dtypes is None
     loaded = load(copy)
     assert_same(loaded, wan[1])
@@ -233,9 +223,10 @@ def test_bundles_of_before_say_nothing_of_dtypes_and_load(wan, copy):
 
 
 def test_a_tensor_that_is_gone_is_named(copy):
-    dtypes = json.loads((copy / MANIFEST).read_text())["dtypes"]
-    dtypes["transformer"]["exceptions"]["float32"].append("blocks.9.norm2.bias")
-    resealed(copy, dtypes)
+    def add(manifest):
+        manifest["dtypes"]["transformer"]["exceptions"]["float32"].append("blocks.9.norm2.bias")
+
+    resealed(copy, add)
     with pytest.raises(BundleError, match=r"'blocks.9.norm2.bias' of .* is missing, and what was measured is float32"):
         load(copy)
 

@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import FLUX_CALL, make_dit, make_flux
 from diffusers import DDIMScheduler, DiTPipeline
+from support.bundles import resealed
+from support.pipelines import BATCH, FLUX_CALL, make_dit, make_flux
 from torch import nn
 from typer.testing import CliRunner
 
 import cemq
 from cemq import cli
 from cemq.bundle.manifest import MANIFEST, read_bundle
-from cemq.bundle.schedule_file import _cache_dit, read_schedule
+from cemq.bundle.schedule_file import read_schedule
 from cemq.errors import BundleError, HubError, InputError, ModelError
 from cemq.pipelines.batches import Batch, run
 from cemq.runtime import schedule_hook
 from cemq.schedule import CacheSchedule
 
-BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 SETTINGS = {"steps": 8, "budget": 4, "samples": 2, "planning_samples": 2, "solver": "uniform", "rectify": "none"}
 SETTINGS["call"] = {"guidance_scale": 2.0}
 
@@ -82,14 +82,14 @@ def test_the_cache_dit_mask_is_the_schedule(bundle):
     assert all(len(line) < 400 for line in text.splitlines())
 
 
-def test_what_a_cache_dit_file_cannot_say_stands_in_its_head():
+def test_what_a_cache_dit_file_cannot_say_stands_in_its_head(copy):
     schedule = CacheSchedule(
-        num_steps=6, full_steps=(0, 2, 4), predictor=("reuse", "taylor1", "reuse"), branch_steps=(4,)
+        num_steps=8, full_steps=(0, 2, 4), predictor=("reuse", "taylor1", "reuse"), branch_steps=(4,)
     )
-    text = _cache_dit(schedule, {"model": "m", "scheme": "w8a8", "num_inference_steps": 6}, "output")
+    text = cemq.export(resealed(copy, lambda manifest: manifest.update(schedule=schedule.to_dict())), "cache-dit")
     assert "no counterpart of the predictor reuse, taylor1, reuse" in text
     assert "# cemq skips one branch of guidance on 1 of these steps" in text
-    assert yaml.safe_load(text)["cache_config"]["steps_computation_mask"] == [1, 0, 1, 0, 1, 0]
+    assert yaml.safe_load(text)["cache_config"]["steps_computation_mask"] == [1, 0, 1, 0, 1, 0, 0, 0]
 
 
 @pytest.fixture
@@ -345,12 +345,13 @@ def test_a_pushed_bundle_loads_from_the_hub(bundle, hub):
     assert np.array_equal(images(pipe), images(load(bundle)))
 
 
-def test_the_card_keeps_a_base_model_that_the_hub_knows():
-    from cemq.bundle.hub import _card
-
-    text = '---\nbase_model: "owner/base"\ntags: [cemq]\n---\ncemq.from_pretrained("this-folder")\n'
-    assert _card(text, "a/b", "owner/base") == text.replace("this-folder", "a/b")
-    assert "base_model" not in _card(text, "a/b", "builtin:dit-digits")
+@pytest.mark.parametrize(("model", "kept"), [("owner/base", True), ("builtin:dit-digits", False)])
+def test_the_card_keeps_a_base_model_that_the_hub_knows(copy, hub, model, kept):
+    base = f'base_model: "{model}"\n'
+    (copy / "README.md").write_text(f'---\n{base}tags: [cemq]\n---\ncemq.from_pretrained("this-folder")\n')
+    cemq.push_to_hub(resealed(copy, lambda manifest: manifest.update(model=model)), "a/b")
+    card = FakeApi.repositories["a/b"]["README.md"].decode()
+    assert card == f'---\n{base if kept else ""}tags: [cemq]\n---\ncemq.from_pretrained("a/b")\n'
 
 
 def test_an_edited_card_leaves_the_bundle_whole(copy):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit
+from support.pipelines import make_dit
 
 from cemq.errors import InputError
 from cemq.predict.predictors import PREDICTORS, register_predictor, serving_matrix

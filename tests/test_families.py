@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
-from family_checks import CHECKS
-from tiny_pipelines import FAMILIES
+from support.checks import CHECKS
+from support.families import FAMILIES
 from torch import nn
 
 from cemq.errors import ModelError

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_dit
 from PIL import Image
 from safetensors import SafetensorError
+from support.pipelines import make_dit
 
 import cemq
 from cemq.bundle.manifest import MANIFEST, staging
 from cemq.errors import BundleError, InputError, PlacementError
 from cemq.files import check_writable, written_whole
-from cemq.memory.offload import _written
+from cemq.memory.offload import whole_folder
 from cemq.pipelines.outputs import Sample
 
 SETTINGS = {
@@ -159,7 +159,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left")])
 def test_a_disk_that_is_full_is_one_line_where_weights_are_offloaded(tmp_path, error):
     said = r"offload folder '.*' cannot be written: .*No space left"
-    with pytest.raises(PlacementError, match=said), _written(tmp_path / "offload" / "key"):
+    with pytest.raises(PlacementError, match=said), whole_folder(tmp_path / "offload" / "key"):
         raise error
 
 

@@ -17,7 +17,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from tiny_pipelines import SD3_TRANSFORMER, flow_euler, flux_autoencoder, seeded
+from support.callbacks import GIVEN, end_guidance, enlarge, keep_one
+from support.families import SD3_TRANSFORMER, flow_euler, flux_autoencoder, seeded
 
 from cemq.pipelines.noise_scheduler import fingerprint
 from cemq.predict.correctors import CORRECTORS, NO_CORRECTOR
@@ -27,7 +28,6 @@ from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
 
 STEPS, OTHER = 5, 4
-BOTH = ("latents", "prompt_embeds", "pooled_prompt_embeds")
 
 
 class AbortError(Exception):
@@ -37,14 +37,8 @@ class AbortError(Exception):
 # --- what is done
 
 
-def enlarge(pipe, given):
-    latents = given["latents"]
-    return {"latents": torch.nn.functional.interpolate(latents, scale_factor=2)} if latents.shape[-1] == 4 else {}
-
-
-def keep_one(pipe, given):
-    rows = len(given["latents"])
-    return {"latents": given["latents"][:1]} | {name: given[name][::rows] for name in BOTH[1:]}
+def enlarge_once(pipe, given):
+    return enlarge(pipe, given) if given["latents"].shape[-1] == 4 else {}
 
 
 def replace(pipe, given):
@@ -61,13 +55,6 @@ def round_off(pipe, given):
     return {"latents": given["latents"].bfloat16().float()}
 
 
-def end_guidance(pipe, given):
-    if not pipe.do_classifier_free_guidance:
-        return {}
-    pipe._guidance_scale = 1.0
-    return {name: given[name].chunk(2)[1] for name in BOTH[1:]}
-
-
 def interrupt(pipe, given):
     pipe._interrupt = True
     return {}
@@ -77,7 +64,7 @@ def abort(pipe, given):
     raise AbortError
 
 
-ACTIONS = (enlarge, keep_one, replace, change_in_place, round_off, end_guidance, interrupt, abort)
+ACTIONS = (enlarge_once, keep_one, replace, change_in_place, round_off, end_guidance, interrupt, abort)
 
 
 @dataclass(frozen=True)
@@ -103,7 +90,7 @@ class Draw:
                 **prompts(), num_inference_steps=self.steps, guidance_scale=self.guidance, height=4, width=4,
                 skip_guidance_layers=[0] if self.skip_layer else None, skip_layer_guidance_stop=0.7,
                 output_type="latent", generator=torch.Generator().manual_seed(self.seed),
-                callback_on_step_end=callback, callback_on_step_end_tensor_inputs=list(BOTH),
+                callback_on_step_end=callback, callback_on_step_end_tensor_inputs=list(GIVEN),
             ).images  # fmt: skip
         finally:
             pipe.scheduler = before

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.comparing import relative
 
 from cemq.errors import SchemeError
 from cemq.quantize import SCHEMES, InputStatistics, NativeLinear

@@ -1,7 +1,6 @@
 """docs/benchmarks/gpu.py at the size of a toy, on whatever device is here: that every part measures, that what fails
 costs no more than its own case, and what the page makes of a record."""
 
-import importlib
 import json
 import os
 import shutil
@@ -19,28 +18,21 @@ PARTS = ("machine", "correctness", "steps", "linears", "skipping", "vram", "roun
 OPTIONAL = ("gemlite", "humming", "torchao")
 
 
-def start(output, *arguments, script=BENCHMARKS / "gpu.py"):
+def start(script, *arguments):
     paths = os.pathsep.join([str(BENCHMARKS.parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, str(script), "--tiny", "--output", str(output), *arguments],
+        [sys.executable, str(script), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths},
     )  # fmt: skip
 
 
-def measure(output, *arguments, **options):
+def measure(output, *arguments, script=BENCHMARKS / "gpu.py"):
     """The record and the page of a run."""
-    process = start(output, *arguments, **options)
+    process = start(script, "--tiny", "--output", output, *arguments)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
     assert said.splitlines()[-1] == str(output)
     return json.loads(output.read_text()), output.with_suffix(".md").read_text()
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("gpu")
 
 
 def check(rows):
@@ -52,12 +44,15 @@ def check(rows):
 
 
 @pytest.mark.parametrize("part", ["machine", "rounding"])
-def test_a_quick_part_runs_at_the_size_of_a_toy(gpu, part, tmp_path):
+def test_a_quick_part_runs_at_the_size_of_a_toy(part, tmp_path, monkeypatch):
+    # the script as a module: a process of its own takes ten seconds to import what is imported here already
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
     from gpu_parts import Setting
 
     events, device = [], "cuda" if torch.cuda.is_available() else "cpu"
     setting = Setting(device=torch.device(device), tiny=True, scratch=tmp_path)
-    with torch.no_grad():  # here, where everything is imported already: that takes a process of its own ten seconds
+    with torch.no_grad():
         gpu.run_cases(part, setting, 0, lambda **event: events.append(event))
     rows = json.loads(json.dumps([event["row"] for event in events if "row" in event], default=str))
     check(rows)
@@ -190,7 +185,7 @@ def test_a_part_whose_time_is_over_says_where_it_was_and_the_next_part_runs(scri
 def test_what_runs_ends_with_a_script_that_is_terminated(script, tmp_path):
     (script.parent / "gpu_parts" / "correctness.py").write_text(CASES.replace("[fails, crashes, hangs,", "[hangs,"))
     output = tmp_path / "record.json"
-    process = start(output, "--parts", "correctness", script=script)
+    process = start(script, "--tiny", "--output", output, "--parts", "correctness")
     while not output.exists():
         assert process.poll() is None
         time.sleep(0.1)
@@ -208,10 +203,11 @@ def test_what_runs_ends_with_a_script_that_is_terminated(script, tmp_path):
         (["--tiny", "--parts", "machine,speed"], "no part is called speed: choose from machine, correctness, steps"),
     ],
 )
-def test_a_wrong_request_is_one_line(gpu, arguments, message, capsys):
-    with pytest.raises(SystemExit, match=r"^2$"):
-        gpu.main(arguments)
-    assert f" error: {message}" in capsys.readouterr().err.splitlines()[-1]
+def test_a_wrong_request_is_one_line(script, arguments, message):
+    process = start(script, *arguments)
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert f" error: {message}" in errors.splitlines()[-1]
 
 
 # --- the page
@@ -273,10 +269,13 @@ RECORDED = {
 }  # fmt: skip
 
 
-def test_the_page_of_a_record(gpu):
+def test_the_page_of_a_record(script, tmp_path):
     parts = {name: {"date": "2026-12-01T10:00:00+00:00", "seconds": 9.0, "rows": RECORDED[name]} for name in PARTS}
     parts["vram"]["stopped"] = {"after_seconds": 90, "at": {"limit": 8}}
-    page = gpu.draw({"tiny": False, "parts": json.loads(json.dumps(parts))})
+    (tmp_path / "record.json").write_text(json.dumps({"tiny": False, "parts": parts}))
+    process = start(script.with_name("gpu_page.py"), tmp_path / "record.json")
+    assert process.communicate() == ("", "")
+    page = (tmp_path / "record.md").read_text()
     lines = page.splitlines()
     assert "`python docs/benchmarks/gpu.py`. 2026-12-01, a CPU, 16 threads; NVIDIA H100 80GB HBM3" in page
     for line in (

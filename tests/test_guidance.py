@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from conftest import FLUX_CALL, make_dit, make_flux
-from family_checks import draw, plain_run
-from test_planning import quickly
-from tiny_pipelines import FAMILIES, STEPS
+from support.checks import draw, plain_run
+from support.families import FAMILIES, STEPS
+from support.pipelines import FLUX_CALL, make_dit, make_flux
+from support.planning import quickly
 
 from cemq.pipelines.batches import make_batches
 from cemq.pipelines.opening import denoisers

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.hooks import apply_first_block_cache, apply_layerwise_casting
-from family_checks import abort, caches_outputs, counted_blocks, draw, every_step, few_steps, plain_run
-from tiny_pipelines import FAMILIES, FLUX_CALL, NEGATIVE, PROMPT, STEPS, autoencoder, picture
+from support.checks import abort, caches_outputs, counted_blocks, draw, every_step, few_steps, plain_run
+from support.families import FAMILIES, FLUX_CALL, NEGATIVE, PROMPT, STEPS, autoencoder, family_with, picture
 
 from cemq.errors import InputError, ModelError, PipelineError
 from cemq.pipelines.batches import Batch, check_drivable, run
@@ -44,11 +44,6 @@ def scheduled(pipe, family, schedule=few_steps, call=None):
 
 def full_and_skipped(hook):
     return hook.full_evaluations, hook.skipped_evaluations
-
-
-def family_with(name, **call):
-    family = FAMILIES[name]
-    return type(family)(name, family.build, {**family.call, **call}, family.conditions, family.kind)
 
 
 def single(pipe, prompt=PROMPT, seed=0, steps=STEPS, **call):
@@ -625,7 +620,7 @@ def test_lora_under_a_schedule(flux, order, fused):
 
 def test_lora_fused_before_quantization():
     pytest.importorskip("peft")
-    from family_checks import quantized
+    from support.checks import quantized
 
     def fused():
         pipe = FLUX.pipeline()
@@ -653,7 +648,7 @@ def test_lora_that_is_not_fused_is_not_quantized():
 
 def test_lora_on_a_quantized_denoiser_is_refused_by_name():
     pytest.importorskip("peft")
-    from family_checks import quantized
+    from support.checks import quantized
 
     weights = lora_weights(FLUX.pipeline().transformer)
     pipe = quantized(FLUX, "w8a8")
@@ -714,7 +709,7 @@ def test_a_run_on_weights_that_nobody_brings_is_refused(flux, offload):
 
 
 def test_projections_of_quantized_attention_are_not_fused():
-    from family_checks import quantized
+    from support.checks import quantized
 
     pipe = quantized(FLUX, "w8a8")
     before = draw(pipe, FLUX)
@@ -836,9 +831,9 @@ def test_a_cache_applied_past_the_model_is_seen_too(flux):
         attach(flux, few_steps(trajectory), trajectory.sampler)
 
 
-def test_cache_dit_is_refused_by_name(flux, monkeypatch):
+def test_cache_dit_is_refused_by_name(flux):
     _, trajectory = plain_run(flux, FLUX)
-    monkeypatch.setattr(flux.transformer, "_is_cached", True, raising=False)  # as it marks what it changed
+    flux.transformer._is_cached = True  # as it marks what it changed
     with pytest.raises(ModelError, match=r"cache-dit is active.*disable_cache"):
         attach(flux, few_steps(trajectory), trajectory.sampler)
 

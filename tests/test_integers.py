@@ -5,17 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import run_python
 
 from cemq.quantize import integers
 from cemq.quantize.integers import (
-    _padded_matmul,
     expand_int4,
     group_scales,
     integer_matmul,
     pack_int4,
+    padded_matmul,
     quantize_channels,
     quantize_int4,
     quantize_tokens,
@@ -56,7 +56,7 @@ def half_byte(packed, row, column, group_size):
 def test_the_integer_product_is_exact(rows, inner, columns, seed):
     left, right = random_int8(seed, rows, inner), random_int8(seed + 2, columns, inner)
     expected = left.numpy().astype(np.int64) @ right.numpy().astype(np.int64).T
-    plain, padded = integer_matmul(left, right), _padded_matmul(left, right, min_rows=17, multiple=8)
+    plain, padded = integer_matmul(left, right), padded_matmul(left, right, min_rows=17, multiple=8)
     assert plain.dtype == padded.dtype == torch.int32
     assert np.array_equal(plain.numpy(), expected)
     assert np.array_equal(padded.numpy(), expected)

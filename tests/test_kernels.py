@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import run_python
 from torch import nn
 
 from cemq.errors import ModelError
@@ -19,7 +19,8 @@ from cemq.quantize import SCHEMES, NativeLinear, integers
 from cemq.quantize.kernels import cpu, integer_linear, integer_weight, weight_only_linear
 
 compiled = pytest.mark.skipif(cpu.kernels() is None, reason=f"no CPU kernels: {cpu.why_not()}")
-compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 dtypes = pytest.mark.parametrize("dtype", cpu.DTYPES)
 SIZES, SEEDS = st.integers(1, 70), st.integers(0, 10**6)
 WIDTHS = st.one_of(st.integers(1, 70), st.integers(900, 1100), st.sampled_from([1024, 1025, 2048, 2049]))
@@ -290,18 +291,11 @@ def test_groups_that_do_not_fit_in_what_is_unpacked_at_a_time_are_refused():
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """The folder of a cache that is empty; kernels are loaded afresh before and after."""
-
-    def forget():
-        cpu._load.cache_clear()
-        cpu.kernels.cache_clear()
-
+    """The folder of a cache that is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(cpu.SWITCH, raising=False)
     monkeypatch.delenv("CC", raising=False)
-    forget()
-    yield tmp_path / "cache" / "cemq"
-    forget()
+    return tmp_path / "cache" / "cemq"
 
 
 def script(path, text):
@@ -311,13 +305,16 @@ def script(path, text):
 
 
 @compiler
-def test_a_library_is_built_once_and_kept(cache, monkeypatch):
-    assert cpu.why_not() == ""
+def test_a_library_is_built_once_and_kept(cache, monkeypatch, tmp_path):
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("CC", script(tmp_path / "cc", f'echo called >> {calls}; exec {COMPILER} "$@"'))
+    assert cpu.load()[1] == ""
     (library,) = cache.iterdir()
     assert library.suffix == ".so"
-    cpu._load.cache_clear()
-    monkeypatch.setattr(cpu, "_compile", None)
-    assert cpu.why_not() == ""
+    built = calls.read_text()
+    assert built
+    assert cpu.load()[1] == ""
+    assert calls.read_text() == built
     assert [path.name for path in cache.iterdir()] == [library.name]
 
 
@@ -327,8 +324,9 @@ def test_a_home_that_cannot_be_written_to_still_works(cache, monkeypatch, tmp_pa
     (tmp_path / "scratch").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    assert cpu.why_not() == ""
-    assert torch.equal(cpu.kernels().quantize_tokens(torch.ones(1, 3), None)[1], torch.tensor([[1 / 255]]))
+    kernels, why_not = cpu.load()
+    assert why_not == ""
+    assert torch.equal(kernels.quantize_tokens(torch.ones(1, 3), None)[1], torch.tensor([[1 / 255]]))
     assert not list((tmp_path / "scratch").iterdir())
 
 
@@ -340,37 +338,37 @@ def test_without_a_home_folder(monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", nowhere)
-    assert cpu.why_not() == ""
+    assert cpu.load()[1] == ""
 
 
 @compiler
 def test_a_library_that_was_cut_short_is_built_again(cache):
-    assert cpu.why_not() == ""
+    assert cpu.load()[1] == ""
     (library,) = cache.iterdir()
     library.unlink()
     library.write_bytes(b"x")
-    cpu._load.cache_clear()
-    assert cpu.why_not() == ""
+    assert cpu.load()[1] == ""
     assert library.stat().st_size > 1
 
 
 @compiler
 def test_a_compiler_without_openmp_is_enough(cache, monkeypatch, tmp_path):
-    refuses = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {shutil.which("cc") or shutil.which("gcc")} "$@"'
+    refuses = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {COMPILER} "$@"'
     monkeypatch.setenv("CC", script(tmp_path / "cc", refuses))
-    assert cpu.why_not() == ""
+    kernels, why_not = cpu.load()
+    assert why_not == ""
     values = torch.randn(5, 70)
-    assert torch.equal(cpu.kernels().quantize_tokens(values, None)[0], integers.quantize_tokens(values)[0])
+    assert torch.equal(kernels.quantize_tokens(values, None)[0], integers.quantize_tokens(values)[0])
 
 
 @compiler
-def test_kernels_that_compute_something_else_are_not_used(cache, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("cache")
+def test_kernels_that_compute_something_else_are_not_used(tmp_path):
     source = cpu.SOURCE.read_text()
     assert "rintf(VALUE * inverse) + zero" in source
-    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "cpu.c")
-    cpu.SOURCE.write_text(source.replace("rintf(VALUE * inverse) + zero", "floorf(VALUE * inverse) + zero"))
-    assert cpu.kernels() is None
-    assert cpu.why_not() == "the compiled kernels do not give what the torch ops give"
+    other = tmp_path / "cpu.c"
+    other.write_text(source.replace("rintf(VALUE * inverse) + zero", "floorf(VALUE * inverse) + zero"))
+    assert cpu.load(other) == (None, "the compiled kernels do not give what the torch ops give")
 
 
 @pytest.mark.parametrize(
@@ -385,10 +383,11 @@ def test_kernels_that_compute_something_else_are_not_used(cache, monkeypatch, tm
 def test_a_broken_compiler_is_done_without(cache, monkeypatch, tmp_path, caplog, text, reason):
     monkeypatch.setenv("CC", script(tmp_path / "cc", text))
     with caplog.at_level("INFO", "cemq"):
-        assert cpu.kernels() is None
-    assert cpu.why_not()
-    assert reason in cpu.why_not()
-    assert "\n" not in cpu.why_not()
+        kernels, why_not = cpu.load()
+    assert kernels is None
+    assert why_not
+    assert reason in why_not
+    assert "\n" not in why_not
     assert "torch ops are used instead" in caplog.text
     assert not list(cache.iterdir())
 
@@ -401,15 +400,29 @@ def test_a_compiler_that_hangs_is_done_without(cache, monkeypatch):
         return run(["sh", "-c", "echo thinking >&2; exec sleep 5"], **options | {"timeout": 0.2})
 
     monkeypatch.setattr(cpu.subprocess, "run", hang)
-    assert cpu.kernels() is None
-    assert isinstance(cpu.why_not(), str)
-    assert cpu.why_not()
+    kernels, why_not = cpu.load()
+    assert kernels is None
+    assert isinstance(why_not, str)
+    assert why_not
     assert not list(cache.iterdir())
 
 
 def test_a_compiler_that_is_not_there_is_done_without(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(tmp_path / "nowhere"))
-    assert "No such file" in cpu.why_not()
+    assert "No such file" in cpu.load()[1]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("variable", "value", "why_not"),
+    [
+        ("PATH", "", "no C compiler: neither cc, gcc nor clang is on the PATH"),
+        (cpu.SWITCH, "0", "switched off by CEMQ_CPU_KERNELS=0"),
+    ],
+)
+def test_why_there_are_no_kernels(monkeypatch, variable, value, why_not):
+    monkeypatch.setenv(variable, value)
+    assert cpu.load() == (None, why_not)
 
 
 def test_a_process_without_kernels_gives_the_same(tmp_path):
@@ -420,19 +433,14 @@ def test_a_process_without_kernels_gives_the_same(tmp_path):
     outputs = [[layer(values.to(layer.bias.dtype)) for values in inputs] for layer in layers]
     torch.save((layers, inputs, outputs), tmp_path / "layers")
     code = """
-import os, sys, torch
+import sys, torch
 from cemq.quantize.kernels import cpu
 layers, inputs, outputs = torch.load(sys.argv[1], weights_only=False)
-for switch in ("1", "0"):
-    os.environ["CEMQ_CPU_KERNELS"] = switch
-    cpu._load.cache_clear()
-    for layer, wanted in zip(layers, outputs):
-        for values, expected in zip(inputs, wanted):
-            found = layer(values.to(layer.bias.dtype))
-            exact = len(values) >= 32 and layer.scheme.activation_bits == 8
-            assert torch.equal(found, expected) if exact else torch.allclose(found, expected, rtol=0.01, atol=0.01)
-    print(cpu.kernels(), cpu.why_not())
+for layer, wanted in zip(layers, outputs):
+    for values, expected in zip(inputs, wanted):
+        found = layer(values.to(layer.bias.dtype))
+        exact = len(values) >= 32 and layer.scheme.activation_bits == 8
+        assert torch.equal(found, expected) if exact else torch.allclose(found, expected, rtol=0.01, atol=0.01)
+print(cpu.kernels())
 """
-    without, switched_off = run_python(code, tmp_path / "layers", PATH="", CC="").splitlines()
-    assert without == "None no C compiler: neither cc, gcc nor clang is on the PATH"
-    assert switched_off == "None switched off by CEMQ_CPU_KERNELS=0"
+    assert run_python(code, tmp_path / "layers", **{cpu.SWITCH: "0"}) == "None"

@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_denoiser, predict, relative
 from diffusers.models.activations import GELU
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.comparing import relative
+from support.pipelines import make_denoiser, predict
 from torch import nn
 
 from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, InputStatistics, NativeLinear, quantize_in_place

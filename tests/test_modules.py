@@ -4,11 +4,11 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import FLUX_CALL
-from family_checks import batch_of
-from test_residual import PROMPTS, run_dit
-from test_runtime import BATCH, CALL, EVERY, HALF, STEPS, plan_of
-from tiny_pipelines import FAMILIES
+from support.checks import batch_of
+from support.families import FAMILIES
+from support.models import Block, Times
+from support.pipelines import BATCH, CALL, FLUX_CALL, ONE, STEPS, run_dit
+from support.schedules import EVERY, HALF, plan_of
 from torch import nn
 from typer.testing import CliRunner
 
@@ -26,30 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' o
 
 
 # --- in the head
-
-
-class Times(nn.Module):
-    """Multiplies by ``factor``, and counts how often."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor, self.calls = factor, 0
-
-    def forward(self, x):
-        self.calls += 1
-        return x * self.factor
-
-
-class Block(nn.Module):
-    """A gate of the step itself on attention (times 2) and feed-forward (times 3), each added to its input."""
-
-    def __init__(self):
-        super().__init__()
-        self.attn, self.ff = Times(2), Times(3)
-
-    def forward(self, x, gate):
-        x = x + gate * self.attn(x)
-        return x + gate * self.ff(x)
 
 
 class Toy(nn.Module):
@@ -274,7 +250,7 @@ def test_each_guidance_branch_has_its_own_outputs(flux):
     schedule, found, ends = CacheSchedule(num_steps=STEPS, full_steps=(0, 3), predictor="reuse"), [], [0]
     with attached(flux, schedule, cache="modules") as hook:
         attention.register_forward_hook(lambda *args: found.append([leaf.clone() for leaf in args[-1]]))
-        run(flux, PROMPTS, steps=STEPS, call=FLUX_CALL, on_step=lambda: ends.append(len(found)))
+        run(flux, ONE, steps=STEPS, call=FLUX_CALL, on_step=lambda: ends.append(len(found)))
     assert (hook.full_evaluations, hook.skipped_evaluations) == (4, 8)
     assert ends[:3] == [0, 3, 5]  # computed, checked; computed; served twice
     for conditional, again, unconditional in zip(found[0], found[3], found[2], strict=True):  # image and text

@@ -8,28 +8,15 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import FLUX_CALL, make_dit, make_flux
 from diffusers.hooks import apply_group_offloading, group_offloading
+from support.pipelines import STEPS, make_dit, make_flux, run_dit, run_flux
+from support.schedules import EVERY, HALF
 
-from cemq.pipelines.batches import Batch, run
 from cemq.pipelines.noise_scheduler import fingerprint
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.runtime import attach, attached, detach, schedule_hook
-from cemq.schedule import CacheSchedule
 
 CPU = torch.device("cpu")
-STEPS = 6
-HALF = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4))
-EVERY = CacheSchedule(num_steps=STEPS, full_steps=tuple(range(STEPS)))
-LABELS, PROMPTS = Batch(conditions=(1, 2), seeds=(5, 6)), Batch(conditions=("a bold seven",), seeds=(3,))
-
-
-def run_dit(pipe):
-    return run(pipe, LABELS, steps=STEPS, call={"guidance_scale": 2.0})
-
-
-def run_flux(pipe):
-    return run(pipe, PROMPTS, steps=STEPS, call=FLUX_CALL)
 
 
 def sampler_of(pipe, run_pipe):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FLUX_CALL, make_dit, make_flux
 from diffusers import HeunDiscreteScheduler
+from support.pipelines import BATCH, CALL, FLUX_CALL, make_dit, make_flux
 
 import cemq
 from cemq.build.settings import BuildSettings
@@ -26,8 +26,6 @@ from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import make_correction
 
 STEPS, OTHER = 10, 6
-CALL = {"guidance_scale": 2.0}
-BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
 SETTINGS = {
     "scheme": "w8a8", "rounding": "nearest", "steps": STEPS, "budget": 4, "samples": 2, "planning_samples": 4,
     "effort": "quick", "call": CALL,
@@ -57,7 +55,7 @@ def pipe(bundle):
 def followed(pipe, steps):
     """The plan of a run of so many steps."""
     run(pipe, BATCH, steps=steps, call=CALL)
-    return schedule_hook(pipe).tracker._current
+    return schedule_hook(pipe).tracker.current
 
 
 def test_a_run_with_a_planned_step_count_follows_what_was_planned(bundle, pipe):

@@ -3,9 +3,9 @@ import wave
 import numpy as np
 import pytest
 import torch
-from family_checks import draw, quantized
 from PIL import Image
-from tiny_pipelines import FAMILIES
+from support.checks import draw, quantized
+from support.families import FAMILIES
 from typer.testing import CliRunner
 
 import cemq

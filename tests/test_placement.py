@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import FLUX_CALL, make_flux
 from diffusers import AutoencoderKL
 from diffusers.hooks import group_offloading
 from safetensors.torch import load_file
+from support.pipelines import FLUX_CALL, make_flux
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -7,14 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import make_dit
+from support.pipelines import STEPS
+from support.planning import BUDGET, prepared, quickly
 
 from cemq.errors import InfeasibleBudgetError, InputError
-from cemq.pipelines.batches import make_batches
 from cemq.prior.error_prior import ErrorPrior
-from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.runtime import attached
-from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule, full_compute, plan_schedule
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import METHODS
@@ -23,23 +21,6 @@ from cemq.search.explore import Search, Wanted
 from cemq.search.propagation import Fit, sample_schedules
 from cemq.search.settings import EFFORTS, PlanSettings, SearchSettings
 from cemq.search.trials import ClosedLoop, Trial
-
-STEPS, BUDGET = 6, 3
-CALL = {"guidance_scale": 2.0}
-
-
-def prepared(scheme="w4a8", batch_size=2, pipe=None):
-    """A quantized pipeline, its prior, and two planning samples as full precision drew them."""
-    pipe = pipe or make_dit()
-    profiled, planning = (
-        make_batches((1, 2), samples=4 - batch_size, first_seed=seed, batch_size=batch_size) for seed in (0, 5)
-    )
-    runner = Runner(pipe=pipe, steps=STEPS, call=CALL)
-    trajectories, references = runner.record(profiled), runner.run(planning)
-    if scheme != "none":
-        quantize_in_place(pipe.transformer, CemqConfig(scheme))
-    prior = runner.profile(profiled, trajectories, scheme=scheme, dtype="float32")
-    return {"runner": runner, "prior": prior, "batches": planning, "references": references}
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +36,6 @@ def searched(quantized):
 def planned(quantized, budget, **settings):
     loop = ClosedLoop(**quantized)
     return loop, quickly(loop, budget, **settings)
-
-
-def quickly(loop, budget, **settings):
-    return plan(loop, PlanSettings(budget=budget, effort="quick", **settings))
 
 
 def plain(loop, budget):
@@ -196,7 +173,7 @@ def test_luck_on_few_samples_does_not_win(quantized, lucky, wins):
     trials = {"steady": trial_of(good, [60.0, 60.0, 60.0]), "lucky": trial_of(bad, lucky)}
     loop = SimpleNamespace(num_steps=STEPS, fit=lambda view: Fit(prior=prior, rms_log_error=0.1))
     search = Search(loop=loop, settings=PlanSettings(budget=BUDGET), corrector="none")
-    assert search._ranked(list(trials.values()))[0] is trials[wins]
+    assert search.ranked(list(trials.values()))[0] is trials[wins]
 
 
 @pytest.mark.parametrize(("errors", "met"), [([1.1, 1.1], True), ([1.0, 1.29], False), ([1.2, 1.2], False)])
@@ -254,9 +231,13 @@ def test_auto_finds_a_budget_within_the_tolerance(quantized, tolerance):
         assert found.schedule.budget < STEPS
 
 
-def test_auto_goes_on_to_larger_budgets_where_all_samples_do_not_keep_what_some_promised(monkeypatch):
-    # pictures may be best with few steps although latents are not, and so budgets that do not do rank first
-    monkeypatch.setattr(Search, "_ranked", lambda _, trials: sorted(trials, key=lambda trial: trial.schedule.budget))
+def test_auto_goes_on_to_larger_budgets_where_all_samples_do_not_keep_what_some_promised():
+    class FewestFirst(Search):
+        """Pictures may be best with few steps although latents are not, and so budgets that do not do rank first."""
+
+        def ranked(self, trials):
+            return sorted(trials, key=lambda trial: trial.schedule.budget)
+
     loop = ClosedLoop(**prepared(batch_size=1))
     full = loop.run(full_compute(STEPS))
     for schedule in sample_schedules(STEPS, 6, ("taylor1",), 0):
@@ -267,7 +248,7 @@ def test_auto_goes_on_to_larger_budgets_where_all_samples_do_not_keep_what_some_
 
     wanted = SimpleNamespace(full=full, psnr_db=None, error=full.error, met_by=met_by)
     settings = PlanSettings(budget="auto", effort="thorough", search=SearchSettings(searched=1))
-    search = Search(loop=loop, settings=settings, corrector="none")
+    search = FewestFirst(loop=loop, settings=settings, corrector="none")
     found = search.fewest(wanted)
     assert (found.schedule.budget, found.samples) == (5, loop.samples)
 

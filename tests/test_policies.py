@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import FLUX_CALL, make_dit, make_flux
-from family_checks import draw
-from tiny_pipelines import FAMILIES
+from support.checks import draw
+from support.families import FAMILIES
+from support.pipelines import BATCH, CALL, FLUX_CALL, make_dit, make_flux
 
 import cemq
 from cemq.bench import bench_bundle
@@ -24,8 +24,6 @@ from cemq.runtime.runner import Runner
 from cemq.runtime.teacache import TeaCache, fitted_coefficients
 from cemq.schedule import CacheSchedule
 
-BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
-CALL = {"guidance_scale": 2.0}
 STEPS = 8
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.schedules import full_steps_of
 
 from cemq.errors import InputError
 from cemq.predict.predictors import PREDICTORS, check_predictor, serving_matrix
@@ -15,13 +16,6 @@ BY_HAND = {
     "goc": [(-0.8, 1.8, 0), (0.64, -1.44, 1.8), (1.152, -2.592, 2.44)],
     "mean-velocity": [(0, 1, 0), (0, 0, 1), (0, -0.25, 1.25)],
 }
-
-
-@st.composite
-def full_steps_of(draw, at_least=1):
-    steps = draw(st.integers(at_least + 1, 40))
-    rest = draw(st.sets(st.integers(1, steps - 1), min_size=at_least - 1))
-    return steps, (0, *sorted(rest))
 
 
 @pytest.mark.parametrize("name", PREDICTORS)

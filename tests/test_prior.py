@@ -2,6 +2,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from support.priors import prior_of, trajectories
 
 from cemq.errors import BundleError, InputError, PriorMismatchError
 from cemq.pipelines.fingerprint import SamplerFingerprint
@@ -24,21 +25,13 @@ METADATA = PriorMetadata(
 )
 
 
-def trajectories(seed=0):
-    random = np.random.default_rng(seed)
-    v = np.cumsum(random.normal(size=(STEPS, ELEMENTS)), axis=0)
-    return v + 0.1 * random.normal(size=v.shape), v
-
-
-def prior_of(q, v, **fields):
-    elements = q.shape[1]
-    return ErrorPrior(
-        qq=q @ q.T / elements, qv=q @ v.T / elements, vv=v @ v.T / elements, step_sizes=np.ones(len(q)), **fields
-    )
+def predictions():
+    """Quantized ones and those of full precision."""
+    return trajectories(STEPS, elements=ELEMENTS, noise=0.1)[:2]
 
 
 def cached_and_true(view):
-    q, v = trajectories()
+    q, v = predictions()
     return {"combined": (q, v), "cache": (v, v), "self": (q, q)}[view]
 
 
@@ -52,7 +45,7 @@ def served_and_errors(view, seed=1):
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_error_gram_holds_the_inner_products_of_the_errors(view):
     served, errors, _ = served_and_errors(view)
-    found = prior_of(*trajectories()).error_gram(served, view)
+    found = prior_of(*predictions()).error_gram(served, view)
     assert found == pytest.approx(errors @ errors.T / ELEMENTS, rel=1e-9, abs=1e-9)
 
 
@@ -60,14 +53,14 @@ def test_the_error_gram_holds_the_inner_products_of_the_errors(view):
 def test_a_step_error_is_the_relative_distance(view):
     served, errors, y = served_and_errors(view)
     expected = np.linalg.norm(errors, axis=1) / np.linalg.norm(y, axis=1)
-    assert prior_of(*trajectories()).step_errors(served, view) == pytest.approx(expected, rel=1e-9)
+    assert prior_of(*predictions()).step_errors(served, view) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_coherent_errors_add_up_with_sign_in_the_final_sample(view):
     served, errors, _ = served_and_errors(view)
     sizes, sensitivity = np.array([1.0, 2, 0.5, 1, 3, 1]), np.array([0.1, 0.2, 1, 2, 1, 4])
-    prior = prior_of(*trajectories(), sensitivity=sensitivity)
+    prior = prior_of(*predictions(), sensitivity=sensitivity)
     prior = dataclasses.replace(prior, step_sizes=sizes)
     moved = sum(size * gain * error for size, gain, error in zip(sizes, sensitivity, errors, strict=True))
     assert prior.final_error(served, view=view) == pytest.approx(np.sqrt(np.mean(moved**2)), rel=1e-9)
@@ -85,9 +78,9 @@ def test_coherent_errors_add_up_with_sign_in_the_final_sample(view):
 )
 def test_a_step_that_reuses_an_output_has_a_sensitivity_of_its_own(full_steps, predictors, rows):
     sensitivity = np.array([[0.1, 0.2, 1, 2, 1, 4], [3, 5, 7, 9, 11, 13]])
-    prior = prior_of(*trajectories(), sensitivity=sensitivity)
+    prior = prior_of(*predictions(), sensitivity=sensitivity)
     served = serving_matrix(STEPS, full_steps, predictors)
-    q, v = trajectories()
+    q, v = predictions()
     moved = sum(sensitivity[row, step] * (served @ q - v)[step] for step, row in enumerate(rows))
     assert prior.final_error(served) == pytest.approx(np.sqrt(np.mean(moved**2)), rel=1e-9)
     assert reused_steps(served).tolist() == [bool(row) for row in rows]
@@ -95,20 +88,20 @@ def test_a_step_that_reuses_an_output_has_a_sensitivity_of_its_own(full_steps, p
 
 def test_errors_without_coherence_add_up_in_squares():
     served, errors, _ = served_and_errors("combined")
-    prior = prior_of(*trajectories(), coherence=1e-3)
+    prior = prior_of(*predictions(), coherence=1e-3)
     assert prior.final_error(served) == pytest.approx(np.sqrt(np.sum(errors**2) / ELEMENTS), rel=1e-9)
 
 
 def test_the_coherence_is_the_number_of_steps_after_which_a_third_of_the_agreement_is_left():
     served, errors, _ = served_and_errors("combined")
     total = sum(np.exp(-abs(s - t) / 2.5) * np.mean(errors[s] * errors[t]) for s in range(STEPS) for t in range(STEPS))
-    assert prior_of(*trajectories(), coherence=2.5).final_error(served) == pytest.approx(np.sqrt(total), rel=1e-9)
+    assert prior_of(*predictions(), coherence=2.5).final_error(served) == pytest.approx(np.sqrt(total), rel=1e-9)
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_reuse_errors_are_relative_distances_and_nan_before_the_first_step(view):
     x, y = cached_and_true(view)
-    table = prior_of(*trajectories()).reuse_errors(view)
+    table = prior_of(*predictions()).reuse_errors(view)
     assert table.shape == (STEPS, STEPS)
     for age in range(STEPS):
         for step in range(STEPS):
@@ -122,7 +115,7 @@ def test_reuse_errors_are_relative_distances_and_nan_before_the_first_step(view)
 @pytest.mark.parametrize("view", VIEWS)
 def test_cosine_distances_are_one_minus_the_cosine_and_zero_before_the_first_step(view):
     x, y = cached_and_true(view)
-    table = prior_of(*trajectories()).cosine_distances(view)
+    table = prior_of(*predictions()).cosine_distances(view)
     assert table.shape == (STEPS, STEPS)
     for age in range(STEPS):
         for step in range(STEPS):
@@ -135,7 +128,7 @@ def test_cosine_distances_are_one_minus_the_cosine_and_zero_before_the_first_ste
 
 
 def test_reuse_errors_agree_with_the_step_errors_of_one_unit_weight():
-    prior = prior_of(*trajectories())
+    prior = prior_of(*predictions())
     table = prior.reuse_errors()
     for age in range(STEPS):
         served = np.eye(STEPS)[np.maximum(np.arange(STEPS) - age, 0)]
@@ -143,7 +136,7 @@ def test_reuse_errors_agree_with_the_step_errors_of_one_unit_weight():
 
 
 def test_without_quantization_error_all_views_are_equal():
-    _, v = trajectories()
+    _, v = predictions()
     prior = prior_of(v, v)
     for view in ("cache", "self"):
         assert np.array_equal(prior.reuse_errors("combined"), prior.reuse_errors(view), equal_nan=True)
@@ -153,12 +146,12 @@ def test_without_quantization_error_all_views_are_equal():
 
 
 def test_with_quantization_error_no_two_views_are_equal():
-    tables = [prior_of(*trajectories()).reuse_errors(view)[1, 1:] for view in VIEWS]
+    tables = [prior_of(*predictions()).reuse_errors(view)[1, 1:] for view in VIEWS]
     assert all((a != b).all() for a, b in [(tables[0], tables[1]), (tables[0], tables[2]), (tables[1], tables[2])])
 
 
 def test_row_zero_of_the_combined_view_is_the_quantization_floor():
-    q, v = trajectories()
+    q, v = predictions()
     prior = prior_of(q, v)
     expected = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(q, v, strict=True)]
     assert prior.reuse_errors("combined")[0] == pytest.approx(expected, rel=1e-9)
@@ -167,18 +160,18 @@ def test_row_zero_of_the_combined_view_is_the_quantization_floor():
 
 @pytest.mark.parametrize("view", ["cache", "self"])
 def test_a_step_computed_in_full_costs_nothing_where_nothing_is_quantized_away(view):
-    assert (prior_of(*trajectories()).reuse_errors(view)[0] == 0).all()
+    assert (prior_of(*predictions()).reuse_errors(view)[0] == 0).all()
 
 
 def test_an_unknown_view_names_the_nearest_one():
     with pytest.raises(InputError, match=r"unknown prior 'combine'.*did you mean 'combined'"):
-        prior_of(*trajectories()).reuse_errors("combine")
+        prior_of(*predictions()).reuse_errors("combine")
 
 
 def test_a_saved_prior_loads_bit_for_bit_with_its_metadata(tmp_path):
     random = np.random.default_rng(0)
     prior = prior_of(
-        *trajectories(),
+        *predictions(),
         metadata=METADATA,
         sensitivity=random.uniform(1, 2, STEPS),
         coherence=7.5,
@@ -197,7 +190,7 @@ def test_a_saved_prior_loads_bit_for_bit_with_its_metadata(tmp_path):
 
 
 def test_a_prior_without_metadata_loads_without_metadata(tmp_path):
-    prior_of(*trajectories()).save(tmp_path / "prior.safetensors")
+    prior_of(*predictions()).save(tmp_path / "prior.safetensors")
     loaded = ErrorPrior.load(tmp_path / "prior.safetensors")
     assert loaded.metadata is None
     assert loaded.coherence == np.inf
@@ -205,7 +198,7 @@ def test_a_prior_without_metadata_loads_without_metadata(tmp_path):
 
 
 def test_a_matrix_in_another_memory_order_is_saved_as_it_reads(tmp_path):
-    q, v = trajectories()
+    q, v = predictions()
     prior = dataclasses.replace(prior_of(q, v), qv=np.asfortranarray(q @ v.T))
     prior.save(tmp_path / "prior.safetensors")
     assert np.array_equal(ErrorPrior.load(tmp_path / "prior.safetensors").qv, prior.qv)
@@ -216,7 +209,7 @@ def test_a_damaged_prior_file_is_refused_by_name(tmp_path, damage):
     from safetensors.numpy import load_file, save_file
 
     path = tmp_path / "prior.safetensors"
-    prior_of(*trajectories(), metadata=METADATA).save(path)
+    prior_of(*predictions(), metadata=METADATA).save(path)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-40])
     elif damage == "text":
@@ -235,17 +228,17 @@ def test_a_damaged_prior_file_is_refused_by_name(tmp_path, damage):
 @pytest.mark.parametrize("shape", [(STEPS - 1, STEPS), (STEPS, STEPS + 1), (STEPS,), (STEPS, STEPS, 1)])
 def test_a_misshapen_matrix_is_refused_by_name(name, shape):
     with pytest.raises(InputError, match=f"{name} has shape"):
-        dataclasses.replace(prior_of(*trajectories()), **{name: np.ones(shape)})
+        dataclasses.replace(prior_of(*predictions()), **{name: np.ones(shape)})
 
 
 @pytest.mark.parametrize("coherence", [0.0, -1.0, np.nan])
 def test_a_coherence_that_is_not_positive_is_refused(coherence):
     with pytest.raises(InputError, match="expected more than 0 steps"):
-        prior_of(*trajectories(), coherence=coherence)
+        prior_of(*predictions(), coherence=coherence)
 
 
 def test_one_response_is_that_of_all_steps_and_none_of_another_length_is_taken():
-    q, v = trajectories()
+    q, v = predictions()
     assert np.array_equal(prior_of(q, v, response=np.array([0.5, 2.0])).response, [[0.5] * len(q), [2.0] * len(q)])
     for wrong in (np.ones(3), np.ones((2, len(q) + 1))):
         with pytest.raises(InputError, match=r"response has shape \(.*\), expected \(2, "):
@@ -254,12 +247,12 @@ def test_one_response_is_that_of_all_steps_and_none_of_another_length_is_taken()
 
 def test_a_sensitivity_of_another_length_is_refused():
     with pytest.raises(InputError, match=r"sensitivity has shape \(5,\), expected \(2, 6\)"):
-        prior_of(*trajectories(), sensitivity=np.ones(STEPS - 1))
+        prior_of(*predictions(), sensitivity=np.ones(STEPS - 1))
 
 
 def test_token_cosines_take_the_place_of_the_grams_in_cosine_distances():
     cosines = np.stack([np.full((STEPS, STEPS), value) for value in (0.75, 0.5, 0.25)])
-    prior = prior_of(*trajectories(), token_cosines=cosines)
+    prior = prior_of(*predictions(), token_cosines=cosines)
     for view, expected in (("cache", 0.25), ("self", 0.5), ("combined", 0.75)):
         assert prior.cosine_distances(view)[2].tolist() == [0, 0] + [expected] * 4
 
@@ -267,7 +260,7 @@ def test_token_cosines_take_the_place_of_the_grams_in_cosine_distances():
 @pytest.mark.parametrize("name", ["qq", "qv", "vv", "step_sizes", "sensitivity"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_matrix_that_is_not_finite_is_refused_by_name(name, bad):
-    prior = prior_of(*trajectories())
+    prior = prior_of(*predictions())
     damaged = getattr(prior, name).copy()
     damaged.flat[-1] = bad
     with pytest.raises(InputError, match=f"{name} is not finite"):

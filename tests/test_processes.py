@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FLUX_CALL, make_dit, make_flux
+from support.pipelines import STEPS, make_dit
+from support.processes import SHARED_SCHEDULE, draw_shared, quantized_flux
 from typer.testing import CliRunner
 
 import cemq
@@ -18,7 +19,6 @@ from cemq import cli
 from cemq.evaluation.analysis import analyze
 from cemq.parallel import ALONE, Processes, launched
 from cemq.recipe import load_recipe
-from cemq.schedule import CacheSchedule
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -35,7 +35,7 @@ call: {guidance_scale: 2.0}
 
 
 def start(command, **variables):
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **variables}
     return subprocess.Popen(
         [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=os.environ | variables,
@@ -188,11 +188,10 @@ with launched() as processes:
     cemq.quantize_and_schedule(output=folder / "few-two", **settings, **same)
 
 # The same two processes now draw one picture together, each half of its tokens. torch.distributed is still set up.
-sys.path.insert(0, "tests")
 import torch
 from diffusers import ContextParallelConfig
 from diffusers.hooks.context_parallel import ContextParallelSplitHook
-from test_processes import SCHEDULE, draw, quantized_flux
+from support.processes import SHARED_SCHEDULE, draw_shared, quantized_flux
 
 torch.accelerator.device_count = lambda: 1  # without an accelerator diffusers 0.42 divides by it, and it is 0
 splits, split = [], ContextParallelSplitHook.pre_forward
@@ -208,13 +207,13 @@ for order in ("schedule on top", "schedule below"):
     pipe = quantized_flux()
     if order == "schedule on top":
         enable(pipe)
-    with cemq.attached(pipe, SCHEDULE) as hook:
+    with cemq.attached(pipe, SHARED_SCHEDULE) as hook:
         if order == "schedule below":
             enable(pipe)
-        drawn = draw(pipe)
+        drawn = draw_shared(pipe)
         counts = [hook.full_evaluations, hook.skipped_evaluations, len(splits)]
     splits.clear()
-    full = draw(pipe)
+    full = draw_shared(pipe)
     parallel[order] = {"scheduled": drawn.tolist(), "counts": counts, "full": full.tolist(), "splits": len(splits)}
     splits.clear()
 if processes.is_main:
@@ -242,19 +241,6 @@ for bad in (["--calib", "nowhere.txt"], []):
     except SystemExit as end:
         print(end.code)
 """
-STEPS = 6
-SCHEDULE = CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 4), predictor="taylor1")
-
-
-def quantized_flux():
-    pipe = make_flux()
-    cemq.quantize_in_place(pipe.transformer, cemq.CemqConfig("w8a8"))
-    return pipe
-
-
-def draw(pipe):
-    generator = torch.Generator().manual_seed(0)
-    return pipe("a seven", num_inference_steps=STEPS, generator=generator, output_type="np", **FLUX_CALL).images
 
 
 @pytest.fixture(scope="module")
@@ -296,10 +282,10 @@ def test_more_processes_than_batches_find_the_same(bundle, shared):
 def test_a_schedule_goes_with_context_parallelism_and_skipped_steps_exchange_nothing(shared, order):
     parallel, pipe = shared[3][order], quantized_flux()
     assert parallel["counts"] == [6, 6, 6]  # true guidance calls twice a step; inputs are split for full ones alone
-    np.testing.assert_allclose(parallel["full"], draw(pipe), atol=1e-5)
+    np.testing.assert_allclose(parallel["full"], draw_shared(pipe), atol=1e-5)
     assert parallel["splits"] == 2 * STEPS  # detached: as without a schedule
-    with cemq.attached(pipe, SCHEDULE):
-        np.testing.assert_allclose(parallel["scheduled"], draw(pipe), atol=1e-5)
+    with cemq.attached(pipe, SHARED_SCHEDULE):
+        np.testing.assert_allclose(parallel["scheduled"], draw_shared(pipe), atol=1e-5)
 
 
 def test_bad_input_and_ctrl_c_in_one_process_end_both_and_leave_nothing(pair, bundle):

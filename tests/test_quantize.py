@@ -5,13 +5,16 @@ import json
 
 import pytest
 import torch
-from conftest import identical, make_denoiser, predict, relative, run_python
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.comparing import identical, relative
+from support.pipelines import make_denoiser, predict
+from support.processes import run_python
+from support.quantized import eight_bits, saved_and_edited, schemes_of
 from torch import nn
 
 from cemq.errors import BundleError, SchemeError
-from cemq.quantize import BACKENDS, CemqConfig, QuantizedLinear, check_scheme, quantize_in_place, schemes
+from cemq.quantize import BACKENDS, CemqConfig, check_scheme, quantize_in_place, schemes
 
 BLOCK = "transformer_blocks.0"
 FILE = "diffusion_pytorch_model.safetensors"
@@ -38,11 +41,7 @@ def cast_to(model, dtype):
 
 def saved(folder, scheme, edit, **options):
     """A quantized model on disk whose tensors went through ``edit``."""
-    quantized_model(scheme, **options).save_pretrained(folder)
-    tensors = load_file(folder / FILE)
-    edit(tensors)
-    save_file(tensors, folder / FILE, metadata={"format": "pt"})
-    return folder
+    return saved_and_edited(quantized_model(scheme, **options), folder, edit)
 
 
 # --- whole models
@@ -207,14 +206,6 @@ def test_a_bias_of_another_shape_is_refused_by_name(tmp_path):
 
 
 # --- configuration
-
-
-def schemes_of(model):
-    return {name: module.scheme for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-
-
-def eight_bits(model):
-    return {name for name, scheme in schemes_of(model).items() if scheme.weight_bits == 8}
 
 
 def test_full_precision_patterns_are_respected():

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import json
+import shutil
 import threading
 import warnings
 
@@ -8,21 +9,21 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import FLUX_CALL, make_dit, make_flux
 from diffusers import DiTPipeline, HookRegistry
 from diffusers.hooks import apply_group_offloading
-from family_checks import caches_outputs, counted_forwards, draw, few_steps, plain_run, quantized
-from test_hostile import family_with
-from test_runtime import BATCH, CALL, EVERY, HALF, STEPS, plan_of, sampler_of
-from tiny_pipelines import FAMILIES
+from support.bundles import resealed
+from support.checks import caches_outputs, counted_forwards, draw, few_steps, plain_run, quantized
+from support.families import FAMILIES, family_with
+from support.pipelines import BATCH, CALL, FLUX_CALL, ONE, STEPS, make_dit, make_flux, run_dit
+from support.schedules import EVERY, HALF, plan_of, sampler_of
 from torch import nn
 from typer.testing import CliRunner
 
 import cemq
 from cemq import cli
-from cemq.bundle.manifest import MANIFEST, _checksum, read_bundle
+from cemq.bundle.manifest import read_bundle
 from cemq.errors import InputError, ModelError
-from cemq.pipelines.batches import Batch, run
+from cemq.pipelines.batches import run
 from cemq.runtime import attach, attached, cache_checked, detach, schedule_hook
 from cemq.runtime.attach import HOOK
 from cemq.runtime.cached.inner import block_stack
@@ -33,13 +34,6 @@ from cemq.schedule.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own names
 CPU = torch.device("cpu")
-PROMPTS = Batch(conditions=("a bold seven",), seeds=(3,))
-
-
-def run_dit(pipe, steps=STEPS, **options):
-    return run(pipe, BATCH, steps=steps, call=CALL, **options)
-
-
 # --- in the head
 
 
@@ -229,7 +223,7 @@ def test_each_guidance_branch_has_its_own_residual(flux):
     given, returned = ends_of_the_stack(flux.transformer)
     schedule, starts = CacheSchedule(num_steps=STEPS, full_steps=(0, 3), predictor="reuse"), [0]
     with attached(flux, schedule, cache="residual") as hook:
-        run(flux, PROMPTS, steps=STEPS, call=FLUX_CALL, on_step=lambda: starts.append(len(given)))
+        run(flux, ONE, steps=STEPS, call=FLUX_CALL, on_step=lambda: starts.append(len(given)))
     assert (hook.full_evaluations, hook.skipped_evaluations) == (4, 8)
     assert starts[:3] == [0, 5, 7]  # computed, without its blocks, checked; computed, without its blocks; served twice
     residuals = [after - before for before, after in zip(given, returned, strict=True)]
@@ -309,13 +303,13 @@ def test_the_check_notices_a_wrong_residual(name, wrong, monkeypatch):
     family = FAMILIES[name]
     pipe = family.pipeline()
     _, trajectory = plain_run(pipe, family)
-    difference = ResidualCache._difference
+    serve = ResidualCache.serve
 
-    def scaled(self, full, bare):
-        calls, leaves = difference(self, full, bare)
-        return calls, [wrong * leaf if torch.is_tensor(leaf) else leaf for leaf in leaves]
+    def scaled(self, forward, residual):
+        calls, leaves = residual
+        return serve(self, forward, (calls, [wrong * leaf if torch.is_tensor(leaf) else leaf for leaf in leaves]))
 
-    monkeypatch.setattr(ResidualCache, "_difference", scaled)
+    monkeypatch.setattr(ResidualCache, "serve", scaled)
     with (
         attached(pipe, few_steps(trajectory), trajectory.sampler, cache="residual"),
         pytest.raises(ModelError, match="it gives another output"),
@@ -418,7 +412,7 @@ def test_offload_changes_nothing_and_a_skipped_step_moves_no_weight_of_what_is_s
     pipe = make_flux()
     expected_from = make_flux()
     with attached(expected_from, SCHEDULE, cache=cache):
-        expected = run(expected_from, PROMPTS, steps=STEPS, call=FLUX_CALL)
+        expected = run(expected_from, ONE, steps=STEPS, call=FLUX_CALL)
     moved = []
     insides = {id(module) for found in FOUND[cache](pipe.transformer) for module in found.modules()}
     onload, place = group_offloading.ModuleGroup.onload_, accelerate.hooks.AlignDevicesHook.pre_forward
@@ -443,7 +437,7 @@ def test_offload_changes_nothing_and_a_skipped_step_moves_no_weight_of_what_is_s
         do()
     for _ in range(2):
         moved.clear()
-        assert np.array_equal(run(pipe, PROMPTS, steps=STEPS, call=FLUX_CALL), expected)
+        assert np.array_equal(run(pipe, ONE, steps=STEPS, call=FLUX_CALL), expected)
         assert set(moved) == (set() if offload is model_offload else set(SCHEDULE.full_steps))
 
 
@@ -634,16 +628,9 @@ def test_an_export_names_the_cache_and_is_followed(bundle, tmp_path):
 
 
 def test_a_bundle_of_before_caches_the_output(bundle, tmp_path):
-    content = json.loads((bundle / MANIFEST).read_text())
-    del content["cache"], content["checksum"]
-    for path in bundle.rglob("*"):
-        target = tmp_path / "old" / path.relative_to(bundle)
-        target.mkdir(parents=True) if path.is_dir() else (
-            target.parent.mkdir(parents=True, exist_ok=True), target.write_bytes(path.read_bytes())
-        )  # fmt: skip
-    (tmp_path / "old" / MANIFEST).write_text(json.dumps(content | {"checksum": _checksum(content)}))
-    assert read_bundle(tmp_path / "old").cache == "output"
-    assert schedule_hook(load(tmp_path / "old")).plan.cache == "output"
+    old = resealed(shutil.copytree(bundle, tmp_path / "old"), lambda manifest: manifest.pop("cache"))
+    assert read_bundle(old).cache == "output"
+    assert schedule_hook(load(old)).plan.cache == "output"
 
 
 def test_a_pipeline_without_such_a_residual_is_refused_before_any_work(tmp_path):

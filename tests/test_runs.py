@@ -11,9 +11,11 @@ import diffusers as D
 import numpy as np
 import pytest
 import torch
-from conftest import FLUX_CALL, make_dit, make_flux
 from diffusers import HookRegistry
 from diffusers.hooks import ModelHook, apply_group_offloading
+from support.pipelines import BATCH, CALL, FLUX_CALL, ONE, STEPS, make_dit, make_flux, run_dit
+from support.priors import profiled
+from support.schedules import EVERY, HALF, plan_of
 
 import cemq
 from cemq.errors import ModelError
@@ -25,16 +27,7 @@ from cemq.runtime.attach import HOOK
 from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule
 
-STEPS = 6
-HALF = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4))
 CORRECTED = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4), corrector="linear")
-EVERY = CacheSchedule(num_steps=STEPS, full_steps=tuple(range(STEPS)))
-BATCH, CALL = Batch(conditions=(1, 2), seeds=(5, 6)), {"guidance_scale": 2.0}
-ONE = Batch(conditions=("a bold seven",), seeds=(3,))
-
-
-def draw(pipe, steps=STEPS, **options):
-    return run(pipe, BATCH, steps=steps, call=CALL, **options)
 
 
 def draw_flux(pipe, **options):
@@ -106,7 +99,7 @@ def test_a_call_while_the_aborted_runs_traceback_is_kept_is_computed_and_says_so
     with attached(dit, HALF) as hook:
         try:
             with intercepted(dit.scheduler, "step", failing(after)):
-                draw(dit)
+                run_dit(dit)
         except KeyboardInterrupt:
             with pytest.warns(UserWarning, match="called from elsewhere than where its run began"):
                 assert torch.equal(predict(dit, noise(), 999), expected)
@@ -140,9 +133,9 @@ def test_a_loop_that_sets_no_timesteps_after_an_aborted_run_is_computed(dit, aft
     with attached(dit, schedule):
         abort(dit, after)
         assert torch.equal(going_on(dit), expected)
-        first = draw(dit)
+        first = run_dit(dit)
         abort(dit, after)
-        assert np.array_equal(draw(dit), first)
+        assert np.array_equal(run_dit(dit), first)
 
 
 def test_a_loop_of_ones_own_is_served(dit):
@@ -252,8 +245,8 @@ def test_a_call_from_another_thread_is_computed_and_disturbs_nothing(dit):
 
     with attached(dit, HALF) as hook, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="cemq: the denoiser is called from elsewhere")
-        expected = draw(dit)
-        assert np.array_equal(draw(dit, on_step=look), expected)
+        expected = run_dit(dit)
+        assert np.array_equal(run_dit(dit, on_step=look), expected)
         assert counts(hook) == (3, 3)
     assert len(found) == STEPS
     assert all(torch.equal(each, expected_call) for each in found)
@@ -323,13 +316,13 @@ def test_requests_in_threads_that_take_turns_each_have_their_own_history(dit, ca
 def test_a_request_shares_the_models_and_nothing_of_the_run():
     dit = make_dit(unclipped())
     with attached(dit, CORRECTED) as hook:
-        expected = draw(dit)
+        expected = run_dit(dit)
         pipe = cemq.for_request(dit)
         assert type(pipe) is type(dit)
         assert pipe.transformer is dit.transformer
         assert pipe.scheduler is not dit.scheduler
         hook.run.begin(CORRECTED)
-        assert np.array_equal(draw(pipe), expected)
+        assert np.array_equal(run_dit(pipe), expected)
         assert (counts(schedule_hook(pipe)), counts(hook)) == ((3, 3), (0, 0))
         assert schedule_hook(pipe) is not hook
         assert schedule_hook(dit) is hook
@@ -337,14 +330,14 @@ def test_a_request_shares_the_models_and_nothing_of_the_run():
 
 def test_a_request_goes_on_when_the_schedule_of_its_origin_is_changed_or_detached(dit):
     attach(dit, HALF)
-    expected = draw(dit)
+    expected = run_dit(dit)
     pipe = for_request(dit)
     detach(dit)
     with pytest.raises(ModelError, match="no cemq schedule is attached"):
         schedule_hook(dit)
-    assert np.array_equal(draw(pipe), expected)
+    assert np.array_equal(run_dit(pipe), expected)
     with pytest.warns(UserWarning, match=r"another pipeline uses the denoiser.*cemq.for_request\(pipe\)"):
-        draw(dit)
+        run_dit(dit)
     detach(pipe)
     assert "forward" not in vars(dit.transformer)
 
@@ -360,7 +353,7 @@ def test_what_an_aborted_request_kept_goes_at_once_and_the_rest_with_it(dit):
         assert gone[0]() is None
         gc.collect()
         assert gone[1]() is None
-        draw(dit)
+        run_dit(dit)
         assert counts(base) == (3, 3)
 
 
@@ -373,14 +366,14 @@ def test_pipelines_that_servers_make_of_one_can_be_given_a_schedule_of_their_own
     shallow = copy.copy(dit)
     shallow.scheduler = type(dit.scheduler).from_config(dit.scheduler.config)
     for other in (shallow, for_request_like(dit)):
-        plain = draw(other)
+        plain = run_dit(other)
         with attached(dit, HALF):
-            expected = draw(dit)
+            expected = run_dit(dit)
             with attached(other, EVERY):
-                assert np.array_equal(draw(other), plain)
-                assert np.array_equal(draw(dit), expected)
+                assert np.array_equal(run_dit(other), plain)
+                assert np.array_equal(run_dit(dit), expected)
             with attached(other, HALF):
-                assert np.array_equal(draw(other), expected)
+                assert np.array_equal(run_dit(other), expected)
         assert "forward" not in vars(dit.transformer)
 
 
@@ -396,13 +389,11 @@ def test_attaching_to_a_pipeline_that_shares_more_than_it_may_says_what(dit):
 
 
 def test_budgets_are_those_of_each_pipeline(dit):
-    from test_runtime import plan_of, profiled
-
     with attached(dit, plan_of(dit, prior=profiled(dit))):
         pipe = for_request(dit)
         set_budget(pipe, 2)
         assert (schedule_hook(pipe).plan.schedule.budget, schedule_hook(dit).plan.schedule.budget) == (2, 3)
-        draw(pipe)
+        run_dit(pipe)
         assert counts(schedule_hook(pipe)) == (2, 4)
 
 
@@ -587,26 +578,26 @@ SCHEDULERS = {
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_schedulers_get_what_they_are_given_as_it_is_given(make):
     pipe, reference = make_dit(make(clip_sample=False)), make_dit(unclipped())
-    plain = draw(reference)
+    plain = run_dit(reference)
     with record(reference, measure_steps=True) as expected:
-        draw(reference)
+        run_dit(reference)
     with record(pipe, measure_steps=True) as found:
-        assert np.array_equal(draw(pipe, on_step=lambda: None), plain)
+        assert np.array_equal(run_dit(pipe, on_step=lambda: None), plain)
     assert found.step_sizes == expected.step_sizes
     assert all(torch.equal(a, b) for a, b in zip(found.predictions, expected.predictions, strict=True))
     with force(pipe, expected) as forced:
-        draw(pipe)
+        run_dit(pipe)
     assert all(torch.equal(a, b) for a, b in zip(forced.predictions, expected.predictions, strict=True))
     with attached(reference, CORRECTED, fingerprint(reference.scheduler)):
-        corrected = draw(reference)
+        corrected = run_dit(reference)
     with attached(pipe, CORRECTED) as hook:
-        assert np.allclose(draw(pipe), corrected, atol=1e-6)
+        assert np.allclose(run_dit(pipe), corrected, atol=1e-6)
         assert counts(hook) == (3, 3)
-    assert np.array_equal(draw(pipe), plain)
+    assert np.array_equal(run_dit(pipe), plain)
 
 
 def test_a_wrapper_that_is_put_on_a_followed_scheduler_outlives_the_schedule(dit):
-    plain, calls = draw(dit), []
+    plain, calls = run_dit(dit), []
 
     def put_on(scheduler):
         original = scheduler.step
@@ -619,31 +610,29 @@ def test_a_wrapper_that_is_put_on_a_followed_scheduler_outlives_the_schedule(dit
         return original
 
     attach(dit, HALF)
-    expected = draw(dit)
+    expected = run_dit(dit)
     before = put_on(dit.scheduler)
-    assert np.array_equal(draw(dit), expected)
+    assert np.array_equal(run_dit(dit), expected)
     detach(dit)
-    assert np.array_equal(draw(dit), plain)
+    assert np.array_equal(run_dit(dit), plain)
     assert len(calls) == 2 * STEPS
     with attached(dit, HALF):
-        assert np.array_equal(draw(dit), expected)
+        assert np.array_equal(run_dit(dit), expected)
     dit.scheduler.step = before  # as whoever put it on takes it off
-    assert np.array_equal(draw(dit), plain)
+    assert np.array_equal(run_dit(dit), plain)
     assert len(calls) == 3 * STEPS
     with attached(dit, HALF):
-        assert np.array_equal(draw(dit), expected)
-    assert np.array_equal(draw(dit), plain)
+        assert np.array_equal(run_dit(dit), expected)
+    assert np.array_equal(run_dit(dit), plain)
 
 
 def test_a_budget_that_is_set_while_others_watch_the_scheduler_leaves_them_watching(dit):
-    from test_runtime import plan_of, profiled
-
     attach(dit, plan_of(dit, prior=profiled(dit)))
     with record(dit) as trajectory:
         set_budget(dit, 2)
-        draw(dit)
+        run_dit(dit)
         assert trajectory.num_steps == STEPS
-    draw(dit)
+    run_dit(dit)
     assert counts(schedule_hook(dit)) == (2, 4)
     detach(dit)
     assert not vars(dit.scheduler).keys() & {"step", "set_timesteps", "__getstate__"}

@@ -4,41 +4,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import FLUX_CALL
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HookRegistry, PNDMScheduler
+from support.pipelines import BATCH, CALL, FLUX_CALL, ONE, STEPS
+from support.priors import profiled
+from support.schedules import EVERY, HALF, HALVED, flux_sampler, plan_of, sampler_of
 
 from cemq.errors import InfeasibleBudgetError, InputError, ModelError
-from cemq.pipelines.batches import Batch, make_batches, run
+from cemq.pipelines.batches import Batch, run
 from cemq.pipelines.noise_scheduler import fingerprint, intercepted, landing_lengths, responses
 from cemq.pipelines.trajectory import record
 from cemq.predict.predictors import PREDICTORS
 from cemq.runtime import attach, attached, detach, schedule_hook, set_budget
 from cemq.runtime.attach import HOOK
-from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule, plan_schedule
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import METHODS, Correction, make_correction
-
-BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
-CALL = {"guidance_scale": 2.0}
-STEPS = 6
-EVERY = CacheSchedule(num_steps=STEPS, full_steps=tuple(range(STEPS)))
-HALF = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4), predictor="taylor1")
-
-
-def sampler_of(pipe, steps=STEPS):
-    pipe.scheduler.set_timesteps(steps)
-    return fingerprint(pipe.scheduler)
-
-
-def plan_of(pipe, schedule=HALF, **fields):
-    return Plan(schedule=schedule, sampler=sampler_of(pipe), **fields)
-
-
-def profiled(pipe, steps=STEPS):
-    batches = make_batches((1, 2), samples=2, first_seed=0, batch_size=2)
-    runner = Runner(pipe=pipe, steps=steps, call=CALL)
-    return runner.profile(batches, runner.record(batches), scheme="none", dtype="float32")
 
 
 def count_blocks(model):
@@ -461,10 +441,6 @@ def test_factors_of_one_change_nothing(flux):
 # --- branches of guidance
 
 
-HALVED = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 2, 4), predictor="taylor1", branch_steps=(2,))
-ONE = Batch(conditions=("a bold seven",), seeds=(3,))
-
-
 def branch_outputs(pipe, plan):
     """What every call of a run returned, conditional first, (steps, 2) tensors; what was guided; evaluations."""
     returned = []
@@ -474,12 +450,6 @@ def branch_outputs(pipe, plan):
         watched.remove()
         counts = hook.full_evaluations, hook.skipped_evaluations
     return [returned[i : i + 2] for i in range(0, len(returned), 2)], trajectory, counts
-
-
-def flux_sampler(pipe):
-    with record(pipe) as plain:
-        run(pipe, ONE, steps=STEPS, call=FLUX_CALL)
-    return plain.sampler
 
 
 def test_a_skipped_branch_is_the_other_one_plus_the_difference_predicted(flux):
@@ -515,7 +485,7 @@ def test_nothing_is_left_of_a_run_with_skipped_branches(flux):
     with attached(flux, plan) as hook:
         first, second = (run(flux, ONE, steps=STEPS, call=FLUX_CALL) for _ in range(2))
         assert not hook.run.histories
-        assert not hook.run.branches._first_output
+        assert not hook.run.branches.first_output
     assert np.array_equal(first, second)
     assert np.array_equal(run(flux, ONE, steps=STEPS, call=FLUX_CALL), plain)
 

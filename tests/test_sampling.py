@@ -6,8 +6,8 @@ import math
 import diffusers as D
 import pytest
 import torch
-from conftest import make_dit, make_flux
 from PIL import Image
+from support.pipelines import make_dit, make_flux
 
 import cemq
 from cemq.errors import InputError, ModelError, PipelineError

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.priors import prior_of, trajectories
+from support.schedules import all_schedules
 
 from cemq.errors import InfeasibleBudgetError, InputError
 from cemq.predict.predictors import DAMPING, PREDICTORS, taylor
@@ -42,17 +44,6 @@ from cemq.schedule.threshold import threshold_steps
 
 INF = math.inf
 SHARES = {"reuse": 0.0, "damped": 0.5, "taylor1": 1.0}  # of the slope through the two latest full steps
-
-
-def trajectories(steps, seed=0, elements=5, noise=0.3):
-    random = np.random.default_rng(seed)
-    v = 3 + np.cumsum(random.normal(size=(steps, elements)), axis=0)
-    return v + noise * random.normal(size=v.shape), v, random.uniform(0.5, 2.0, steps)
-
-
-def prior_of(q, v, step_sizes):
-    elements = q.shape[1]
-    return ErrorPrior(qq=q @ q.T / elements, qv=q @ v.T / elements, vv=v @ v.T / elements, step_sizes=step_sizes)
 
 
 # --- cache schedules
@@ -324,10 +315,6 @@ def segments(full_steps, steps):
 
 def brute_force_total(energies, steps, full_steps, gamma=2.0):
     return sum(energies[segment][0] ** (gamma / 2) for segment in segments(full_steps, steps))
-
-
-def all_schedules(steps, budget):
-    return [(0, *rest) for rest in itertools.combinations(range(1, steps), budget - 1)]
 
 
 @pytest.mark.parametrize("coherence", [INF, 2.0])

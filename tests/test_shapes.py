@@ -6,20 +6,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import FLUX_CALL, make_flux
 from diffusers import FlowMatchEulerDiscreteScheduler
-from test_modules import Block
-from test_residual import PROMPTS
-from tiny_pipelines import FAMILIES, PROMPT
+from support.callbacks import WARNED, drawn, end_guidance, enlarge, keep_one
+from support.families import FAMILIES
+from support.models import Block
+from support.pipelines import FLUX_CALL, ONE, STEPS, make_flux
 from torch import nn
 
-from cemq.pipelines.noise_scheduler import intercepted, next_sample
 from cemq.runtime import attached
 from cemq.runtime.corrector import Corrector
 from cemq.runtime.history import History, summed
 from cemq.schedule import CacheSchedule
 
-STEPS = 6
 SEEN_TWICE = np.tril(np.ones((STEPS, STEPS)))  # every prediction moves the sample by itself, once and for all
 SUMS = CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 5), predictor="reuse", corrector="linear")
 CACHES = ("output", "residual", "modules")
@@ -244,56 +242,7 @@ def test_a_step_that_calls_its_blocks_with_other_shapes_than_its_source_is_compu
 
 # --- pipelines
 
-RUN = {"num_inference_steps": STEPS, "output_type": "latent", "max_sequence_length": 32, "height": 8, "width": 8}
-BOTH = ("latents", "prompt_embeds", "pooled_prompt_embeds")
-WARNED = "cemq: a call to the denoiser on a skipped step has no earlier output of its shape"
-
-
-def enlarge(given):
-    return {"latents": torch.nn.functional.interpolate(given["latents"], scale_factor=2)}
-
-
-def keep_one(given):
-    """The first of two samples; prompts are those of both branches of guidance."""
-    return {"latents": given["latents"][:1]} | {name: given[name][::2] for name in BOTH[1:]}
-
-
-def without_guidance(given):
-    """Prompts of the conditional branch alone."""
-    return {name: given[name][2:] for name in BOTH[1:]}
-
-
-CHANGES = {"enlarge": enlarge, "keep one": keep_one, "without guidance": without_guidance}
-
-
-def drawn(pipe, schedule=None, *, cache="output", at=(), change=None):
-    """The final latents, the samples and predictions that went into `step`, and how many steps were computed."""
-    taken = []
-
-    def watch(original, call):
-        result = original(*call.args, **call.kwargs)
-        taken.append((call.get("sample").clone(), call.get("model_output").clone(), next_sample(result).clone()))
-        return result
-
-    def callback(pipe, step, timestep, given):
-        if step in at:
-            if change is without_guidance:
-                pipe._guidance_scale = 1.0
-            return change(given)
-        return {}
-
-    def run():
-        with intercepted(pipe.scheduler, "step", watch):
-            return pipe(
-                [PROMPT, "a seven"], negative_prompt=["", ""], generator=torch.Generator().manual_seed(3),
-                guidance_scale=3.0, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=BOTH, **RUN,
-            ).images  # fmt: skip
-
-    if schedule is None:
-        return run(), taken, STEPS
-    with attached(pipe, schedule, cache=cache) as hook, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", WARNED)
-        return run(), taken, hook.full_evaluations
+CHANGES = {"enlarge": enlarge, "keep one": keep_one, "without guidance": end_guidance}
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -333,7 +282,7 @@ def test_with_a_corrector_only_what_was_served_to_this_sample_is_made_up_for(sd3
 
 
 def test_replaced_latents_are_owed_nothing(sd3):
-    def other(given):
+    def other(pipe, given):
         return {"latents": given["latents"].roll(1, 0)}
 
     schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 3), predictor="reuse", corrector="linear")
@@ -341,7 +290,9 @@ def test_replaced_latents_are_owed_nothing(sd3):
     before, output, after = taken[3]
     length = float(sd3.scheduler.sigmas[3] - sd3.scheduler.sigmas[4])
     assert torch.allclose(before - after, length * output, atol=1e-5)
-    _, taken, _ = drawn(sd3, schedule, at=[2], change=lambda given: {"latents": given["latents"].bfloat16().float()})
+    _, taken, _ = drawn(
+        sd3, schedule, at=[2], change=lambda pipe, given: {"latents": given["latents"].bfloat16().float()}
+    )
     before, output, after = taken[3]
     assert not torch.allclose(before - after, length * output, atol=1e-2)
 
@@ -351,7 +302,7 @@ def test_where_a_callback_blends_in_an_original_the_rest_is_corrected_as_ever(sd
     mask = (torch.arange(8) < 4).float()
     schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 3), predictor="reuse", corrector="linear")
 
-    def blend(given):
+    def blend(pipe, given):
         return {"latents": mask * given["latents"] + (1 - mask) * 7.0}
 
     _, taken, _ = drawn(sd3, schedule, at=range(STEPS), change=blend)
@@ -371,7 +322,7 @@ def test_a_branch_whose_latents_double_is_computed_until_it_can_be_served():
 
     with attached(pipe, schedule) as hook, pytest.warns(UserWarning, match=WARNED):
         found = pipe(
-            list(PROMPTS.conditions), num_inference_steps=STEPS, output_type="latent", callback_on_step_end=double,
+            list(ONE.conditions), num_inference_steps=STEPS, output_type="latent", callback_on_step_end=double,
             generator=torch.Generator().manual_seed(3), **FLUX_CALL,
         ).images  # fmt: skip
     assert found.shape[0] == 2

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from family_checks import draw, few_steps, plain_run, quantized
-from test_prior import prior_of
-from tiny_pipelines import FAMILIES
+from support.checks import draw, few_steps, plain_run, quantized
+from support.families import FAMILIES
+from support.priors import prior_of
 
 from cemq.pipelines.opening import open_pipeline
 from cemq.runtime import attach

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import FLUX_CALL, make_flux
+from support.pipelines import FLUX_CALL, make_flux
 
 import cemq
 from cemq.build import stages, stored

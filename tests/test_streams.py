@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_dit
+from support.pipelines import make_dit
+from typer.testing import CliRunner
 
 import cemq
-from cemq.cli import _in_one_line, _make_printable
+from cemq.cli import app, make_printable
 
 TREE = {"PYTHONPATH": str(Path(cemq.__file__).parents[1])}
 
@@ -26,7 +27,7 @@ TREE = {"PYTHONPATH": str(Path(cemq.__file__).parents[1])}
 )
 def test_what_an_encoding_does_not_have_is_printed_otherwise(text, printed):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    _make_printable(stream)
+    make_printable(stream)
     stream.write(text)
     stream.flush()
     assert stream.buffer.getvalue().decode() == printed
@@ -34,15 +35,16 @@ def test_what_an_encoding_does_not_have_is_printed_otherwise(text, printed):
 
 def test_what_an_encoding_has_stays():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    _make_printable(stream)
+    make_printable(stream)
     stream.write("█·é🐈\udcff")
     stream.flush()
     assert stream.buffer.getvalue().decode() == "█·é🐈\\udcff"
-    _make_printable(None)  # a closed stream
+    make_printable(None)  # a closed stream
 
 
 def test_one_line_stays_one_whatever_a_file_is_called():
-    assert _in_one_line("no 'a\nb\u2028\x1b[31m🐈é'") == r"no 'a\nb\u2028\x1b[31m🐈é'"
+    done = CliRunner().invoke(app, ["inspect", "a\nb\u2028\x1b[31m🐈é"])
+    assert done.stderr == r"cemq: 'a\nb\u2028\x1b[31m🐈é' is not a cemq bundle: no such folder" + "\n"
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
+from support.comparing import identical
+from support.processes import run_python
+from support.quantized import saved_and_edited, schemes_of
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -79,33 +80,13 @@ def off(values, expected):
     return float((values - expected).norm() / expected.norm())
 
 
-def identical(left, right):
-    left, right = left.state_dict(), right.state_dict()
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
-    )
-
-
-def schemes_of(model):
-    return {name: module.scheme.name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-
-
 def linears_of(model):
     return {name for name, module in model.named_modules() if type(module) is nn.Linear}
 
 
 def saved(folder, edit, kind="t5", scheme="w8a16"):
     """A quantized model on disk whose tensors went through ``edit``."""
-    quantized(kind, scheme).save_pretrained(folder)
-    tensors = load_file(folder / FILE)
-    edit(tensors)
-    save_file(tensors, folder / FILE, metadata={"format": "pt"})
-    return folder
-
-
-def run_python(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
+    return saved_and_edited(quantized(kind, scheme), folder, edit)
 
 
 # --- saving and loading
@@ -327,7 +308,7 @@ def test_a_head_that_is_not_tied_can_be_quantized(tmp_path):
 @pytest.mark.parametrize("kind", ["t5", "umt5"])
 def test_the_sensitive_layer_of_t5_takes_eight_bits_in_a_four_bit_scheme(kind):
     schemes = schemes_of(quantized(kind, "w4a16"))
-    assert all((scheme == "w8a16") == name.endswith(".wo") for name, scheme in schemes.items())
+    assert all((scheme.name == "w8a16") == name.endswith(".wo") for name, scheme in schemes.items())
 
 
 def test_the_sensitive_layer_of_t5_stays_in_full_precision_where_it_cannot_take_eight_bits(tmp_path):

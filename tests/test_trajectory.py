@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FLUX_CALL
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+from support.pipelines import BATCH, CALL, FLUX_CALL, STEPS
 
 from cemq.errors import PriorMismatchError
 from cemq.pipelines.batches import Batch, make_batches, run
@@ -10,10 +10,6 @@ from cemq.pipelines.noise_scheduler import fingerprint, intercepted, next_sample
 from cemq.pipelines.trajectory import force, record, run_end
 from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.runtime.runner import Runner
-
-BATCH = Batch(conditions=(1, 2), seeds=(5, 6))
-CALL = {"guidance_scale": 2.0}
-STEPS = 6
 
 
 def test_recording_leaves_the_run_as_it_was(dit):

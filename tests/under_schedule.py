@@ -27,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import diffusers
 import pytest
-from tiny_pipelines import t5, tokenizer, umt5
+from support.families import t5, tokenizer, umt5
 
 import cemq
 from cemq.errors import CemqError

@@ -6,7 +6,7 @@ import copy
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +107,8 @@ def _compile(subject: Subject) -> str:
     return OK if error <= _COMPILED_ERROR else f"another output: relative difference {error:.2g}"
 
 
-PROBES: dict[str, Callable[[Subject], str]] = {
+Probe = Callable[[Subject], str]
+PROBES: dict[str, Probe] = {
     "reload": _save_reload,
     "copy": _deepcopy,
     "offload": _model_offload,
@@ -117,11 +118,14 @@ PROBES: dict[str, Callable[[Subject], str]] = {
 }
 
 
-def examine(*, quick: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def examine(
+    *, quick: bool = False, probes: Mapping[str, Probe] = PROBES, progress: Progress | None = None
+) -> dict[str, Any]:
     """Try everything on every device.
 
     Args:
         quick: Leave torch.compile out, which takes most of the time.
+        probes: What is tried of each quantized model, by name; each says `OK` or why not.
 
     Returns:
         Plain data: machine, notes, what is known by name, the extensions that were loaded, and a row for each backend,
@@ -129,7 +133,7 @@ def examine(*, quick: bool = False, progress: Progress | None = None) -> dict[st
         not installed has one row, with a ``reason``.
     """
     extensions = load_extensions()
-    probes = {name: probe for name, probe in PROBES.items() if not (quick and name == "compile")}
+    probes = {name: probe for name, probe in probes.items() if not (quick and name == "compile")}
     devices = _devices()
     pairs = [(backend, scheme) for backend in BACKENDS if installed(backend) for scheme in BACKENDS[backend].layers]
     rows = [
@@ -173,7 +177,7 @@ def examine(*, quick: bool = False, progress: Progress | None = None) -> dict[st
 
 
 def _try(
-    probes: dict[str, Callable[[Subject], str]],
+    probes: Mapping[str, Probe],
     original: Any,
     exact: torch.Tensor,
     inputs: Inputs,

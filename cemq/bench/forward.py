@@ -30,7 +30,7 @@ from cemq.pipelines.opening import DTYPES, check_device, default_device
 from cemq.quantize import CemqConfig
 
 FULL_PRECISION = "full precision"
-_USABLE = 0.9  # of the free memory may go into weights; the rest is for what they work on
+USABLE = 0.9  # of the free memory may go into weights; the rest is for what they work on
 
 
 class Variants(TypedDict, total=False):
@@ -68,8 +68,8 @@ def bench_architecture(
     """
     check_keywords("bench_architecture", variants, Variants)
     subject = _subject(architecture, schemes, dtype, batch, device, **variants)
-    usable = _USABLE * _free_memory(subject.place)
-    _check_fit(subject.architecture.name, *subject.needs(), usable, subject.device)
+    usable = USABLE * _free_memory(subject.place)
+    check_fit(subject.architecture.name, *subject.needs(), usable, subject.device)
     inputs = subject.inputs()
     notes, reference = [], None
     whole = FULL_PRECISION in subject.configs
@@ -236,7 +236,7 @@ def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def _check_fit(what: str, kept: dict[str, int], passing: Mapping[str, int], usable: float, device: str) -> None:
+def check_fit(what: str, kept: dict[str, int], passing: Mapping[str, int], usable: float, device: str) -> None:
     """Raises InputError, naming what to leave out, unless all variants fit in memory together.
 
     Args:

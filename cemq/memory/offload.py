@@ -73,7 +73,7 @@ def place(
     elif placement.disk:
         if device.type == "cpu":
             map_large_allocations()
-        with _written(offload_folder) as folder:
+        with whole_folder(offload_folder) as folder:
             for name, model in models.items():
                 _to_disk(name, model, plan, device, folder / name)
     else:
@@ -230,7 +230,7 @@ def disk_folder(
 
 
 @contextmanager
-def _written(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder that is either whole or begun anew; one process at a time writes it."""
     from filelock import FileLock
     from safetensors import SafetensorError  # of a full disk; it is no OSError

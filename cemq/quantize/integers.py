@@ -151,27 +151,29 @@ def rescale(
 def integer_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Exact int8 x int8 product in int32: left (m, k), right (n, k), result (m, n)."""
     if left.is_cuda:  # cuBLAS wants more than 16 rows, and k and n in multiples of 8
-        return _padded_matmul(left, right, min_rows=17, multiple=8)
+        return padded_matmul(left, right, min_rows=17, multiple=8)
     if not cpu_product_is_exact():
         return (left.double() @ right.double().t()).to(torch.int32)
     if left.shape[1] == 1:  # torch leaves the result of a one-column product uninitialised
-        return _padded_matmul(left, right, min_rows=1, multiple=2)
+        return padded_matmul(left, right, min_rows=1, multiple=2)
     return torch._int_mm(left.contiguous(), right.t())
 
 
 @torch.compiler.assume_constant_result
 def cpu_product_is_exact() -> bool:
     """False on CPUs without VNNI, where oneDNN sums pairs of products in 16 bits and saturates."""
-    return _probe_cpu_product()
+    return probe_cpu_product()
 
 
 @functools.cache
-def _probe_cpu_product() -> bool:
+def probe_cpu_product() -> bool:
+    """Whether a product of extremes is right on this CPU; tried once."""
     extreme = torch.full((32, 64), INT8_MAX, dtype=torch.int8, device="cpu")
     return bool((torch._int_mm(extreme, extreme.t()) == 64 * INT8_MAX**2).all())
 
 
-def _padded_matmul(left: torch.Tensor, right: torch.Tensor, *, min_rows: int, multiple: int) -> torch.Tensor:
+def padded_matmul(left: torch.Tensor, right: torch.Tensor, *, min_rows: int, multiple: int) -> torch.Tensor:
+    """The product of matrices that are filled up with zeros to sizes which the device multiplies."""
     (rows, inner), columns = left.shape, right.shape[0]
     pad_inner, pad_columns = -inner % multiple, -columns % multiple
     left = F.pad(left, (0, pad_inner, 0, max(min_rows - rows, 0)))

@@ -19,10 +19,10 @@ class Branches:
 
     def __init__(self, schedule: CacheSchedule) -> None:
         self.by_difference: bool = bool(schedule.branch_steps)
-        self._first_output: list[Any] = []  # of this step, flattened
+        self.first_output: list[Any] = []  # of this step, flattened
 
     def forget(self) -> None:
-        self._first_output = []
+        self.first_output = []
 
     def less_the_first(self, output: Any, *, is_first: bool) -> Any:
         """What is kept of an output: of others than the first the difference to it, None where there is none."""
@@ -30,11 +30,11 @@ class Branches:
             return output
         leaves, structure = tree_flatten(output)
         if is_first:
-            self._first_output = leaves
+            self.first_output = leaves
             return output
-        if layout(leaves) != layout(self._first_output):
+        if layout(leaves) != layout(self.first_output):
             return None
-        return tree_unflatten([_added(a, b, -1.0) for a, b in zip(leaves, self._first_output, strict=True)], structure)
+        return tree_unflatten([_added(a, b, -1.0) for a, b in zip(leaves, self.first_output, strict=True)], structure)
 
     def with_the_first(self, prediction: Any, *, is_first: bool) -> Any:
         """The opposite, for what is served."""
@@ -42,11 +42,11 @@ class Branches:
             return prediction
         leaves, structure = tree_flatten(summed(prediction))
         if is_first:
-            self._first_output = leaves
+            self.first_output = leaves
             return tree_unflatten(leaves, structure)
-        if layout(leaves) != layout(self._first_output):
+        if layout(leaves) != layout(self.first_output):
             return None
-        pairs = zip(self._first_output, leaves, strict=True)
+        pairs = zip(self.first_output, leaves, strict=True)
         return tree_unflatten([_like(first, _added(first, leaf, 1.0)) for first, leaf in pairs], structure)
 
 

@@ -62,7 +62,7 @@ class StepTracker:
         self.on_start: Callable[[CacheSchedule], None] = on_start
         self.on_end: Callable[[], None] = on_end
         self.on_late_start: Callable[[CacheSchedule], None] = on_late_start
-        self._current = plan  # that of the latest run
+        self.current = plan  # that of the latest run
         self._timesteps: tuple[float, ...] = ()  # which it is expected to take
         self._corrector: Corrector | None = None  # of the run
         self._plans, self._corrections = _Recent(), _Recent()
@@ -103,7 +103,7 @@ class StepTracker:
     @property
     def is_followed(self) -> bool:
         """Whether it is under way, and under the plan."""
-        left = self.step_index is not None and self.step_index < self._current.schedule.num_steps
+        left = self.step_index is not None and self.step_index < self.current.schedule.num_steps
         return left and not self.origins[0].is_over
 
     def enter_call(self, caller: Caller, context: str | None, timestep: Any) -> Stream:
@@ -157,24 +157,24 @@ class StepTracker:
         self._begin()
         found, expected = fingerprint(self.scheduler), self.plan.sampler
         if found.ends_like(expected):
-            self._current = self.plan
+            self.current = self.plan
         else:
             carried = self._plans.get(found, self._carried_over)
-            self._current = carried or self.plan
+            self.current = carried or self.plan
             self.step_index = None if carried is None else 0
-        self.on_start(self._current.schedule)
-        self._timesteps = self._current.sampler.timesteps
-        correction = self._current.correction
+        self.on_start(self.current.schedule)
+        self._timesteps = self.current.sampler.timesteps
+        correction = self.current.correction
         if self.step_index is not None and correction is not None and correction.step_factors is not None:
             self._timesteps = retimed(self.scheduler, correction.step_factors)
         self._corrector = None
-        if self.step_index is not None and self._current.schedule.corrects:
+        if self.step_index is not None and self.current.schedule.corrects:
             added = self._corrections.get(found, self._added_under)
             if added is None:
                 self.step_index = None
                 self.warn_once(_uncorrected(found))
             else:
-                self._corrector = Corrector(self._current.schedule, added)
+                self._corrector = Corrector(self.current.schedule, added)
         elif self.step_index is None:
             self.warn_once(_difference(found, expected))
         return result
@@ -216,7 +216,7 @@ class StepTracker:
 
     def _added_under(self, found: SamplerFingerprint) -> np.ndarray | None:
         """`CacheSchedule.correcting` under the scheduler as it is now; None where it has no `responses`."""
-        schedule = self._current.schedule
+        schedule = self.current.schedule
         moved = responses(self.scheduler, schedule.num_steps)
         return None if moved is None else schedule.correcting(moved)
 
@@ -233,7 +233,7 @@ class StepTracker:
             if objection:
                 self.give_up(objection)
             else:
-                corrector, correction, output = self._corrector, self._current.correction, call.get("model_output")
+                corrector, correction, output = self._corrector, self.current.correction, call.get("model_output")
                 if corrector is not None:
                     output = corrector.apply(output, step_index, call.get("sample"), as_planned=self.as_planned)
                 if correction is not None:
@@ -328,7 +328,7 @@ class AnySamplerTracker(StepTracker):
         schedule, correction = self._whole.schedule.from_step(start), self._whole.correction
         sampler = dataclasses.replace(self.plan.sampler, timesteps=self._all_timesteps[start:])
         correction = correction and correction.from_step(start)
-        self._current = dataclasses.replace(self.plan, schedule=schedule, sampler=sampler, correction=correction)
+        self.current = dataclasses.replace(self.plan, schedule=schedule, sampler=sampler, correction=correction)
         self._timesteps = self._timesteps[start:]
         self._corrector = None
         if schedule.corrects:

@@ -50,7 +50,7 @@ def _standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def _affordable(trials: Sequence[Trial], budget: int) -> list[Trial]:
+def affordable(trials: Sequence[Trial], budget: int) -> list[Trial]:
     """Trials that cost no more than a budget, by what was computed; those that cost least, where all cost more."""
     least = min((trial.budget for trial in trials), default=budget)
     return [trial for trial in trials if trial.budget <= max(budget, least)]
@@ -145,9 +145,9 @@ class Search:
         loop, prior = self.loop, self.loop.fit(self.view).prior
         published = [loop.run(schedule) for schedule in self.published(prior, budget)]
         self.explore(budget, self.limit - self._finalist_cost(budget))
-        last = _affordable(self._finalists(budget) + published, budget)
+        last = affordable(self._finalists(budget) + published, budget)
         floor = max((trial.psnr_db for trial in published if trial in last), default=-math.inf)
-        return self._ranked([trial for trial in last if trial.psnr_db >= floor])[0]
+        return self.ranked([trial for trial in last if trial.psnr_db >= floor])[0]
 
     def explore(self, budget: int, limit: float) -> Trial:
         """Search on the searched samples until ``limit`` is spent; the best of them so far."""
@@ -159,7 +159,7 @@ class Search:
                 loop.run(schedule, samples=self.searched)
         while loop.spent + cost <= limit and (move := self._next(budget)):
             loop.run(move, samples=self.searched)
-        return self._ranked(self._tried(budget))[0]
+        return self.ranked(self._tried(budget))[0]
 
     def _predicted(self, prior: ErrorPrior, schedule: CacheSchedule) -> float:
         return prior.final_error(schedule.served, schedule.integrated, self.view)
@@ -168,7 +168,7 @@ class Search:
         """The most promising neighbour of the best schedule that has any which were not run."""
         prior = self.loop.fit(self.view).prior
         known = {trial.schedule.key for trial in self.loop.plain()}
-        for incumbent in self._ranked(self._tried(budget)):
+        for incumbent in self.ranked(self._tried(budget)):
             start = incumbent.schedule
             further = improve(prior, start, predictors=self._choices, view=self.view, moves=4)
             moves = [move for move in (*neighbours(start, self._choices), further) if move.key not in known]
@@ -183,7 +183,7 @@ class Search:
     def _finalists(self, budget: int) -> list[Trial]:
         return [
             self.loop.run(trial.schedule)
-            for trial in self._ranked(self._tried(budget))[: self.settings.search.finalists]
+            for trial in self.ranked(self._tried(budget))[: self.settings.search.finalists]
         ]
 
     def _tried(self, budget: int) -> list[Trial]:
@@ -194,9 +194,9 @@ class Search:
             if trial.schedule.budget <= budget
             and (self.predictor == AUTO or set(trial.schedule.predictors) == {self.predictor})
         ]
-        return _affordable(tried, budget)
+        return affordable(tried, budget)
 
-    def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
+    def ranked(self, trials: Sequence[Trial]) -> list[Trial]:
         """Best first, by what was measured on the samples they share and what is predicted together.
 
         The best of many measured on a few samples is partly lucky. Both are noisy estimates of the same thing, so each
@@ -251,11 +251,11 @@ class Search:
             )
         budget = self._least(2, wanted)
         while budget < loop.num_steps:  # what some samples promised, all of them may not keep
-            promising = self._ranked(self._meeting(wanted, budget, budget))[: self.settings.search.retried]
+            promising = self.ranked(self._meeting(wanted, budget, budget))[: self.settings.search.retried]
             met = [trial for trial in (loop.run(each.schedule) for each in promising) if wanted.met_by(trial)]
             if met:
                 best = self.best(budget)
-                return best if wanted.met_by(best) else self._ranked(met)[0]
+                return best if wanted.met_by(best) else self.ranked(met)[0]
             budget = self._least(budget + 1, wanted)
         return full
 

@@ -84,7 +84,7 @@ class FourBitLinear(QuantizedLinear):
         state = bnb.QuantState(
             absmax=self.weight_absmax.flatten(),
             shape=torch.Size((self.out_features, padded_in)),
-            code=_code(kind, values.device),
+            code=code_of(kind, values.device),
             blocksize=BLOCK,
             quant_type=kind,
             dtype=values.dtype,
@@ -95,7 +95,8 @@ class FourBitLinear(QuantizedLinear):
 
 
 @functools.cache
-def _code(kind: str, device: torch.device) -> torch.Tensor:
+def code_of(kind: str, device: torch.device) -> torch.Tensor:
+    """The 16 values of ``nf4`` or ``fp4``, in float32; made once for each device."""
     with torch.inference_mode(False), _Float32():  # it will be used outside too
         return bnb.get_4bit_type(kind, device=device)
 

@@ -111,7 +111,7 @@ class QuantoLinear(QuantizedLinear):
             activations = qint8 if self.scheme.activation_bits == 8 else None
             return WeightQBytesTensor(qint8, 0, shape, stride, self.integers, scale, activations)
         size = self.integers.shape[1]
-        packed = _Packed(self.integers, 4, (scale.shape[0], size), (size, 1))
+        packed = PackedHalves(self.integers, 4, (scale.shape[0], size), (size, 1))
         return WeightQBitsTensor(qint4, 0, size, shape, stride, packed, scale, self.weight_shift.to(dtype))
 
     def _for_int8pack(
@@ -128,17 +128,17 @@ class QuantoLinear(QuantizedLinear):
         return _aligned(values), weight
 
 
-class _Packed(PackedTensor):
+class PackedHalves(PackedTensor):
     """Unpacks without quanto's extension, which wants a compiler at the first call; the low half bytes come first."""
 
     def unpack(self) -> torch.Tensor:
         return torch.cat((self._data & 15, self._data >> 4))[: self.shape[0]]
 
     @staticmethod
-    def __tensor_unflatten__(inner_tensors: dict, meta: dict, outer_size: object, outer_stride: object) -> _Packed:
+    def __tensor_unflatten__(inner_tensors: dict, meta: dict, outer_size: object, outer_stride: object) -> PackedHalves:
         # torch.compile takes tensors apart and puts them together again, as the parent class if left to it
         plain = PackedTensor.__tensor_unflatten__(inner_tensors, meta, outer_size, outer_stride)
-        return _Packed(plain._data, plain._bits, plain.size(), plain.stride())
+        return PackedHalves(plain._data, plain._bits, plain.size(), plain.stride())
 
 
 def group_size(in_features: int) -> int:

@@ -184,20 +184,28 @@ def _short(dtype: torch.dtype) -> str:
 @functools.cache
 def kernels() -> Kernels | None:
     """The kernels, built if need be; None where they cannot be had (`why_not` says why)."""
-    return _load()[0]
+    return _loaded()[0]
 
 
 def why_not() -> str:
     """Why there are no kernels; empty where there are."""
-    return _load()[1]
+    return _loaded()[1]
 
 
 @functools.cache
-def _load() -> tuple[Kernels | None, str]:
+def _loaded() -> tuple[Kernels | None, str]:
+    return load()
+
+
+def load(source: Path = SOURCE) -> tuple[Kernels | None, str]:
+    """The kernels of a C file, built unless they were before, or None; and why there are none.
+
+    `kernels` and `why_not` do this once in a process.
+    """
     if os.environ.get(SWITCH) == "0":
         return None, f"switched off by {SWITCH}=0"
     try:
-        loaded = _build_and_load()
+        loaded = _build_and_load(source)
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         reason = reason.decode(errors="replace") if isinstance(reason, bytes) else reason
@@ -209,11 +217,11 @@ def _load() -> tuple[Kernels | None, str]:
     return loaded, ""
 
 
-def _build_and_load() -> Kernels:
+def _build_and_load(source: Path) -> Kernels:
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         raise OSError("no C compiler: neither cc, gcc nor clang is on the PATH")
-    built_from = hashlib.sha256(SOURCE.read_bytes())
+    built_from = hashlib.sha256(source.read_bytes())
     built_from.update(repr((compiler, _FLAGS, platform.machine(), _cpu_features())).encode())
     name = f"cpu-{built_from.hexdigest()[:16]}.so"
     try:
@@ -227,16 +235,16 @@ def _build_and_load() -> Kernels:
         cache, scratch = None, tempfile.TemporaryDirectory()
     with scratch as folder:
         built = Path(folder) / name
-        _compile(compiler, built)
+        _compile(compiler, source, built)
         loaded = Kernels(ctypes.CDLL(str(built)))
         if cache is not None:
             os.replace(built, cache / name)  # whole or not there, whoever else builds it now
     return loaded
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: str, source: Path, library: Path) -> None:
     """With OpenMP where the compiler has it; without, one thread."""
-    command = [*compiler.split(), *_FLAGS, str(SOURCE), "-o", str(library)]
+    command = [*compiler.split(), *_FLAGS, str(source), "-o", str(library)]
     try:
         subprocess.run([*command, "-fopenmp"], check=True, capture_output=True, text=True, timeout=120)
     except subprocess.CalledProcessError:

@@ -108,7 +108,7 @@ def _bench(call, quantiles):
 
 @_tuned("BLOCK_K", 64, largest=(128, 256, 2, 8, 3))
 @triton.jit(do_not_specialize=["m", "size"])
-def _w8_kernel(
+def w8_kernel(
     tokens, scale, zero_point, weight, weight_scale, weight_sum, bias, output, m, n, k, size,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def _scaled(nibbles, factor):
 
 @_tuned("GROUPS", 1, largest=(256, 128, 1, 8, 3))
 @triton.jit(do_not_specialize=["m", "size"])
-def _w4_kernel(
+def w4_kernel(
     tokens, scale, zero_point, words, group_scale, weight_scale, weight_sum, bias, output, m, n, k, size, groups,
     WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -197,16 +197,18 @@ def _multiply(kernel, quantized, operands, bias: torch.Tensor | None, dtype: tor
     return output
 
 
-def _multiply_w8(quantized, weight, weight_scale, weight_sum, bias, dtype: torch.dtype) -> torch.Tensor:
-    return _multiply(_w8_kernel, quantized, (weight, weight_scale, weight_sum), bias, dtype)
+def multiply_w8(quantized, weight, weight_scale, weight_sum, bias, dtype: torch.dtype) -> torch.Tensor:
+    """Quantized tokens times an int8 weight; as int32 the bare product, which is exact."""
+    return _multiply(w8_kernel, quantized, (weight, weight_scale, weight_sum), bias, dtype)
 
 
-def _multiply_w4(
+def multiply_w4(
     quantized, packed, group_scale, weight_scale, weight_sum, bias, group_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    """The same for an int4 weight."""
     operands = packed.view(torch.int32), group_scale, weight_scale, weight_sum
     sizes = {"groups": group_scale.shape[1], "WORDS": group_size // 8}
-    return _multiply(_w4_kernel, quantized, operands, bias, dtype, **sizes)
+    return _multiply(w4_kernel, quantized, operands, bias, dtype, **sizes)
 
 
 @torch.library.custom_op("cemq::triton_quantize_tokens", mutates_args=())
@@ -224,7 +226,7 @@ def linear_w8a8(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Values (m, k) quantized per token, times an int8 weight (n, k): (m, n) in the dtype of the values."""
-    return _multiply_w8(_quantize(values), weight, weight_scale, weight_sum, bias, values.dtype)
+    return multiply_w8(_quantize(values), weight, weight_scale, weight_sum, bias, values.dtype)
 
 
 @torch.library.custom_op("cemq::triton_linear_w4a8", mutates_args=())
@@ -242,9 +244,7 @@ def linear_w4a8(
     Each row of ``packed`` (n, groups * group_size / 2) holds, group by group, the first half of the group's columns in
     the low half bytes and the second in the high ones, each plus 8. ``group_scale`` (n, groups) lies in 1..18.
     """
-    return _multiply_w4(
-        _quantize(values), packed, group_scale, weight_scale, weight_sum, bias, group_size, values.dtype
-    )
+    return multiply_w4(_quantize(values), packed, group_scale, weight_scale, weight_sum, bias, group_size, values.dtype)
 
 
 @quantize_tokens.register_fake

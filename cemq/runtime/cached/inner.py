@@ -150,6 +150,7 @@ class InnerCache:
         self._denoiser = denoiser
         self.hooks: InnerHooks = InnerHooks(denoiser, find)
         self._checked: set[Any] = set()  # shapes of arguments
+        self.error: float | None = None  # the largest that the check has found
 
     def install(self) -> None:
         self.hooks.install()
@@ -168,7 +169,10 @@ class InnerCache:
                 difference += (one.double() - other.double()).square().sum().item()
                 total += one.double().square().sum().item()
         error = math.sqrt(difference / total) if total else math.sqrt(difference)
-        if math.isfinite(total) and not error <= TOLERANCE:
+        if not math.isfinite(total):
+            return
+        self.error = max(self.error or 0.0, error)
+        if not error <= TOLERANCE:
             self._refuse(
                 f"served on the very input it was found on, it gives another output (relative error {error:.2g})"
             )

@@ -129,7 +129,7 @@ def one_block_shape(setting: Setting) -> Iterator[None]:
         if setting.cuda:
             from cemq.quantize.kernels import triton_cuda
 
-            for kernel in (triton_cuda._w8_kernel, triton_cuda._w4_kernel):
+            for kernel in (triton_cuda.w8_kernel, triton_cuda.w4_kernel):
                 stack.enter_context(patch.object(kernel, "configs", kernel.configs[-1:]))
         yield
 

@@ -9,16 +9,12 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
-import os
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import diffusers as D
 import numpy as np
@@ -53,6 +49,10 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
+
+
+def family_with(name: str, **call: Any) -> Family:
+    return replace(FAMILIES[name], call=FAMILIES[name].call | call)
 
 
 def family(kind: str = "image", conditions: tuple = (PROMPT, OTHER_PROMPT), **call: Any) -> Callable:
