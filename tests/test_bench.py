@@ -409,7 +409,7 @@ def test_the_doctor_command_prints_json(monkeypatch):
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert {row["reason"][:13] for row in found["rows"]} == {"not installed"}
-    assert {"cpu", "cores", "threads", "features", "exact_int8_product", "c_kernels"} <= set(found["machine"])
+    assert {"cpu", "cores", "threads", "features", "int8_units", "c_kernels"} <= set(found["machine"])
 
 
 # --- wrong requests

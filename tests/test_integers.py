@@ -12,6 +12,7 @@ from support.processes import run_python
 from cemq.quantize import integers
 from cemq.quantize.integers import (
     expand_int4,
+    float_matmul,
     group_scales,
     integer_matmul,
     pack_int4,
@@ -56,15 +57,16 @@ def half_byte(packed, row, column, group_size):
 def test_the_integer_product_is_exact(rows, inner, columns, seed):
     left, right = random_int8(seed, rows, inner), random_int8(seed + 2, columns, inner)
     expected = left.numpy().astype(np.int64) @ right.numpy().astype(np.int64).T
-    plain, padded = integer_matmul(left, right), padded_matmul(left, right, min_rows=17, multiple=8)
-    assert plain.dtype == padded.dtype == torch.int32
-    assert np.array_equal(plain.numpy(), expected)
-    assert np.array_equal(padded.numpy(), expected)
+    padded = padded_matmul(left, right, min_rows=17, multiple=8)
+    for found in (integer_matmul(left, right), float_matmul(left, right), padded):
+        assert found.dtype == torch.int32
+        assert np.array_equal(found.numpy(), expected)
 
 
 def test_the_integer_product_of_a_long_row_of_extremes_is_exact():
     left, right = torch.full((32, 8192), -128, dtype=torch.int8), torch.full((3, 8192), -128, dtype=torch.int8)
-    assert (integer_matmul(left, right) == 128 * 128 * 8192).all()
+    for product in (integer_matmul, float_matmul):
+        assert (product(left, right) == 128 * 128 * 8192).all()
 
 
 def test_the_integer_product_is_exact_on_a_processor_without_vnni():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cemq.quantize.integers import cpu_product_is_exact
+from cemq.quantize.integers import has_int8_units
 from cemq.quantize.kernels import cpu
 
 LIBRARIES = (
@@ -40,7 +40,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "features": [feature for feature, marks in CPU_FEATURES.items() if marks & flags],
-        "exact_int8_product": cpu_product_is_exact(),
+        "int8_units": has_int8_units(),
         "c_kernels": cpu.why_not() or "in use",
         "compile_on_cpu": compile_obstacle("cpu") or "yes",
         "cuda": [_cuda_device(index) for index in range(torch.cuda.device_count())],

@@ -94,8 +94,8 @@ def _facts(machine: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "system", machine["system"]
     yield "CPU", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     yield "features", ", ".join(machine["features"]) or "none that speed up int8 or bfloat16"
-    exact = machine["exact_int8_product"]
-    yield "int8 product", "exact" if exact else "saturates without VNNI: float64 products are used instead, slowly"
+    units = machine["int8_units"]
+    yield "int8 product", "by int8 units" if units else "by float32, as exactly: this CPU has no int8 units"
     yield "C kernels", machine["c_kernels"]
     yield "torch.compile", machine["compile_on_cpu"]
     for device in machine["cuda"]:

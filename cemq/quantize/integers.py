@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+import time
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ GROUP_SIZE = 64  # int4 weights that share a group scale
 # int4 times its group scale must fit in int8, so that the product with int8 activations stays integer
 GROUP_SCALE_MAX = INT8_MAX // INT4_MAX
 _TINY = 1e-12
+_EXACT_COLUMNS = 1 << 10
 _VALUES_AT_ONCE = 1 << 20
 _CLIP_TRIALS = 4  # how far below the smallest unclipped group scale to look for a smaller squared error
 
@@ -152,24 +156,39 @@ def integer_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Exact int8 x int8 product in int32: left (m, k), right (n, k), result (m, n)."""
     if left.is_cuda:  # cuBLAS wants more than 16 rows, and k and n in multiples of 8
         return padded_matmul(left, right, min_rows=17, multiple=8)
-    if not cpu_product_is_exact():
-        return (left.double() @ right.double().t()).to(torch.int32)
+    if not has_int8_units():
+        return float_matmul(left, right)
     if left.shape[1] == 1:  # torch leaves the result of a one-column product uninitialised
         return padded_matmul(left, right, min_rows=1, multiple=2)
     return torch._int_mm(left.contiguous(), right.t())
 
 
+def float_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The same by float32: sums of `_EXACT_COLUMNS` products of int8 are whole numbers up to 2**24, all of which it
+    has, in whichever order they are summed."""
+    parts = zip(left.split(_EXACT_COLUMNS, 1), right.split(_EXACT_COLUMNS, 1), strict=True)
+    return functools.reduce(torch.add, ((a.float() @ b.float().t()).to(torch.int32) for a, b in parts))
+
+
 @torch.compiler.assume_constant_result
-def cpu_product_is_exact() -> bool:
-    """False on CPUs without VNNI, where oneDNN sums pairs of products in 16 bits and saturates."""
-    return probe_cpu_product()
+def has_int8_units() -> bool:
+    """Whether this CPU multiplies int8 faster than float32, and right; what it has not is multiplied by the latter."""
+    return probe_int8_units()
 
 
 @functools.cache
-def probe_cpu_product() -> bool:
-    """Whether a product of extremes is right on this CPU; tried once."""
-    extreme = torch.full((32, 64), INT8_MAX, dtype=torch.int8, device="cpu")
-    return bool((torch._int_mm(extreme, extreme.t()) == 64 * INT8_MAX**2).all())
+def probe_int8_units() -> bool:
+    """Tries both. Without VNNI torch multiplies one number at a time, some twenty times slower than float32, or adds
+    pairs of products in 16 bits and saturates, which the CPU's name does not tell."""
+    extreme = torch.full((64, 256), INT8_MAX, dtype=torch.int8, device="cpu")
+    if not (torch._int_mm(extreme, extreme.t()) == 256 * INT8_MAX**2).all():
+        return False
+    seconds = {torch._int_mm: math.inf, float_matmul: math.inf}
+    for product, _ in itertools.product(seconds, range(3)):
+        started = time.perf_counter()
+        product(extreme, extreme.t() if product is torch._int_mm else extreme)
+        seconds[product] = min(seconds[product], time.perf_counter() - started)
+    return seconds[torch._int_mm] < seconds[float_matmul]
 
 
 def padded_matmul(left: torch.Tensor, right: torch.Tensor, *, min_rows: int, multiple: int) -> torch.Tensor:
