@@ -226,8 +226,73 @@ def test_sizes_are_compared_before_any_content_is_read(bundle, hashed):
     assert hashed == []
 
 
+# --- the commands
+
+
 def invoke(*arguments):
     return CliRunner().invoke(cli.app, [str(each) for each in arguments])
+
+
+def test_verify_says_that_all_is_well_and_reads_everything_every_time(bundle, hashed):
+    for _ in range(2):
+        done = invoke("verify", bundle)
+        assert done.exit_code == 0, done.output
+        assert done.stdout.startswith(f"{bundle}: {len(listed(bundle))} files, ")
+        assert done.stderr == ""
+    assert sorted(hashed) == sorted(2 * listed(bundle))
+
+
+def test_verify_names_every_file_that_is_not_as_it_was_written(bundle):
+    change(bundle / WEIGHTS)
+    (bundle / "vae" / "config.json").unlink()
+    with (bundle / PRIOR).open("ab") as file:
+        file.write(b"x")
+    (bundle / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    done = invoke("verify", bundle)
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    *faults, last = done.stderr.splitlines()
+    assert sorted(line.partition(":")[0] for line in faults) == sorted(
+        [WEIGHTS, "vae/config.json", PRIOR, "transformer/diffusion_pytorch_model.safetensors.index.json"]
+    )
+    said = f"files damaged, missing or not its own: 4, of {len(listed(bundle))} listed"
+    assert last == f"cemq: bundle '{bundle}': {said}"
+    told = invoke("verify", bundle, "--json")
+    assert told.exit_code == 1
+    found = json.loads(told.stdout)
+    assert found["faults"]["vae/config.json"] == "is missing; write the bundle again"
+    assert len(found["faults"]) == 4
+    assert told.stderr.splitlines() == [last]
+
+
+def test_verify_in_json_says_what_it_read(bundle):
+    found = json.loads(invoke("verify", bundle, "--json").stdout)
+    total = sum(each["bytes"] for each in json.loads((bundle / MANIFEST).read_text())["files"].values())
+    assert found == {"bundle": str(bundle), "files": len(listed(bundle)), "bytes": total, "faults": {}}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["generate", "--label", "1", "-o", "a.png"], ["evaluate", "--samples", "1"], ["analyze"], ["bench"]],
+    ids=lambda command: command[0],
+)
+def test_commands_verify_as_they_are_told(bundle, hashed, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    read_bundle(bundle, verify="once")
+    change(bundle / WEIGHTS)
+    hashed.clear()
+    name, *arguments = command
+    for verify in ("once", "always"):
+        done = invoke(name, bundle, *arguments, "--verify", verify)
+        assert done.exit_code == 1
+        assert DAMAGED in done.stderr
+    assert len(hashed) > 1
+
+
+def test_a_picture_is_drawn_from_what_is_not_verified(bundle, hashed, tmp_path):
+    done = invoke("generate", bundle, "--label", "1", "-o", tmp_path / "a.png", "--verify", "never")
+    assert done.exit_code == 0, done.output
+    assert hashed == []
 
 
 # --- permissions

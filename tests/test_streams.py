@@ -10,7 +10,8 @@ import pytest
 from conftest import make_dit
 
 import cemq
-from cemq.cli import _in_one_line, _make_printable
+from cemq.cli import _make_printable
+from cemq.errors import in_one_line
 
 TREE = {"PYTHONPATH": str(Path(cemq.__file__).parents[1])}
 
@@ -42,7 +43,7 @@ def test_what_an_encoding_has_stays():
 
 
 def test_one_line_stays_one_whatever_a_file_is_called():
-    assert _in_one_line("no 'a\nb\u2028\x1b[31m🐈é'") == r"no 'a\nb\u2028\x1b[31m🐈é'"
+    assert in_one_line("no 'a\nb\u2028\x1b[31m🐈é'") == r"no 'a\nb\u2028\x1b[31m🐈é'"
 
 
 @pytest.fixture(scope="module")
