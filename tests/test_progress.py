@@ -200,6 +200,16 @@ def test_the_thread_writes_while_a_stage_is_silent_and_ends_with_it(monkeypatch,
     assert re.fullmatch(rf"a long batch: {how} after 0:00:\d\d, at 50 %", stream.getvalue().splitlines()[-1])
 
 
+@pytest.mark.usefixtures("hasty")
+def test_a_process_whose_stderr_leads_nowhere_writes_nothing(capsys):
+    """As `launched` has it for all processes but the main one."""
+    nowhere = io.StringIO()
+    with redirect_stderr(nowhere), shown_progress() as report:
+        report("runs", 0.5)
+        wait_for(lambda: "still at" in nowhere.getvalue())
+    assert capsys.readouterr() == ("", "")
+
+
 def test_nothing_is_written_before_anything_is_told(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
