@@ -17,15 +17,18 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cemq import __version__
-from cemq.errors import CemqError, InputError
+from cemq.errors import CemqError, InputError, in_one_line
 from cemq.extensions import load_extensions
 from cemq.files import check_writable, written_whole
 from cemq.recipe import RENAMED, Recipe
+
+if TYPE_CHECKING:
+    from cemq.pipelines.batches import Progress
 
 app: typer.Typer = typer.Typer(
     help="Quantize a diffusion transformer, plan which steps it may skip, and ship both as one folder.",
@@ -43,6 +46,9 @@ Call = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")]
 Budget = Annotated[str | None, typer.Option(metavar="N|Rx", help="Full-compute steps (15), or a compute ratio (3x).")]
+_VERIFY = typer.Option(metavar="WHEN", help="Compare checksums first: always, once on this machine, or never.")
+Verify = Annotated[str, _VERIFY]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors on stderr.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by quantize-and-schedule.")]
 
 
@@ -81,22 +87,13 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             said = str(error)
             if isinstance(error, OSError) and error.strerror:
                 said = error.strerror + (f": '{error.filename}'" if error.filename else "")
-            print(f"cemq: {_in_one_line(said)}", file=sys.stderr)
+            print(f"cemq: {in_one_line(said)}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             print("cemq: interrupted; nothing was written", file=sys.stderr)
             raise typer.Exit(130) from None
 
     return wrapped
-
-
-def _in_one_line(text: str) -> str:
-    r"""Text that may hold names of files, which may hold anything, as it can be shown in one line.
-
-    >>> _in_one_line("no 'a\nb'")
-    "no 'a\\nb'"
-    """
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 # What cemq draws, for terminals and files that hold ASCII alone.
@@ -110,46 +107,36 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     return found.encode("ascii", "backslashreplace").decode("ascii"), error.end
 
 
-def _quiet() -> None:
-    """Keep the libraries' log lines and progress bars off the terminal; cemq's own warnings stay."""
+def _hush_libraries(quiet: bool = False) -> None:
+    """Keep the libraries' log lines and progress bars off stderr; cemq's own warnings stay.
+
+    Args:
+        quiet: Not even how far a download is, which is shown on a terminal.
+    """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     import diffusers
+    import huggingface_hub
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
+    if quiet or not (sys.stderr and sys.stderr.isatty()):
+        huggingface_hub.utils.disable_progress_bars()
     warnings.filterwarnings("always", message="cemq:")
     warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+def _at_work(quiet: bool) -> Iterator[Progress]:
+    """What a command that takes its time tells its progress, which is shown unless it is to be quiet."""
+    from cemq.pipelines.progress import shown_progress
 
-    from cemq.pipelines.batches import BUILD_LOG
-
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    notes, logger = logging.Handler(), logging.getLogger(BUILD_LOG)
-    notes.emit = lambda record: console.print(record.getMessage(), soft_wrap=True, highlight=False)
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, share: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=1.0)
-            bars.update(tasks[stage], completed=share)
-
-        logger.setLevel(logging.INFO)
-        logger.addHandler(notes)
-        try:
-            yield report
-        finally:
-            logger.removeHandler(notes)
+    _hush_libraries(quiet)
+    with shown_progress(quiet=quiet) as progress:
+        yield progress
 
 
 def _call_arguments(pairs: list[str] | None) -> dict[str, Any]:
@@ -246,6 +233,7 @@ def quantize_and_schedule(
     call: Call = None,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -260,8 +248,7 @@ def quantize_and_schedule(
 
     with launched() as processes:
         settings = _recipe_settings(options) | {"call": _call_arguments(call)}
-        _quiet()
-        with _progress() as progress:
+        with _at_work(quiet) as progress:
             manifest = build(
                 model, output, recipe=recipe, device=device, overwrite=overwrite, progress=progress,
                 processes=processes, **settings,
@@ -296,6 +283,8 @@ def generate(
     offload_folder: Annotated[
         Path | None, typer.Option(help="For weights that --vram keeps on disk; default: ~/.cache/cemq/offload.")
     ] = None,
+    verify: Verify = "once",
+    quiet: Quiet = False,
 ) -> None:
     """Make one picture, video or piece of audio with a bundle.
 
@@ -308,12 +297,13 @@ def generate(
     from cemq.pipelines.outputs import check_path
 
     check_path(output)
-    _quiet()
     condition = label if prompt is None else prompt
-    generate_sample(
-        bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device, vram=vram,
-        offload_folder=offload_folder, output=output,
-    ).save(output)  # fmt: skip
+    with _at_work(quiet) as progress:
+        sample = generate_sample(
+            bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device, vram=vram,
+            offload_folder=offload_folder, verify=verify, output=output, progress=progress,
+        )  # fmt: skip
+    sample.save(output)
     print(output)
 
 
@@ -330,6 +320,8 @@ def evaluate(
         Path | None, typer.Option(help="Write a PNG: full precision on the left, bundle on the right.")
     ] = None,
     device: Device = None,
+    verify: Verify = "once",
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare a bundle with its full-precision, uncached original on fresh seeds.
@@ -340,11 +332,10 @@ def evaluate(
     from cemq.parallel import launched
 
     with launched() as processes:
-        _quiet()
-        with _progress() as progress:
+        with _at_work(quiet) as progress:
             found = run_evaluation(
                 bundle, reference=reference, samples=samples, seed=seed, steps=steps, budget=budget, picture=picture,
-                device=device, progress=progress, processes=processes,
+                device=device, verify=verify, progress=progress, processes=processes,
             )  # fmt: skip
         if as_json:
             _print_json(found.to_dict())
@@ -377,6 +368,28 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
 
 @app.command()
 @_one_line_errors
+def verify(bundle: Bundle, as_json: Json = False) -> None:
+    """Read every file of a bundle and compare it with its checksum, whatever was verified before.
+
+    Each file that is damaged, missing or not the bundle's own is named on stderr, and the exit code is 1 then.
+
+    Example: cemq verify digits
+    """
+    from cemq.bundle.verify import verify as run_verification
+
+    found = run_verification(bundle)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        for name, fault in found.faults.items():
+            print(in_one_line(f"{name}: {fault}"), file=sys.stderr)
+    found.check()
+    if not as_json:
+        print(f"{bundle}: {found.files} files, {found.bytes / 1e6:.1f} MB, all as they were written")
+
+
+@app.command()
+@_one_line_errors
 def analyze(
     bundle: Annotated[
         str, typer.Argument(metavar="BUNDLE|MODEL", help="A bundle's folder, or a model to make one of and not keep.")
@@ -396,6 +409,8 @@ def analyze(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG: predicted against measured error.")] = None,
     device: Device = None,
+    verify: Verify = "once",
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Run many schedules of a bundle, or of a model quantized, and show how well each predicted cost ranks them.
@@ -403,6 +418,7 @@ def analyze(
     Example: cemq analyze digits --schedules 60
     """
     from cemq.build import bundle_of
+    from cemq.bundle.checksums import check_verify
     from cemq.evaluation.analysis import analyze as run_analysis
     from cemq.evaluation.analysis import check_analysis, draw
     from cemq.evaluation.compare import check_picture_path
@@ -411,15 +427,15 @@ def analyze(
     with launched() as processes:
         if plot:
             check_picture_path(plot, "plot")
-        _quiet()
-        with _progress() as progress:
+        check_verify(verify)  # where a MODEL is quantized first, that is hours later
+        with _at_work(quiet) as progress:
             asked = {
                 "schedules": schedules, "predictors": _names(predictors), "budget": budget, "corrector": corrector,
             }  # fmt: skip
             shared = {"device": device, "progress": progress, "processes": processes}
             check = functools.partial(check_analysis, **asked)
             with bundle_of(bundle, check=check, scheme=scheme, recipe=recipe, **shared) as folder:
-                found = run_analysis(folder, samples=samples, seed=seed, **asked, **shared)
+                found = run_analysis(folder, samples=samples, seed=seed, verify=verify, **asked, **shared)
         if plot and processes.is_main:
             draw(found, plot)
         if as_json:
@@ -455,6 +471,8 @@ def bench(
     device: Device = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile every variant of --arch.")] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file to write as well.")] = None,
+    verify: Annotated[str | None, _VERIFY] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Time full precision against quantized, taking turns in one run, and weigh both.
@@ -465,24 +483,26 @@ def bench(
     """
     if bundle and (arch or schemes or compiled):
         raise InputError("--arch, --schemes and --compile do not go with a bundle: leave out one or the other")
+    if verify and not bundle:
+        raise InputError("--verify is of a bundle, and none is named")
     if output:
         check_writable(output)
     from cemq.bench import bench_architecture, bench_bundle
     from cemq.bench.table import print_benchmark
 
-    _quiet()
     given = {
         "dtype": dtype,
         "batch": batch,
         "rounds": rounds,
         "device": device,
         "full_precision": not no_full_precision,
+        "verify": verify,
     }
     if not bundle:
         names = _names(schemes) if schemes is not None else None
         given |= {"schemes": names, "compiled": compiled}
     settings = {name: value for name, value in given.items() if value is not None}
-    with _progress() as progress:
+    with _at_work(quiet) as progress:
         if bundle:
             result = bench_bundle(bundle, progress=progress, **settings)
         else:
@@ -502,6 +522,7 @@ def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave torch.compile out, which takes most of the time.")
     ] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Show what this machine can do: every backend and scheme, tried on a tiny model.
@@ -511,8 +532,7 @@ def doctor(
     from cemq.bench import examine
     from cemq.bench.table import print_doctor
 
-    _quiet()
-    with _progress() as progress:
+    with _at_work(quiet) as progress:
         found = examine(quick=quick, progress=progress)
     if as_json:
         _print_json(found)
@@ -543,7 +563,7 @@ def plan_memory(
     from cemq.bundle.plan_memory import plan_memory as run_plan
     from cemq.memory.placement import format_bytes
 
-    _quiet()
+    _hush_libraries()
     plan = run_plan(
         bundle, vram, device=device, budget=budget, samples=samples, call=_call_arguments(call),
         host_memory=host_memory,

@@ -63,6 +63,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def in_one_line(text: str) -> str:
+    r"""Text that may hold names of files, which may hold anything, as it can be shown in one line.
+
+    >>> in_one_line("no 'a\nb'")
+    "no 'a\\nb'"
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def check_keywords(function: str, given: Iterable[str], taken: type) -> None:
     """Refuses a keyword that is none of ``taken``, a TypedDict, as Python itself does where a function lists its own.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,32 @@ from cemq.errors import InputError, first_line
 def absolute(path: str | Path) -> Path:
     """The path from the root, ``~`` written out; a home folder that nobody has is taken for a name."""
     return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def cache_folder() -> Path:
+    """``cemq`` in the user's cache folder, which XDG_CACHE_HOME names; it need not be there yet.
+
+    Raises:
+        OSError: The user has no home.
+    """
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OSError(f"{first_line(error)} Set XDG_CACHE_HOME") from None
+    return absolute(cache) / "cemq"
+
+
+def give_usual_permissions(folder: Path) -> None:
+    """Let whoever may read a folder read all that is in it: safetensors makes its files for the user alone.
+
+    The folder was made by ``mkdir``, so its own permissions are what the umask leaves. None are taken away.
+    """
+    allowed = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        wanted = mode | (allowed if path.is_dir() else allowed & 0o666)
+        if mode != wanted:  # where a file system has one mode for all files, it cannot be set either
+            path.chmod(wanted)
 
 
 def check_writable(path: str | Path, what: str = "output") -> None:

@@ -104,6 +104,7 @@ BAD = {
         *cases("--device", *DEVICES, before=["BUNDLE", *LABEL]),
         *cases("--vram", *NUMBERS, "0", "1B", "8 apples", before=["BUNDLE", *LABEL]),
         ["BUNDLE", *LABEL, "--vram", "DISK", "--offload-folder", "FILE"],
+        *cases("--verify", "", "True", "twice", before=["BUNDLE", *LABEL]),
     ],
     "evaluate": [
         *commands([["BUNDLE"]]),
@@ -116,6 +117,14 @@ BAD = {
         *cases("--budget", *BUDGETS, before=["BUNDLE"]),
         *cases("--picture", *FILES, "a.txt", "a.jpg", "", before=["BUNDLE"]),
         *cases("--device", *DEVICES, before=["BUNDLE"]),
+        *cases("--verify", "", "True", "twice", before=["BUNDLE"]),
+    ],
+    "verify": [
+        *commands([["BUNDLE"], ["BUNDLE", "--json"]]),
+        *bundles(),
+        *bundles("--json", but=("LACKING",)),  # of which it lists what is lacking
+        [],
+        ["BUNDLE", "BUNDLE"],
     ],
     "inspect": [
         *commands([["BUNDLE"], ["BUNDLE", "--json"]]),
@@ -139,6 +148,8 @@ BAD = {
         *cases("--corrector", "", "auto", "cubic", before=["BUNDLE"]),
         *cases("--plot", *FILES, "a.txt", "", before=["BUNDLE"]),
         *cases("--device", *DEVICES, before=["BUNDLE", "--schedules", "5"]),
+        *cases("--verify", "", "True", "twice", before=["BUNDLE"]),
+        *cases("--verify", "twice", before=["PIPELINE"]),
     ],
     "bench": [
         *commands([["BUNDLE"], []]),
@@ -151,6 +162,8 @@ BAD = {
         ["BUNDLE", "--compile"],
         *cases("--dtype", "", "float64", "int8"),
         *cases("--dtype", "int8", before=["BUNDLE"]),
+        *cases("--verify", "", "True", "twice", before=["BUNDLE"]),
+        *cases("--verify", "always"),
         *cases("--batch", *NUMBERS, "0", HUGE),
         *cases("--batch", "0", HUGE, before=["BUNDLE"]),
         *cases("--rounds", *NUMBERS, "0"),
@@ -334,6 +347,7 @@ RUNS = {  # of a model's forward
     "bench": ["BUNDLE", "-o", "a.json"],
 }
 READS = {  # a bundle
+    "verify": ["BUNDLE"],
     "inspect": ["BUNDLE"],
     "plan-memory": ["BUNDLE", "--vram", "8GiB"],
     "export": ["BUNDLE", "-o", "a.json"],

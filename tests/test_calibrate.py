@@ -351,7 +351,7 @@ def test_every_scheme_is_calibrated_in_bfloat16_too(scheme):
 def test_progress_grows_to_one():
     shares = []
     quantize_calibrated(Toy(), CemqConfig("w4a8", **EVERYWHERE), toy_calls(4), hessian_bytes=1, progress=shares.append)
-    assert shares == pytest.approx([number / 12 for number in range(1, 13)])
+    assert shares == pytest.approx([number / 16 for number in range(1, 17)])  # three passes of four calls; four layers
 
 
 def test_nothing_left_to_quantize_is_refused():

@@ -360,7 +360,8 @@ def test_the_functions_take_what_the_commands_take(command, function):
         "no_full_precision": "full_precision",
         "arch": "architecture",
     }
-    elsewhere = {"as_json", "plot", "scheme", "recipe"} | ({"bundle", "output"} if command is cli.bench else set())
+    elsewhere = {"as_json", "quiet", "plot", "scheme", "recipe"}
+    elsewhere |= {"bundle", "output", "verify"} if command is cli.bench else set()
     options = set(python_inspect.signature(command).parameters) - elsewhere
     assert {spelled.get(name, name) for name in options} <= taken_by(function)
 

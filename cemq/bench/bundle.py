@@ -15,6 +15,7 @@ from cemq.bench.forward import FULL_PRECISION
 from cemq.bench.machine import describe_machine
 from cemq.bench.measure import Timing, busy_note, make_rows, measure, of_stage
 from cemq.bench.random_models import tensor_bytes
+from cemq.bundle.checksums import Verify
 from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import Manifest, read_bundle
 from cemq.errors import ModelError, choose
@@ -42,6 +43,7 @@ def bench_bundle(
     rounds: int = 5,
     device: str | None = None,
     full_precision: bool = True,
+    verify: Verify | bool = "once",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Time a bundle, and the model it was made from where that can be found.
@@ -50,6 +52,7 @@ def bench_bundle(
         dtype: Of everything that is not quantized; None takes the bundle's.
         batch: Samples of a run.
         full_precision: Look for the original and time it as well.
+        verify: When checksums are compared: ``always``, ``once`` on this machine, or ``never``.
 
     Returns:
         Plain data, as `forward.bench_architecture` returns it, with two tables.
@@ -57,13 +60,12 @@ def bench_bundle(
     Raises:
         CemqError: The bundle cannot be used, or a setting is unknown.
     """
-    folder = Path(bundle)
-    manifest = read_bundle(folder)
+    manifest = read_bundle(Path(bundle), verify=verify)
     dtype = choose("dtype", dtype or manifest.dtype, DTYPES)
     device = device or default_device()
     place = check_device(device)
     pipes, notes = _open_original(manifest, dtype, device) if full_precision else ({}, [])
-    pipes[manifest.scheme] = quantized = from_pretrained(folder, device=device, torch_dtype=dtype)
+    pipes[manifest.scheme] = quantized = from_pretrained(bundle, device=device, torch_dtype=dtype, verify="never")
     schedule, policy = manifest.schedule, schedule_hook(quantized).run.policy
     detach(quantized)
     for pipe in pipes.values():

@@ -18,6 +18,7 @@ from diffusers.hooks import apply_group_offloading
 from cemq.bench.answers import predict, relative_error
 from cemq.bench.architectures import Architecture, Inputs
 from cemq.bench.machine import compile_obstacle, describe_machine
+from cemq.bench.measure import of_stage
 from cemq.bench.random_models import quantization_config, random_model
 from cemq.errors import first_line
 from cemq.extensions import load_extensions
@@ -148,7 +149,7 @@ def examine(
         for backend in BACKENDS
         if not installed(backend)
     ]
-    tried, total = 0, len(devices) * len(pairs)
+    tried, total, told = 0, len(devices) * len(pairs), of_stage(progress, "trying")
     with _silence():
         for device in devices:
             dtype = getattr(torch, default_dtype(device.type))
@@ -159,8 +160,7 @@ def examine(
                 row = {"backend": backend, "scheme": scheme, "device": str(device), "reason": ""}
                 rows.append(row | _try(probes, original, exact, inputs, backend, scheme))
                 tried += 1
-                if progress:
-                    progress("trying", tried / total)
+                told(tried / total)
         torch.compiler.reset()
     notes = [
         "reload, copy and the offloads must give the same output to the bit; offload: of the whole model, group: layer "

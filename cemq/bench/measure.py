@@ -65,8 +65,11 @@ def measure(
 
 
 def of_stage(progress: Progress | None, stage: str) -> Callable[[float], None]:
-    """What is told the share of one stage that is done, and may have nobody to tell."""
-    return partial(progress, stage) if progress else lambda _: None
+    """What is told the share of one stage that is done, and may have nobody to tell; the stage begins now."""
+    if progress is None:
+        return lambda _: None
+    progress(stage, 0.0)
+    return partial(progress, stage)
 
 
 def make_rows(

@@ -312,6 +312,7 @@ def _plan(
         if runner.progress:
             runner.progress(f"{stage}, {most:g} runs' worth", min(spent / most, 1.0))
 
+    show(0.0)
     loop = ClosedLoop(
         runner=runner, prior=prior, batches=samples.planning, references=originals.planning[runner.steps],
         cache=settings.recipe.cache, on_spent=show,

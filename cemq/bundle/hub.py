@@ -67,7 +67,7 @@ def push_to_hub(
     if not _REPOSITORY.fullmatch(repo_id):
         raise InputError(f"repository {repo_id!r}: write owner/name")
     folder = Path(bundle)
-    manifest = read_bundle(folder, verify=True)
+    manifest = read_bundle(folder, verify="always")
     listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     paths = sorted({*listed, MANIFEST} - {_CARD})
     from huggingface_hub import CommitOperationAdd, HfApi

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
+from cemq.bundle.checksums import Verify
 from cemq.bundle.dtypes import check_dtypes, tensor_dtypes
 from cemq.bundle.hub import find_bundle
 from cemq.bundle.manifest import PRIOR, Manifest, OtherRun, read_bundle, read_checksum
@@ -40,6 +41,13 @@ class Placing(TypedDict, total=False):
     offload_folder: str | Path | None
 
 
+class Loading(Placing, total=False):
+    """How a bundle is loaded by what then runs it; each may be left out."""
+
+    device: str | None
+    verify: Verify | bool
+
+
 def from_pretrained(
     path: str | Path,
     *,
@@ -48,7 +56,7 @@ def from_pretrained(
     budget: int | str | None = None,
     call: Mapping[str, Any] | None = None,
     revision: str | None = None,
-    verify: bool = True,
+    verify: Verify | bool = "once",
     **placing: Unpack[Placing],
 ) -> Any:
     """Load a bundle as its own diffusers pipeline class, quantized and scheduled.
@@ -66,7 +74,8 @@ def from_pretrained(
         call: Arguments that the pipeline will be called with, such as height and width, over the bundle's; ``vram``
             allows for them.
         revision: Branch, tag or commit on the Hub.
-        verify: Compare the checksums of all files first.
+        verify: Compare the checksums of all files first: ``always``, ``once`` on this machine and again for what has
+            changed since, or ``never``. True and False stand for always and never.
         vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: the cheapest placement that fits is
             applied, ``pipe.cemq_memory_plan`` says which. On a CPU it is the memory of weights and activations.
         offload_folder: For placements that keep weights on disk; None takes ``~/.cache/cemq/offload``.
@@ -78,7 +87,7 @@ def from_pretrained(
         PlacementError: No placement fits in ``vram``, and how much the least one needs; or it would keep weights on
             disk that ``torch_dtype`` converts in memory.
         HubError: There is no such folder, and nothing of that name can be fetched.
-        InputError: Unknown dtype or device, or ``vram`` is no size.
+        InputError: Unknown dtype or device, ``vram`` is no size, or ``verify`` none of these words.
     """
     check_keywords("from_pretrained", placing, Placing)
     load_extensions()

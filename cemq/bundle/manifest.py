@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cemq.bundle.checksums import Listed, Verify, check_verify, find_faults, sha256
 from cemq.errors import BundleError, CemqError, choose, first_line
-from cemq.files import absolute
+from cemq.files import absolute, give_usual_permissions
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.pipelines.opening import DTYPES
 from cemq.schedule import CacheSchedule
@@ -182,6 +183,7 @@ def staging(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         made = [folder for folder in partial.parents if not folder.exists()]
         partial.mkdir(parents=True)
         yield partial
+        give_usual_permissions(partial)
         if target.exists():
             replaced = target.with_name(f".{target.name}.replaced-{key}")
             target.rename(replaced)
@@ -244,7 +246,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"'{path.relative_to(folder)}' may hold a pickle: bundles hold safetensors and text only")
     content = manifest.to_dict()
     content["files"] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in files
         if path != folder / CARD  # people edit it, on the Hub with a button
     }
@@ -252,11 +254,39 @@ def seal(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What cemq.json holds, of which nothing is believed yet but that it is as it was written."""
+
+    content: dict[str, Any]
+    files: dict[str, Listed]
+    checksum: str
+
+
+def read_bundle(folder: Path, *, verify: Verify | bool = "never") -> Manifest:
     """Read cemq.json and check that every file is there and of its size and, with ``verify``, of its content.
 
     Raises:
         BundleError: Names the file that is missing, truncated or edited, or that would be loaded and does not belong.
+        InputError: ``verify`` is no word of `check_verify`.
+    """
+    when = check_verify(verify)
+    listing = read_listing(folder)
+    for name, fault in find_all_faults(folder, listing, verify=when):
+        raise BundleError(f"bundle '{folder}': file '{name}' {fault}")
+    try:
+        return Manifest.from_dict(listing.content)
+    except CemqError as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST}: {error}") from error
+    except _MALFORMED as error:
+        raise BundleError(f"bundle '{folder}': {MANIFEST} is damaged ({first_line(error)}); write it again") from error
+
+
+def read_listing(folder: Path) -> Listing:
+    """Read cemq.json and hold it against its own checksum.
+
+    Raises:
+        BundleError: It is not there, damaged, or of another format.
     """
     path = folder / MANIFEST
     if not os.path.isfile(path):
@@ -265,7 +295,7 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         checksum, files = content.pop("checksum"), content["files"]
-        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        listed = {name: Listed(bytes=int(each["bytes"]), sha256=str(each["sha256"])) for name, each in files.items()}
         version = content["format_version"]
     except OSError as error:
         raise BundleError(f"bundle '{folder}': {MANIFEST} cannot be read: {error.strerror}") from error
@@ -275,30 +305,16 @@ def read_bundle(folder: Path, *, verify: bool = False) -> Manifest:
         raise BundleError(f"bundle '{folder}' has format {version}, this cemq reads {FORMAT_VERSION}: write it again")
     if checksum != _checksum(content):
         raise BundleError(f"bundle '{folder}': {MANIFEST} was edited or damaged; write the bundle again")
-    for name, (size, digest) in files.items():
-        if name == CARD:
-            continue  # bundles of before listed it
-        file = folder / name
-        if not file.is_file():
-            raise BundleError(f"bundle '{folder}': file '{name}' is missing; write the bundle again")
-        if file.stat().st_size != size:
-            raise BundleError(
-                f"bundle '{folder}': file '{name}' has {file.stat().st_size} bytes instead of {size}; "
-                "copy or write the bundle again"
-            )
-        if verify and _sha256(file) != digest:
-            raise BundleError(f"bundle '{folder}': file '{name}' was edited or damaged; copy or write the bundle again")
-    for name in _strangers(folder, files):
-        raise BundleError(
-            f"bundle '{folder}': file '{name}' is none of the bundle's, and could be loaded in their place: remove it"
-        )
     del content["files"]
-    try:
-        return Manifest.from_dict(content)
-    except CemqError as error:
-        raise BundleError(f"bundle '{folder}': {MANIFEST}: {error}") from error
-    except _MALFORMED as error:
-        raise BundleError(f"bundle '{folder}': {MANIFEST} is damaged ({first_line(error)}); write it again") from error
+    listed.pop(CARD, None)  # bundles of before listed it
+    return Listing(content=content, files=listed, checksum=checksum)
+
+
+def find_all_faults(folder: Path, listing: Listing, *, verify: Verify) -> Iterator[tuple[str, str]]:
+    """`find_faults`, and files that do not belong, before any content is compared."""
+    for name in _strangers(folder, listing.files):
+        yield name, "is none of the bundle's, and could be loaded in their place: remove it"
+    yield from find_faults(folder, listing.files, listing.checksum, verify=verify)
 
 
 def _strangers(folder: Path, files: Iterable[str]) -> Iterator[str]:
@@ -313,17 +329,6 @@ def _strangers(folder: Path, files: Iterable[str]) -> Iterator[str]:
 def read_checksum(folder: Path) -> str:
     """The checksum over everything in a bundle, as its cemq.json has it."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["checksum"]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    except OSError as error:
-        raise BundleError(f"file '{path}' cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -89,6 +89,7 @@ def analyze(
         budget: Full-compute steps of all of them, at least 2; None takes 3 in 10 of the steps.
         corrector: Of all of them; None takes what a plan of that budget would have (`suited_corrector`).
         device: Where they run; None takes CUDA where there is one.
+        verify: When checksums are compared: ``always``, ``once`` on this machine, which is the default, or ``never``.
         progress: Told the name of what is being run, and the share of it done.
         processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each; all return the same.
 
@@ -104,12 +105,12 @@ def analyze(
         raise InputError("predictors: none is named; taylor1,reuse are the default")
     place, folder = running.get("device") or default_device(), absolute(bundle)
     progress, processes = running.get("progress"), running.get("processes", ALONE)
-    manifest, prior = read_bundle(folder), ErrorPrior.load(folder / PRIOR)
+    manifest, prior = read_bundle(folder, verify=running.get("verify", "once")), ErrorPrior.load(folder / PRIOR)
     num_steps = prior.num_steps
     check_analysis(num_steps, schedules=schedules, predictors=predictors, budget=budget, corrector=corrector)
     budget = parse_budget(budget or usual_budget(num_steps), num_steps)
     corrector = corrector or suited_corrector(prior, budget)
-    pipe = from_pretrained(folder, device=place)
+    pipe = from_pretrained(folder, device=place, verify="never")  # it is verified by now
     detach(pipe)
     pipe.set_progress_bar_config(disable=True)
     batches = make_batches(

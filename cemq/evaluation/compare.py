@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 
+from cemq.bundle.checksums import Verify
 from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import MANIFEST, Manifest, read_bundle
 from cemq.errors import InputError, ModelError, check_keywords
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
 
 
 class Running(TypedDict, total=False):
-    """Where samples are run, and who hears of it and takes a share; each may be left out."""
+    """How a bundle is loaded, where samples are run, and who hears of it and takes a share; each may be left out."""
 
     device: str | None
+    verify: Verify | bool
     progress: Progress | None
     processes: Processes
 
@@ -145,6 +147,7 @@ def evaluate(
         picture: Write a PNG, full precision on the left and the bundle on the right; four frames of each video, the
             spectrograms of audio.
         device: Where both run; None takes CUDA where there is one.
+        verify: When checksums are compared: ``always``, ``once`` on this machine, which is the default, or ``never``.
         progress: Told the name of what is being run, and the share of it done.
         processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each; all return the same.
 
@@ -152,7 +155,7 @@ def evaluate(
         CemqError: The bundle or the reference cannot be used, or a seed was used for profiling.
     """
     check_keywords("evaluate", running, Running)
-    manifest = read_bundle(Path(bundle))
+    manifest = read_bundle(Path(bundle), verify=running.get("verify", "once"))
     batches = make_batches(
         manifest.held_out_conditions,
         samples=samples,
@@ -199,7 +202,7 @@ def _open_both(
     source = locate(reference or manifest.model, variant=None if reference else manifest.variant)
     if (source.folder / MANIFEST).is_file():
         raise ModelError(f"reference '{source.name}' is a cemq bundle: give the full-precision model")
-    scheduled = from_pretrained(bundle, device=device, budget=budget)
+    scheduled = from_pretrained(bundle, device=device, budget=budget, verify="never")  # it is verified by now
     original = open_pipeline(source.folder, dtype=manifest.dtype, device=device)
     if type(original) is not type(scheduled):
         raise ModelError(

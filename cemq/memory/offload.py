@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from cemq.errors import PlacementError, first_line
 from cemq.families import DENOISERS
-from cemq.files import absolute
+from cemq.files import absolute, cache_folder
 from cemq.memory.placement import MemoryPlan
 from cemq.pipelines.opening import ALIGNMENT, align
 from cemq.reclaim import give_back, map_large_allocations
@@ -225,8 +224,7 @@ def disk_folder(
     kinds = json.dumps(dtypes, sort_keys=True)
     parts = (_LAYOUT, checksum, kinds, plan.chosen.placement.name, *map(version, _WRITERS))
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return absolute(root or cache / "cemq" / "offload") / key
+    return absolute(root or cache_folder() / "offload") / key
 
 
 @contextmanager

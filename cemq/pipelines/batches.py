@@ -340,8 +340,10 @@ def _read_picture(name: str, path: str) -> Any:
 def iterate(
     batches: Sequence[Batch], stage: str, progress: Progress | None, steps: int
 ) -> Iterator[tuple[Batch, Callable[[], None]]]:
-    """Yield (batch, on_step) and report the share of all steps done under the name ``stage``."""
+    """Yield (batch, on_step) and report the share of all steps done under the name ``stage``, from 0 on."""
     done, total = 0, len(batches) * steps
+    if progress and batches:
+        progress(stage, 0.0)
 
     def on_step() -> None:
         nonlocal done

@@ -206,7 +206,15 @@ def quantize_calibrated(
     wanted = set(layers) if gptq and config.backend == "native" else set()
     owners = _shared_inputs(denoiser, layers, calls[0])
     passes = _passes(denoiser, layers, owners, wanted, hessian_bytes)
-    for number, names in enumerate(passes):
+    done, total = 0, sum(len(calls) + len(names) for names in passes)
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done / total)
+
+    for names in passes:
         watched = {name: owners.get(name, name) for name in names}
         hessian_owners = {owner for name, owner in watched.items() if name in wanted}
         found = _Inputs(hessian_owners)
@@ -215,10 +223,9 @@ def quantize_calibrated(
             for owner in dict.fromkeys(watched.values())
         ]
         try:
-            for done, call in enumerate(calls, start=1):
+            for call in calls:
                 replay(denoiser, call)
-                if progress:
-                    progress((number + done / len(calls)) / len(passes))
+                advance()
         finally:
             for handle in handles:
                 handle.remove()
@@ -226,6 +233,7 @@ def quantize_calibrated(
             linear, scheme = denoiser.get_submodule(name), layers[name]
             layer = config.layer_class(scheme).from_linear(linear, scheme, found.statistics(owner))
             denoiser.set_submodule(name, layer)
+            advance()
     mark_quantized(denoiser, config)
     return len(layers)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -142,7 +143,10 @@ def quantize_pipeline(
         return
 
     def report(stage: str) -> Callable[[float], None] | None:
-        return (lambda share: progress(stage, share)) if progress else None
+        if progress is None:
+            return None
+        progress(stage, 0.0)
+        return partial(progress, stage)
 
     for name in settings.components or [name for name in DENOISERS if getattr(pipe, name, None) is not None]:
         model = getattr(pipe, name)

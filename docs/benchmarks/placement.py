@@ -274,7 +274,7 @@ def enforced(limit: int, folder: Path, vram: int, offload: Path) -> str | None:
 def load(folder: Path, **options: object) -> object:
     import cemq
 
-    pipe = cemq.from_pretrained(folder, device="cpu", verify=False, **options)
+    pipe = cemq.from_pretrained(folder, device="cpu", verify="never", **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -28,7 +28,7 @@ def _spell_out(function: griffe.Function) -> None:
         if parameter.kind is griffe.ParameterKind.var_keyword and str(annotation).startswith("Unpack["):
             taken = function.modules_collection[annotation.slice.canonical_path]
             del function.parameters[parameter.name]
-            for name, each in taken.attributes.items():
+            for name, each in taken.all_members.items():
                 function.parameters[name] = griffe.Parameter(
                     name, annotation=each.annotation, kind=griffe.ParameterKind.keyword_only, default="..."
                 )

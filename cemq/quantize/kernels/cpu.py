@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from cemq.errors import ModelError
+from cemq.files import cache_folder
 from cemq.quantize import integers
 
 SOURCE = Path(__file__).with_name("cpu.c")
@@ -225,13 +226,13 @@ def _build_and_load(source: Path) -> Kernels:
     built_from.update(repr((compiler, _FLAGS, platform.machine(), _cpu_features())).encode())
     name = f"cpu-{built_from.hexdigest()[:16]}.so"
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cemq"
+        cache = cache_folder()
         if (cache / name).is_file():
             with suppress(OSError):  # a damaged library is built anew
                 return Kernels(ctypes.CDLL(str(cache / name)))
         cache.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=cache)
-    except (OSError, RuntimeError):  # no home, or none to write to: build for this process alone
+    except OSError:  # no home, or none to write to: build for this process alone
         cache, scratch = None, tempfile.TemporaryDirectory()
     with scratch as folder:
         built = Path(folder) / name

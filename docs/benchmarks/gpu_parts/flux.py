@@ -198,7 +198,7 @@ def _run(pipe: Any, manifest: Any, on_step: Any) -> np.ndarray:
 
 
 def load(folder: Path, device: torch.device | str, **options: Any) -> Any:
-    pipe = cemq.from_pretrained(folder, device=str(device), verify=False, **options)
+    pipe = cemq.from_pretrained(folder, device=str(device), verify="never", **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
