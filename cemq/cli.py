@@ -256,12 +256,14 @@ def quantize_and_schedule(
         if as_json:
             _print_json(dataclasses.asdict(manifest) | {"bundle": str(output)})
             return
-        schedule, fidelity = manifest.schedule, manifest.fidelity
+        schedule, took = manifest.schedule, manifest.generations
         print(schedule.strip())
         print(
             f"{output}: {manifest.scheme}, {manifest.full_steps:g} of {schedule.num_steps} steps in full, "
-            f"{fidelity['psnr_db']:.1f} dB to full precision on {fidelity['samples']} held-out samples, "
-            f"denoiser {manifest.model_bytes / 1e6:.1f} MB (was {manifest.reference_bytes / 1e6:.1f})"
+            f"{manifest.fidelity_text}, "
+            f"denoiser {manifest.model_bytes / 1e6:.1f} MB (was {manifest.reference_bytes / 1e6:.1f}); "
+            f"took {took['total']:.4g} generations: {took['full_precision']:.4g} in full precision, "
+            f"{took['quantized']:.4g} quantized, {took['replayed']:.4g} replayed to quantize"
         )
 
 

@@ -72,7 +72,7 @@ class Recipe(BaseModel):
     predictor: str = Field("auto", description="auto, reuse, damped, taylor1, taylor2, goc or mean-velocity")
     corrector: str = Field("auto", description="What puts skipped steps right later: auto, none, linear or quadratic")
     rectify: str = Field("auto", description="Correction per channel: auto, none, drift, affine, eoc or erta")
-    effort: str = Field("normal", description="Of the search: quick, normal or thorough")
+    effort: str = Field("normal", description="Of the build: instant, quick, normal or thorough")
     view: str = Field("combined", description="Of the error prior, to plan by: combined, cache or self")
     cache: Literal["output", "residual", "modules"] = Field(
         "output", description="Predict skipped steps from: output, residual (of the blocks) or modules"
@@ -83,9 +83,14 @@ class Recipe(BaseModel):
     calib: str | None = Field(
         None, description="Text file, one prompt or class label a line: beside the recipe, in calib_data/, or anywhere."
     )
-    samples: int = Field(16, ge=1, description="Samples to profile on")
-    planning_samples: int = Field(64, ge=1, description="Other samples, to run schedules on; large models' recipes: 16")
-    batch_size: int = Field(4, ge=1, description="Samples drawn at once")
+    samples: int | None = Field(None, ge=1, description="Samples to profile on; default: by effort.")
+    planning_samples: int | None = Field(
+        None, ge=1, description="Samples to run schedules on, profiled ones first; default: by effort."
+    )
+    check_samples: int | None = Field(
+        None, ge=1, description="Other samples, to measure what the bundle is worth; default: by effort."
+    )
+    batch_size: int = Field(1, ge=1, description="Samples drawn at once")
     seed: int = Field(0, ge=0, lt=SEEDS, description="First seed of the profiling samples")
     dtype: str | None = Field(None, description="float32, bfloat16 or float16; default: by device.")
     call: Annotated[dict[str, Any], AfterValidator(_plain)] = {}

@@ -270,7 +270,7 @@ for _ in range(300):
         (("model",), [None, 3, [], NESTED]),
         (("dtype",), ["x", None, [], 1.0]),
         (("cache",), ["x", None, {}]),
-        (("fidelity",), [None, {}, [], {"psnr_db": "x"}]),
+        (("fidelity",), [{}, [], {"psnr_db": "x"}]),
         (("held_out_conditions",), [None, 3, [None], {}]),
         (("schedule",), [None, [], {}, "x"]),
         (("schedule", "num_steps"), [None, -1, 2.5, "x", float("nan"), 1e308, 10**30]),

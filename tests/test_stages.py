@@ -69,7 +69,7 @@ def test_a_build_from_kept_stages_gives_the_bundle_of_one_that_kept_nothing(tmp_
     samples = kept("samples", stages.draw_samples(runner, asked))
     originals, calls = stages.run_originals(runner, samples, asked)
     originals, calls = kept("originals", originals), kept("calls", calls)
-    stages.quantize(runner, asked.quantization, calls)
+    runner = stages.quantize(runner, asked.quantization, calls)
     prior = kept("prior", runner.profile(samples.profiled, originals.trajectories, scheme="w8a8", dtype="float32"))
     plans = kept("plans", stages.choose_plans(runner, prior, samples, originals, asked))
     fidelity = kept("fidelity", stages.check(runner, plans, samples, originals, asked))

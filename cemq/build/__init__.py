@@ -51,7 +51,7 @@ def quantize_and_schedule(
         runner = stages.open_runner(asked, progress, processes)
         samples = stages.draw_samples(runner, asked)
         originals, calls = stages.run_originals(runner, samples, asked)
-        stages.quantize(runner, asked.quantization, calls)
+        runner = stages.quantize(runner, asked.quantization, calls)
         del calls  # they may be gigabytes
         prior = runner.profile(samples.profiled, originals.trajectories, scheme=asked.recipe.scheme, dtype=asked.dtype)
         plans = stages.choose_plans(runner, prior, samples, originals, asked)

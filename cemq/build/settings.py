@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cemq.bundle.manifest import MANIFEST
@@ -15,7 +15,7 @@ from cemq.runtime.policies import Policy
 from cemq.runtime.policy_names import parse_policy
 from cemq.schedule import SEARCH
 from cemq.schedule.plan import CACHES
-from cemq.search.settings import AUTO_BUDGET, PlanSettings
+from cemq.search.settings import AUTO_BUDGET, EFFORTS, Effort, PlanSettings
 
 ALSO_STEPS = 0.4  # of the steps, which plans are made for as well: the fewer steps, the less predictions alone find
 LEAST_ALSO_STEPS = 12  # of so many or more
@@ -52,6 +52,17 @@ class BuildSettings:
     def planning(self) -> PlanSettings:
         return PlanSettings.of(self.recipe)
 
+    @property
+    def effort(self) -> Effort:
+        """What the build takes, by its effort and by what was asked for besides."""
+        named = {"samples": self.recipe.samples, "check_samples": self.recipe.check_samples}
+        if not self.recipe.policy:  # which plans nothing
+            named["planning_samples"] = self.recipe.planning_samples
+        effort = EFFORTS[self.recipe.effort]
+        if self.recipe.policy:
+            effort = replace(effort, planning_samples=0)
+        return replace(effort, **{name: count for name, count in named.items() if count is not None})
+
     def other_steps(self, steps: int) -> tuple[int, ...]:
         """Step counts to plan for besides ``steps``."""
         asked = self.recipe.also_steps
@@ -60,7 +71,7 @@ class BuildSettings:
         if asked is not None:
             return tuple(dict.fromkeys(count for count in asked if count != steps))
         fewer = round(ALSO_STEPS * steps)
-        searched = self.recipe.solver == SEARCH and self.recipe.effort != "quick"
+        searched = self.recipe.solver == SEARCH and self.effort.also_steps
         return (fewer,) if searched and fewer >= LEAST_ALSO_STEPS else ()
 
 

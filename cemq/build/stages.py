@@ -6,9 +6,10 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,14 +50,13 @@ from cemq.runtime.policy_names import describe_policy
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
 from cemq.schedule import full_compute
 from cemq.schedule.plan import Plan
-from cemq.search.choose import Planned, check_correctable, plan
+from cemq.search.choose import Planned, check_correctable, plan, predicted
 from cemq.search.trials import ClosedLoop
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-CHECK_SAMPLES = 4  # held-out samples for the fidelity that is written into the bundle
-CALIBRATION_CALLS = 48  # calls of the denoiser that quantization is fitted to, spread over all trajectories
+CALIBRATION_CALLS = 96  # of one sample, that quantization is fitted to, spread over all trajectories
 MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
 
 Calls = Mapping[str, Sequence[Call]]  # of each denoiser, by the component's name
@@ -64,7 +64,7 @@ Calls = Mapping[str, Sequence[Call]]  # of each denoiser, by the component's nam
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Three sets with seeds of their own: to profile, to plan on, to check the plan."""
+    """What is run: to profile, to plan on (what was profiled first of all), and others to check the plan."""
 
     profiled: tuple[Batch, ...]
     planning: tuple[Batch, ...]
@@ -73,7 +73,8 @@ class Samples:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        return tuple(seed for batch in (*self.profiled, *self.planning, *self.check) for seed in batch.seeds)
+        batches = dict.fromkeys((*self.profiled, *self.planning, *self.check))
+        return tuple(seed for batch in batches for seed in batch.seeds)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,7 +121,10 @@ def open_runner(settings: BuildSettings, progress: Progress | None, processes: P
 
 
 def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
-    """Conditions apart from each other, where there are enough, and seeds that never meet.
+    """Conditions of what is profiled apart from the others, where there are enough, and seeds that never meet.
+
+    Schedules are run on what was profiled, which full precision has drawn anyway, and on more only where that is not
+    enough; the plan is checked on others.
 
     Raises:
         InputError: The calibration file cannot be used, or a condition in it.
@@ -129,17 +133,21 @@ def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
     labelled = condition_argument(pipe) == "class_labels"
     default = "imagenet_labels.txt" if labelled else "prompts.txt"
     lines = check_conditions(pipe, read_conditions(find_calibration(recipe.calib or default)))
-    profiled, held_out = split_conditions(lines, profiled=recipe.samples, seed=recipe.seed)
-    turned = recipe.planning_samples % len(held_out)
+    effort = settings.effort
+    conditions, held_out = split_conditions(lines, profiled=effort.samples, seed=recipe.seed)
+    further = max(0, effort.planning_samples - effort.samples)
+    turned = further % len(held_out)
     seed, sets = recipe.seed, []
-    for conditions, count in (
-        (profiled, recipe.samples),
-        (held_out, recipe.planning_samples),
-        (held_out[turned:] + held_out[:turned], CHECK_SAMPLES),
+    for chosen, count in (
+        (conditions, effort.samples),
+        (held_out, further),
+        (held_out[turned:] + held_out[:turned], effort.check_samples),
     ):
-        sets.append(make_batches(conditions, samples=count, first_seed=seed, batch_size=recipe.batch_size))
+        sets.append(make_batches(chosen, samples=count, first_seed=seed, batch_size=recipe.batch_size) if count else ())
         seed += count
-    return Samples(profiled=sets[0], planning=sets[1], check=sets[2], held_out=held_out)
+    profiled, others, check = sets
+    shared = math.ceil(min(effort.planning_samples, effort.samples) / recipe.batch_size)
+    return Samples(profiled=profiled, planning=profiled[:shared] + others, check=check, held_out=held_out)
 
 
 def run_originals(runner: Runner, samples: Samples, settings: BuildSettings) -> tuple[Originals, Calls | ReplayError]:
@@ -154,9 +162,18 @@ def run_originals(runner: Runner, samples: Samples, settings: BuildSettings) -> 
         said = _check_cache(runner, samples.profiled[0], settings)
         if runner.processes.is_main:
             logging.getLogger(BUILD_LOG).info(said)
-    recorder = _CallRecorder(runner, settings.quantization, len(samples.profiled))
-    trajectories = runner.record(samples.profiled, watch=recorder.watch)
-    planning = {runner.steps: runner.run(samples.planning, "full-precision planning samples")}
+    recorder = _CallRecorder(runner, settings.quantization, samples.profiled)
+    with _counted_calls(runner.pipe) as calls:
+        recorded = list(runner.recorded(samples.profiled, watch=recorder.watch))
+    trajectories, drawn = [each for each, _ in recorded], [outcome for _, outcome in recorded]
+    if trajectories:
+        steps = sum(each.num_steps for each in trajectories)
+        per_batch = len(calls) // steps  # what was replayed at once is less than a step's
+        runner.generations.calls_per_step = per_batch / settings.recipe.batch_size
+        runner.generations.replayed += (len(calls) - per_batch * steps) / runner.generations.calls_per_step
+    others = samples.planning[len(samples.profiled) :]
+    shared = len(runner.processes.share(samples.planning[: len(samples.profiled)]))
+    planning = {runner.steps: drawn[:shared] + runner.run(others, "full-precision planning samples")}
     for count in settings.other_steps(runner.steps):
         planning[count] = runner.at(count).run(samples.planning, f"full precision, {count} steps")
     originals = Originals(
@@ -169,8 +186,11 @@ def run_originals(runner: Runner, samples: Samples, settings: BuildSettings) -> 
     return originals, recorder.gathered()
 
 
-def quantize(runner: Runner, settings: QuantizationSettings, calls: Calls | ReplayError) -> None:
+def quantize(runner: Runner, settings: QuantizationSettings, calls: Calls | ReplayError) -> Runner:
     """Quantize the pipeline in place: every process all of it, from all calls, as long a wait as for one that does.
+
+    Returns:
+        What runs it from now on.
 
     Raises:
         CemqError: What `quantize_pipeline` raises, or processes that came to different weights.
@@ -181,9 +201,13 @@ def quantize(runner: Runner, settings: QuantizationSettings, calls: Calls | Repl
         if processes.is_main:
             logging.getLogger(BUILD_LOG).warning("%s: weights are rounded to nearest", calls)
         calls = {}
-    quantize_pipeline(runner.pipe, settings, calls, runner.progress)
+    with _counted_calls(runner.pipe) as replayed:
+        quantize_pipeline(runner.pipe, settings, calls, runner.progress)
+    if processes.is_main:  # all replay the same, which is counted once
+        runner.generations.replayed += len(replayed) / runner.generations.calls_per_step
     if processes.count > 1:
         processes.agree("the quantized weights", _digest(runner.pipe))
+    return replace(runner, quantized=True)
 
 
 def choose_plans(
@@ -217,8 +241,12 @@ def choose_plans(
     return Plans(own=own, planned=planned, others=others)
 
 
-def check(runner: Runner, plans: Plans, samples: Samples, originals: Originals, settings: BuildSettings) -> Fidelity:
-    """Run the plan, or the policy, on samples that it has never seen."""
+def check(
+    runner: Runner, plans: Plans, samples: Samples, originals: Originals, settings: BuildSettings
+) -> Fidelity | None:
+    """Run the plan, or the policy, on samples that it has never seen; None where there are none."""
+    if not samples.check:
+        return None
     with attached(runner.pipe, settings.policy or plans.own):
         found = runner.run(samples.check, "scheduled check")
     fidelity = measure_fidelity(originals.check, found, runner.processes)
@@ -234,7 +262,7 @@ def describe(
     samples: Samples,
     originals: Originals,
     plans: Plans,
-    fidelity: Fidelity,
+    fidelity: Fidelity | None,
 ) -> Manifest:
     """What cemq.json says of a build."""
     pipe, recipe, own = runner.pipe, settings.recipe, plans.own
@@ -257,7 +285,8 @@ def describe(
         call=dict(runner.call),
         profiled_seeds=samples.seeds,
         held_out_conditions=samples.held_out[:MAX_HELD_OUT],
-        fidelity=asdict(fidelity),
+        fidelity=fidelity and asdict(fidelity),
+        generations=runner.generations.told(runner.processes),
         model_bytes=weight_bytes(pipe),
         reference_bytes=originals.weight_bytes,
         libraries=library_versions(),
@@ -280,7 +309,7 @@ def write_bundle(folder: Path, runner: Runner, settings: BuildSettings, plans: P
     write_pipeline(runner.pipe, folder, settings.source.folder)
     plans.planned.prior.save(folder / PRIOR)
     others = [other.evidence | {"num_inference_steps": count} for count, (other, _) in plans.others.items()]
-    evidence = plans.planned.evidence | {"other_runs": others}
+    evidence = plans.planned.evidence | {"other_runs": others, "generations": manifest.generations}
     (folder / EVIDENCE).write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
     seal(folder, manifest)
 
@@ -304,13 +333,15 @@ def _plan(
     """One step count's; ``carried`` is another's carried over, with the budget to plan and a schedule to try."""
     planning, stage, known = settings.planning, "planning", None
     if carried is not None:
-        planning, known = planning.with_budget(carried.schedule.budget), carried.schedule
+        planning, known = planning.elsewhere(carried.schedule.budget), carried.schedule
         stage = f"planning {runner.steps} steps"
-    most = planning.effort_limits.full_runs
+    if not samples.planning:
+        return predicted(prior, planning, cache=settings.cache, scheduler=runner.pipe.scheduler, steps=runner.steps)
+    most = planning.limit(sum(len(batch.seeds) for batch in samples.planning))
 
-    def show(spent: float) -> None:  # people see how many runs at full compute of all samples it may take
+    def show(spent: float) -> None:  # people see how many generations it may take
         if runner.progress:
-            runner.progress(f"{stage}, {most:g} runs' worth", min(spent / most, 1.0))
+            runner.progress(f"{stage}, {most:g} generations' worth", min(spent / most, 1.0))
 
     show(0.0)
     loop = ClosedLoop(
@@ -318,6 +349,18 @@ def _plan(
         cache=settings.recipe.cache, on_spent=show,
     )  # fmt: skip
     return plan(loop, planning, known=known)
+
+
+@contextmanager
+def _counted_calls(pipe: DiffusionPipeline) -> Iterator[list[None]]:
+    """One for every call of a denoiser in the block."""
+    calls: list[None] = []
+    handles = [denoiser.register_forward_pre_hook(lambda *_: calls.append(None)) for _, denoiser in denoisers(pipe)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _EnoughError(Exception):
@@ -335,6 +378,7 @@ def _check_cache(runner: Runner, batch: Batch, settings: BuildSettings) -> str:
         raise _EnoughError
 
     one = Batch(conditions=batch.conditions[:1], seeds=batch.seeds[:1])
+    runner.generations.full_precision += runner.processes.is_main
     with cache_checked(runner.pipe, settings.cache) as memory, suppress(_EnoughError):
         run(runner.pipe, one, steps=runner.steps, call=runner.call, on_step=stop)
     return (
@@ -350,11 +394,11 @@ class _CallRecorder:
     Calls that cannot be replayed are none: from the first of them on nothing is recorded.
     """
 
-    def __init__(self, runner: Runner, quantization: QuantizationSettings, batches: int):
+    def __init__(self, runner: Runner, quantization: QuantizationSettings, batches: Sequence[Batch]):
         self._runner, self._quantization = runner, quantization
-        total = batches * runner.steps
+        total = sum(len(batch.seeds) for batch in batches) * runner.steps
         self._every = max(1, total // CALIBRATION_CALLS) | 1  # odd: of two calls a step (guidance) both are kept alike
-        self._limit_bytes = RECORDED_BYTES // (batches * len(denoisers(runner.pipe)))
+        self._limit_bytes = RECORDED_BYTES // (len(batches) * len(denoisers(runner.pipe)))
         self._found: list[dict[str, list[Call]] | ReplayError] = []  # of each batch
 
     @contextmanager

@@ -95,7 +95,7 @@ class Manifest:
     call: dict[str, Any]
     profiled_seeds: tuple[int, ...]
     held_out_conditions: tuple[str | int, ...]
-    fidelity: dict[str, int | float]
+    fidelity: dict[str, int | float] | None  # None: nothing was run to measure it
     model_bytes: int
     reference_bytes: int
     libraries: dict[str, str]
@@ -104,12 +104,13 @@ class Manifest:
     other_runs: tuple[OtherRun, ...] = ()
     dtypes: dict[str, ComponentDtypes] | None = None  # by component
     policy: dict[str, Any] | None = None  # its name and settings, where one decides in place of the schedule
+    generations: dict[str, float] | None = None  # that the build took, in full ones of one sample
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         choose("dtype", self.dtype, DTYPES, BundleError)
         choose("cache", self.cache, CACHED, BundleError)
-        if missing := {"psnr_db", "ssim", "relative_l2", "samples"} - set(self.fidelity):
+        if self.fidelity is not None and (missing := {"psnr_db", "ssim", "relative_l2", "samples"} - {*self.fidelity}):
             raise BundleError(f"missing keys of fidelity: {', '.join(sorted(missing))}")
 
     @property
@@ -120,11 +121,18 @@ class Manifest:
     @property
     def full_steps(self) -> float:
         """Full-compute steps of a run, as counted where the fidelity was measured; as planned in bundles of before."""
-        return self.fidelity.get("full_steps", self.schedule.full_count)
+        return (self.fidelity or {}).get("full_steps", self.schedule.full_count)
+
+    @property
+    def fidelity_text(self) -> str:
+        if self.fidelity is None:
+            return "not measured: effort instant runs nothing to see"
+        return f"{self.fidelity['psnr_db']:.1f} dB to full precision on {self.fidelity['samples']} held-out samples"
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
-        _checked(cls, fields, optional={"cache", "other_runs", "dtypes", "policy"})  # bundles of before have none
+        # bundles of before have none of these
+        _checked(cls, fields, optional={"cache", "other_runs", "dtypes", "policy", "generations"})
         others = tuple(OtherRun.from_dict(each) for each in fields.get("other_runs", ()))
         dtypes = {name: ComponentDtypes.from_dict(each) for name, each in (fields.get("dtypes") or {}).items()} or None
         return _typed(cls, fields | _parsed(fields) | {"other_runs": others, "dtypes": dtypes})
@@ -342,7 +350,11 @@ def policy_text(policy: dict[str, Any] | None) -> str:
 
 
 def _model_card(manifest: Manifest) -> str:
-    schedule, fidelity = manifest.schedule, manifest.fidelity
+    schedule, measured = manifest.schedule, ""
+    if fidelity := manifest.fidelity:
+        measured = f"""
+| SSIM | {fidelity["ssim"]:.4f} |
+| relative L2 of the final latent | {fidelity["relative_l2"]:.4f} |"""
     others = [f"{run.schedule.num_steps} steps, {run.schedule.budget} in full" for run in manifest.other_runs]
     return f"""---
 library_name: diffusers
@@ -365,9 +377,7 @@ pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
 | schedule | `{schedule.strip()}` |
 | compute ratio | {schedule.num_steps / manifest.full_steps:.2f} |
 | denoiser | {manifest.model_bytes / 1e6:.1f} MB (full precision {manifest.reference_bytes / 1e6:.1f} MB) |
-| PSNR to full precision, same seeds | {fidelity["psnr_db"]:.1f} dB over {fidelity["samples"]} samples |
-| SSIM | {fidelity["ssim"]:.4f} |
-| relative L2 of the final latent | {fidelity["relative_l2"]:.4f} |
+| PSNR, same seeds | {manifest.fidelity_text} |{measured}
 | predictor | {schedule.predictor_text()}, of {CACHED[manifest.cache]} |
 | corrector | {schedule.corrector} |
 | correction | {manifest.correction or "none"} |

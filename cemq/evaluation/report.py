@@ -56,6 +56,7 @@ def describe(bundle: Path) -> dict[str, Any]:
         "cache": manifest.cache,
         "planning": json.loads((bundle / EVIDENCE).read_text(encoding="utf-8")),
         "fidelity": manifest.fidelity,
+        "generations": manifest.generations,
         "call": manifest.call,
         "libraries": manifest.libraries,
     }
@@ -92,7 +93,9 @@ def print_description(description: dict[str, Any]) -> None:
         "policy": policy_text(description["policy"]),
         "cache": description["cache"],
         "fidelity": f"PSNR {fidelity['psnr_db']:.1f} dB, SSIM {fidelity['ssim']:.4f}, relative L2 "
-        f"{fidelity['relative_l2']:.4f} on {fidelity['samples']} held-out samples at build time",
+        f"{fidelity['relative_l2']:.4f} on {fidelity['samples']} held-out samples at build time"
+        if fidelity
+        else "not measured: effort instant runs nothing to see",
     }.items():
         facts.add_row(name, value)
     console.print(facts)
@@ -117,7 +120,7 @@ def print_description(description: dict[str, Any]) -> None:
 def _counted(schedule: dict[str, Any], fidelity: dict[str, float]) -> str:
     """What was counted at build time, where that is not what is planned."""
     planned = schedule["num_steps"] / schedule["compute_ratio"]
-    counted = fidelity.get("full_steps", planned)  # bundles of before do not say
+    counted = (fidelity or {}).get("full_steps", planned)  # bundles of before do not say
     return "" if math.isclose(counted, planned) else f" ({counted:g} steps were computed at build time)"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +47,29 @@ class Outcome:
     full_steps: float = 0.0
 
 
+@dataclass(kw_only=True, eq=False)
+class Generations:
+    """What was run: denoising steps computed in full, summed over samples; one of which a guidance branch was left out
+    is half a one. ``replayed`` are calls of the denoiser that quantization is fitted to, in steps too.
+
+    ``steps`` is how many one generation takes, and ``calls_per_step`` how many calls of the denoiser a step of one
+    sample does, less than one where samples share them; the first references say both.
+    """
+
+    full_precision: float = 0.0
+    quantized: float = 0.0
+    replayed: float = 0.0
+    steps: int | None = None
+    calls_per_step: float = 1.0
+
+    def told(self, processes: Processes = ALONE) -> dict[str, float]:
+        """In full generations of one sample, of all processes together."""
+        kinds = ("full_precision", "quantized", "replayed")
+        found = processes.gather([[getattr(self, kind) for kind in kinds]])
+        told = {kind: sum(each) / (self.steps or 1) for kind, each in zip(kinds, zip(*found, strict=True), strict=True)}
+        return {kind: round(count, 2) for kind, count in (told | {"total": sum(told.values())}).items()}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Runner:
     """Runs one pipeline, always alike: batch by batch, this process's share of them.
@@ -57,6 +80,7 @@ class Runner:
         call: Other arguments of every run.
         progress: Told the name of what is being run, and the share of it done.
         processes: Those that share the batches; every list that is returned holds this process's share.
+        quantized: Whether it is by now, for what ``generations`` counts.
     """
 
     pipe: DiffusionPipeline
@@ -64,21 +88,33 @@ class Runner:
     call: Mapping[str, Any]
     progress: Progress | None = None
     processes: Processes = ALONE
+    quantized: bool = False
+    generations: Generations = field(default_factory=Generations)
 
     def at(self, steps: int) -> Runner:
         """The same with another step count."""
         return replace(self, steps=steps)
 
     def run_one(self, batch: Batch, on_step: Callable[[], None] | None = None) -> Outcome:
-        """Run one batch to images, frames or audio, and keep its final latents."""
+        """Run one batch to images, frames or audio, and keep its final latents.
+
+        Raises:
+            ModelError: The run never steps the pipeline's scheduler, so that there are no steps to speak of.
+        """
         with run_end(self.pipe) as end:
             started = time.perf_counter()
             images = self._run(batch, on_step)
+            if end.sample is None:
+                raise ModelError(
+                    f"{type(self.pipe).__name__} never calls step() of its scheduler (it steps copies of it, or none): "
+                    "none of its steps can be skipped; quantize it with cemq.quantize_in_place"
+                )
             if end.sample.is_cuda:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
         values, hook = as_array(images), find_hook(self.pipe)
         num_steps, full_steps = (end.num_steps, end.num_steps) if hook is None else hook.steps_run
+        self._count(full_steps * len(batch.seeds))
         # DiT denoises its samples twice over, for guidance, and decodes the first half
         return Outcome(
             images=values, latents=end.sample[: len(values)], seconds=seconds, sampler=end.sampler,
@@ -89,30 +125,29 @@ class Runner:
         """What the pipeline makes of the batches as it is now; ``stage`` is what progress calls it."""
         return [self.run_one(batch, on_step) for batch, on_step in self._each(batches, stage)]
 
-    def record(
+    def record(self, batches: Sequence[Batch], stage: str = "reference runs") -> list[Trajectory]:
+        """Trajectories of the pipeline as it is now, with step sizes.
+
+        Raises:
+            ModelError: As of `run_one`.
+        """
+        return [trajectory for trajectory, _ in self.recorded(batches, stage)]
+
+    def recorded(
         self,
         batches: Sequence[Batch],
         stage: str = "reference runs",
         watch: Callable[[int], AbstractContextManager[Any]] = lambda _: nullcontext(),
-    ) -> list[Trajectory]:
-        """Trajectories of the pipeline as it is now, with step sizes; ``watch(number of the batch)`` is entered for
-        each run.
-
-        Raises:
-            ModelError: The first run never steps the pipeline's scheduler, so that there are no steps to speak of.
+    ) -> Iterator[tuple[Trajectory, Outcome]]:
+        """What `run` gives, and the trajectories that led there; ``watch(number of the batch)`` is entered for each
+        run.
         """
-        trajectories = []
         numbers = self.processes.share(range(len(batches)))
         for number, (batch, on_step) in zip(numbers, self._each(batches, stage), strict=True):
             with watch(number), record(self.pipe, measure_steps=True) as trajectory:
-                self._run(batch, on_step)
-            if not trajectory.num_steps:
-                raise ModelError(
-                    f"{type(self.pipe).__name__} never calls step() of its scheduler (it steps copies of it, or none): "
-                    "none of its steps can be skipped; quantize it with cemq.quantize_in_place"
-                )
-            trajectories.append(trajectory)
-        return trajectories
+                outcome = self.run_one(batch, on_step)
+            self.generations.steps = self.generations.steps or trajectory.num_steps
+            yield trajectory, outcome
 
     def force(self, batches: Sequence[Batch], references: Sequence[Trajectory]) -> Iterator[Trajectory]:
         """Run along the samples of ``references``, this process's share, and yield what is predicted there.
@@ -123,6 +158,7 @@ class Runner:
         for (batch, on_step), reference in zip(self._each(batches, "forced runs"), references, strict=True):
             with force(self.pipe, reference) as forced:
                 self._run(batch, on_step)
+            self._count(forced.num_steps * len(batch.seeds))
             if forced.num_steps != reference.num_steps:
                 raise PriorMismatchError(
                     f"the quantized run made {forced.num_steps} steps, its reference {reference.num_steps}: "
@@ -150,6 +186,12 @@ class Runner:
 
     def _each(self, batches: Sequence[Batch], stage: str) -> Iterator[tuple[Batch, Callable[[], None]]]:
         return iterate(self.processes.share(batches), stage, self.progress, self.steps)
+
+    def _count(self, steps: float) -> None:
+        if self.quantized:
+            self.generations.quantized += steps
+        else:
+            self.generations.full_precision += steps
 
     def _run(self, batch: Batch, on_step: Callable[[], None] | None) -> Any:
         return run(self.pipe, batch, steps=self.steps, call=self.call, on_step=on_step)

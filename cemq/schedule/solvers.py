@@ -143,9 +143,16 @@ def plan_schedule(
     )
 
 
-def suited_corrector(prior: ErrorPrior, budget: int | str, *, predictor: str = AUTO, view: str = "combined") -> str:
-    """That of the schedules which the prior was fitted to, if evenly spaced ones of this budget are predicted to lose
-    enough to full compute (`WORTH_CORRECTING`); else ``none``.
+def suited_corrector(
+    prior: ErrorPrior,
+    budget: int | str,
+    *,
+    predictor: str = AUTO,
+    view: str = "combined",
+    corrector: str | None = None,
+) -> str:
+    """``corrector``, by default that of the schedules which the prior was fitted to, if evenly spaced ones of this
+    budget are predicted to lose enough to full compute (`WORTH_CORRECTING`); else ``none``.
 
     Raises:
         InfeasibleBudgetError: The budget is out of range.
@@ -153,7 +160,7 @@ def suited_corrector(prior: ErrorPrior, budget: int | str, *, predictor: str = A
     even = plan_schedule(prior, budget, solver="uniform", predictor=predictor, view=view)
     full = prior.final_error(np.eye(prior.num_steps), view=view)
     worth = prior.final_error(even.served, view=view) > full * 10 ** (WORTH_CORRECTING / 20)
-    return prior.corrector if worth else NO_CORRECTOR
+    return (corrector or prior.corrector) if worth else NO_CORRECTOR
 
 
 def plan_all(

@@ -7,7 +7,8 @@ were not profiled: first some to learn how errors reach the final sample (`propa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,17 @@ from cemq.metrics import middle_mean
 from cemq.pipelines.noise_scheduler import is_linear
 from cemq.predict.correctors import NO_CORRECTOR
 from cemq.prior.error_prior import ErrorPrior
-from cemq.schedule import AUTO, SEARCH, CacheSchedule, full_compute, plan_schedule, usual_budget
+from cemq.schedule import (
+    AUTO,
+    SEARCH,
+    CacheSchedule,
+    full_compute,
+    plan_schedule,
+    suited_corrector,
+    usual_budget,
+)
 from cemq.schedule.rectify import METHODS, Correction, make_correction
-from cemq.search.explore import Search, Wanted, is_certain
+from cemq.search.explore import Search, Wanted, is_certain, planned
 from cemq.search.propagation import sample_schedules
 from cemq.search.settings import AUTO_BUDGET, PlanSettings
 from cemq.search.trials import ClosedLoop, Trial
@@ -57,41 +66,43 @@ def plan(loop: ClosedLoop, settings: PlanSettings, *, known: CacheSchedule | Non
         InfeasibleBudgetError: The budget is out of range, or no budget reaches the target.
         InputError: The sampler or the cache leaves no room for the corrector asked for.
     """
-    full = loop.run(full_compute(loop.num_steps))
-    loop.spent = 0.0  # its error is what all others are measured by, not part of the search
-    if settings.budget == AUTO_BUDGET and settings.target_psnr is None and not full.relative_l2:
-        raise InputError("budget=auto: full compute has no error without quantization, so give a target PSNR")
     budget, solver, view = settings.full_steps(loop.num_steps), settings.solver, settings.view
+    full = None
+    if settings.fits or budget in (None, loop.num_steps):
+        full = loop.run(full_compute(loop.num_steps))
+    if budget is None and settings.target_psnr is None and not full.relative_l2:
+        raise InputError("budget=auto: full compute has no error without quantization, so give a target PSNR")
     corrector = _chosen_corrector(loop, settings, full, budget)
-    calibrated = _calibrate(loop, settings, full, budget, corrector)
+    calibrated = _calibrate(loop, settings, full, budget, corrector) if settings.fits else 0
     search = Search(loop=loop, settings=settings, corrector=corrector, known=known)
     if budget is None:
-        best = search.fewest(Wanted(full=full, tolerance=settings.tolerance, psnr_db=settings.target_psnr))
+        wanted = Wanted(full=full, tolerance=settings.tolerance, psnr_db=settings.target_psnr)
+        best = search.fewest(wanted) if settings.fits else search.fewest_picked(wanted)
     elif budget == loop.num_steps:
         best = full
     elif solver == SEARCH:
-        best = search.best(budget)
+        best = search.best(budget) if settings.fits else search.picked(budget)
     else:
         named = {"solver": solver, "predictor": settings.predictor, "corrector": corrector, "view": view}
         best = loop.run(plan_schedule(loop.fit(view).prior, budget, **named))
-    chosen, fix = _rectified(loop, settings, best)
-    if solver == SEARCH and best is not full and settings.rectify in (AUTO, "none"):
+    chosen, fix = _rectified(loop, settings, best, loop.spent + search.kept_for_corrections)
+    if best is not full:
         chosen, fix = search.with_skipped_branches(chosen, fix)
     fit = loop.fit(view, repeated=settings.search.repeated)
     evidence = {
         "solver": solver,
         "effort": settings.effort,
-        "full_run_equivalents": round(loop.spent, 2),
+        "search_generations": round(loop.spent, 2),
         "samples": loop.samples,
         "seeds": [seed for batch in loop.batches for seed in batch.seeds],
-        "full_compute": full.to_dict(),
+        "full_compute": full and full.to_dict(),
         "calls_per_step": loop.calls_per_step,
         "tolerance": settings.tolerance if budget is None and settings.target_psnr is None else None,
         "target_psnr": settings.target_psnr,
         "fit": {
             "runs": calibrated,
-            "rms_log_error": fit.rms_log_error,
-            "coherence_steps": fit.prior.coherence,
+            "rms_log_error": _finite(fit.rms_log_error),
+            "coherence_steps": _finite(fit.prior.coherence),
         },
         "winner": chosen.to_dict(),
         "trials": [trial.to_dict() for trial in loop.trials],
@@ -100,7 +111,45 @@ def plan(loop: ClosedLoop, settings: PlanSettings, *, known: CacheSchedule | Non
     return Planned(schedule=chosen.schedule, correction=fix, prior=fit.prior, evidence=evidence)
 
 
-def _chosen_corrector(loop: ClosedLoop, settings: PlanSettings, full: Trial, budget: int | None) -> str:
+def _finite(value: float) -> float | None:
+    """For JSON; None where nothing was fitted."""
+    return value if math.isfinite(value) else None
+
+
+def predicted(prior: ErrorPrior, settings: PlanSettings, *, cache: str, scheduler: Any, steps: int) -> Planned:
+    """A plan that nothing was run for.
+
+    Raises:
+        InfeasibleBudgetError: The budget is out of range.
+        InputError: As of `plan`; or the budget is ``auto``, which only runs can find.
+    """
+    if settings.budget == AUTO_BUDGET:
+        raise InputError(f"budget=auto is found by running schedules, and effort={settings.effort} runs none")
+    budget = settings.full_steps(prior.num_steps)
+    corrector = settings.corrector
+    if corrector == AUTO:
+        fits = settings.solver in (SEARCH, "segment") and _is_correctable(cache, scheduler, steps)
+        corrector = _expected_corrector(prior, settings, budget) if fits else NO_CORRECTOR
+    named = {"predictor": settings.predictor, "corrector": corrector, "view": settings.view}
+    if settings.solver == SEARCH:
+        schedule = next(planned(prior, budget, **named))
+    else:
+        schedule = plan_schedule(prior, budget, solver=settings.solver, **named)
+    asked = settings.rectify
+    fix = None if asked in (AUTO, "none") else make_correction(asked, prior, schedule)
+    prior = replace(prior, metadata=replace(prior.metadata, corrector=corrector))
+    evidence = {"solver": settings.solver, "effort": settings.effort, "search_generations": 0.0, "samples": 0}
+    return Planned(schedule=schedule, correction=fix, prior=prior, evidence=evidence)
+
+
+def _expected_corrector(prior: ErrorPrior, settings: PlanSettings, budget: int) -> str:
+    """The one to plan a budget with, by what is predicted of evenly spaced steps."""
+    return suited_corrector(
+        prior, budget, predictor=settings.predictor, view=settings.view, corrector=settings.search.corrector
+    )
+
+
+def _chosen_corrector(loop: ClosedLoop, settings: PlanSettings, full: Trial | None, budget: int | None) -> str:
     """The one to plan a budget with."""
     runner, asked = loop.runner, settings.corrector
     if asked != AUTO:
@@ -111,6 +160,8 @@ def _chosen_corrector(loop: ClosedLoop, settings: PlanSettings, full: Trial, bud
         return NO_CORRECTOR
     if budget in (None, loop.num_steps):
         budget = usual_budget(loop.num_steps)
+    if full is None or not settings.fits:
+        return _expected_corrector(loop.prior, settings, budget)
     name = "taylor1" if settings.predictor == AUTO else settings.predictor
     uniform = plan_schedule(loop.prior, budget, solver="uniform", predictor=name)
     even = loop.run(uniform, samples=settings.search.searched)
@@ -118,7 +169,7 @@ def _chosen_corrector(loop: ClosedLoop, settings: PlanSettings, full: Trial, bud
     return settings.search.corrector if lost > settings.search.worth_correcting else NO_CORRECTOR
 
 
-def _calibrate(loop: ClosedLoop, settings: PlanSettings, full: Trial, budget: int | None, corrector: str) -> int:
+def _calibrate(loop: ClosedLoop, settings: PlanSettings, full: Trial | None, budget: int | None, corrector: str) -> int:
     """Run what says how errors reach the final sample, and count all of it as spent, also what an earlier plan has run.
 
     Schedules of the budget that is planned for, since how errors spread depends on how many steps are skipped; and some
@@ -130,42 +181,44 @@ def _calibrate(loop: ClosedLoop, settings: PlanSettings, full: Trial, budget: in
     Returns:
         How many runs there are to fit to.
     """
-    effort, search = settings.effort_limits, settings.search
-    most = (search.fit_share if budget else search.fit_share_auto) * effort.full_runs
+    search = settings.search
+    most = (search.fit_share if budget else search.fit_share_auto) * settings.limit(loop.samples)
     predictors = ("taylor1", "reuse") if settings.predictor == AUTO else (settings.predictor,)
     draw = partial(sample_schedules, loop.num_steps, predictors=predictors)
     if budget in (None, loop.num_steps):
-        drawn = draw(effort.fitted_to, seed=0, corrector=corrector)
+        drawn = draw(search.fitted_to, seed=0, corrector=corrector)
     else:
         half = max(2, budget // 2)
         of_half = corrector  # what pays with more steps pays with fewer
         if corrector == NO_CORRECTOR:
             of_half = _chosen_corrector(loop, settings, full, half)
-        drawn = draw(effort.fitted_to // 3, seed=1, budget=half, corrector=of_half)
-        drawn += draw(effort.fitted_to, seed=0, budget=budget, corrector=corrector)
+        own = draw(search.fitted_to, seed=0, budget=budget, corrector=corrector)
+        other = draw(search.fitted_to // 3, seed=1, budget=half, corrector=of_half)
+        drawn = []
+        for index, schedule in enumerate(other):  # one of four has half the budget
+            drawn += [*own[3 * index : 3 * index + 3], schedule]
+        drawn += own[3 * len(other) :]
     cost: dict[Any, float] = {}
     before = loop.spent
     for index, schedule in enumerate(drawn):
         if sum(cost.values()) >= most:
             break
-        trial = loop.calibrate(
-            schedule, index // 4, least=search.calibrated
-        )  # four are near uniform and at random, with each predictor
-        cost[schedule.key, trial.part_from] = trial.samples / loop.samples / trial.compute_ratio
+        # four are near uniform and at random, with each predictor
+        trial = loop.calibrate(schedule, index // 4, share=search.calibrated)
+        cost[schedule.key, trial.part_from] = trial.samples / trial.compute_ratio
     loop.spent = before + sum(cost.values())
     return len(cost) + 1  # and full compute
 
 
-def _rectified(loop: ClosedLoop, settings: PlanSettings, best: Trial) -> tuple[Trial, Correction | None]:
-    """The trial with the correction asked for, or with the best one if it is worth having, of those tried until the
-    effort is spent."""
+def _rectified(loop: ClosedLoop, settings: PlanSettings, best: Trial, limit: float) -> tuple[Trial, Correction | None]:
+    """The trial with the correction asked for, or with the best one if it is worth having, of those tried until
+    ``limit`` is spent."""
     asked = settings.rectify
     if asked == "none":
         return best, None
     if asked != AUTO:
         fix = make_correction(asked, loop.prior, best.schedule)
         return loop.run(best.schedule, fix), fix
-    limit = settings.effort_limits.full_runs + settings.search.rectified
     chosen, kept = best, None
     for method in METHODS:
         try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from cemq.errors import InfeasibleBudgetError
 from cemq.metrics import error_of, middle_error, middle_mean, psnr_of
@@ -21,6 +22,8 @@ from cemq.predict.correctors import NO_CORRECTOR
 from cemq.prior.error_prior import ErrorPrior
 from cemq.schedule import (
     AUTO,
+    FULL,
+    SEARCH,
     SEGMENT_PREDICTORS,
     CacheSchedule,
     improve,
@@ -41,19 +44,29 @@ DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 
 
 def is_certain(gains: np.ndarray) -> bool:
-    """Whether a gain is greater than its own standard error."""
-    return gains.mean() > _standard_error(gains)
+    """Whether gains of the same samples are more than luck: Student's t-test, one-sided, at 95 %.
 
-
-def _standard_error(values: np.ndarray) -> float:
-    """Of the mean; of a single value nothing is known, and 0 said."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    >>> is_certain(np.array([3.0, 9.0])), is_certain(np.array([3.0, 9.0, 4.0, 8.0]))
+    (False, True)
+    """
+    if len(gains) < 2:
+        return False  # of a single value nothing is known
+    error = gains.std(ddof=1) / math.sqrt(len(gains))
+    return bool(gains.mean() > stats.t.ppf(0.95, len(gains) - 1) * error)
 
 
 def affordable(trials: Sequence[Trial], budget: int) -> list[Trial]:
     """Trials that cost no more than a budget, by what was computed; those that cost least, where all cost more."""
     least = min((trial.budget for trial in trials), default=budget)
     return [trial for trial in trials if trial.budget <= max(budget, least)]
+
+
+def planned(prior: ErrorPrior, budget: int, *, predictor: str, corrector: str, view: str) -> Iterator[CacheSchedule]:
+    """What a prior says without any runs, the most reliable first: the dynamic program's schedule for one predictor,
+    and what local search on the predicted error makes of it."""
+    settings = {"corrector": corrector, "view": view}
+    yield plan_schedule(prior, budget, predictor="taylor1" if predictor == AUTO else predictor, **settings)
+    yield plan_predicted(prior, budget, predictor=predictor, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +83,14 @@ class Wanted:
         excess = trial.sample_relative_l2 - (1 + self.tolerance) * self.full.sample_relative_l2[: trial.samples]
         # with a standard error to spare: what only just passes here fails on half of all other samples
         return middle_mean(excess) + middle_error(excess) <= 0
+
+    def check(self) -> None:
+        """Raises InfeasibleBudgetError where not even full compute is good enough."""
+        if self.psnr_db is not None and not self.met_by(self.full):
+            raise InfeasibleBudgetError(
+                f"target_psnr={self.psnr_db}: full compute reaches {self.full.psnr_db:.1f} dB; choose less, or a "
+                "scheme with more bits"
+            )
 
     @property
     def error(self) -> float:
@@ -106,8 +127,27 @@ class Search:
 
     @property
     def limit(self) -> float:
-        """In runs at full compute of all samples."""
-        return self.settings.effort_limits.full_runs
+        """What schedules may take, in full generations of one sample; corrections and branches are tried with the
+        rest."""
+        kept = self.settings.search.branched if self._skips_branches else 0.0
+        return self.everything * (1 - kept) - self.kept_for_corrections
+
+    @property
+    def everything(self) -> float:
+        """The same with corrections and branches."""
+        return self.settings.limit(self.loop.samples)
+
+    @property
+    def kept_for_corrections(self) -> float:
+        asked, every = self.settings.rectify, self.loop.cost(self.loop.num_steps)
+        if asked == AUTO:
+            return self.settings.search.rectified * self.everything if self.settings.fits else 0.0
+        return 0.0 if asked == "none" else every
+
+    @property
+    def _skips_branches(self) -> bool:
+        asked = self.settings.rectify in (AUTO, "none") and self.settings.solver == SEARCH
+        return asked and self.loop.calls_per_step >= 2 and self.loop.cache == "output"
 
     def published(self, prior: ErrorPrior, budget: int, corrector: str = NO_CORRECTOR) -> Iterator[CacheSchedule]:
         for solver, name in itertools.product(PUBLISHED, self._names):
@@ -141,25 +181,80 @@ class Search:
         return SEGMENT_PREDICTORS if self.predictor == AUTO and self.corrector == NO_CORRECTOR else ()
 
     def best(self, budget: int) -> Trial:
-        """The best trial of a budget once the effort is spent: never worse on the samples than what was published."""
-        loop, prior = self.loop, self.loop.fit(self.view).prior
-        published = [loop.run(schedule) for schedule in self.published(prior, budget)]
+        """The best trial of a budget once the effort is spent: never worse on the samples than evenly spaced steps or
+        CEM's, where the effort suffices to run these on all of them."""
+        loop, fitted = self.loop, self.loop.fit(self.view).prior
+        published = [
+            loop.run(schedule)
+            for schedule in self.published(fitted, budget)
+            if schedule.predictor == self._names[0] and loop.spent + loop.cost(schedule.budget) <= self.limit
+        ]
         self.explore(budget, self.limit - self._finalist_cost(budget))
         last = affordable(self._finalists(budget) + published, budget)
         floor = max((trial.psnr_db for trial in published if trial in last), default=-math.inf)
         return self.ranked([trial for trial in last if trial.psnr_db >= floor])[0]
 
-    def explore(self, budget: int, limit: float) -> Trial:
-        """Search on the searched samples until ``limit`` is spent; the best of them so far."""
-        loop = self.loop
-        cost = loop.cost(budget, self.searched)
-        prior = loop.fit(self.view).prior
-        for index, schedule in enumerate(self.own(prior, budget)):
-            if index == 0 or loop.spent + cost <= limit:
-                loop.run(schedule, samples=self.searched)
-        while loop.spent + cost <= limit and (move := self._next(budget)):
-            loop.run(move, samples=self.searched)
-        return self.ranked(self._tried(budget))[0]
+    def picked(self, budget: int) -> Trial:
+        """The best of a few schedules that are run on all samples while the effort lasts: the first of them, which is
+        what the prior alone says, unless another is better by more than can be luck."""
+        loop, settings = self.loop, {"predictor": self.predictor, "corrector": self.corrector, "view": self.view}
+        own = planned(loop.prior, budget, **settings)
+        known = [self.known] if self.known is not None and self.known.budget <= budget else []
+        corrected = self.published(loop.prior, budget, self.corrector) if self.corrector != NO_CORRECTOR else ()
+        best = first = loop.run(next(own))
+        for schedule in (*known, *own, *corrected, *self.published(loop.prior, budget)):
+            if loop.spent + loop.cost(schedule.budget) <= self.limit:
+                trial = loop.run(schedule)
+                gains = trial.sample_psnr_db - first.sample_psnr_db
+                if is_certain(gains) and trial.psnr_db > best.psnr_db and trial.budget <= max(budget, first.budget):
+                    best = trial
+        return best
+
+    def fewest_picked(self, wanted: Wanted) -> Trial:
+        """What the prior alone plans for the fewest steps that meet what is wanted, by bisection while effort lasts.
+
+        Raises:
+            InfeasibleBudgetError: Not even full compute does.
+        """
+        loop, settings = self.loop, {"predictor": self.predictor, "corrector": self.corrector, "view": self.view}
+        wanted.check()
+        best, low, high = wanted.full, 2, loop.num_steps
+        while low < high:
+            middle = low + (high - low) // 3  # few steps cost little to try
+            if loop.spent + loop.cost(middle) > self.limit:
+                break
+            trial = loop.run(next(planned(loop.prior, middle, **settings)))
+            if wanted.met_by(trial):
+                best, high = trial, middle
+            else:
+                low = middle + 1
+        return best
+
+    def explore(self, budget: int, limit: float) -> None:
+        """Search on the searched samples until ``limit`` is spent."""
+        fitted = self.loop.fit(self.view).prior
+        first, *others = self.own(fitted, budget)
+        self.loop.run(first, samples=self.searched)  # or nothing would be known of this budget
+        for schedule in (*others, *self.published(fitted, budget)):
+            self._race(schedule, budget, limit)
+        while self.loop.spent + self.loop.cost(budget, 1) <= limit and (move := self._next(budget)):
+            self._race(move, budget, limit)
+
+    def _race(self, schedule: CacheSchedule, budget: int, limit: float) -> None:
+        """Run a schedule on more and more of the searched samples: for as long as it is no worse there than the best so
+        far, and ``limit`` is not spent."""
+        loop, tried = self.loop, self._tried(budget)
+        best = self.ranked(tried)[0] if tried else None
+        samples = self.searched if best is None else -(-min(self.searched, loop.samples) // 4)
+        cost, trial = 0.0, None
+        while trial is None or trial.samples < min(self.searched, loop.samples):
+            further = loop.cost(budget, samples) - cost
+            if loop.spent + further > limit:
+                break
+            trial, cost, samples = loop.run(schedule, samples=samples), cost + further, 2 * samples
+            shared = min(trial.samples, best.samples) if best else 0
+            if best and middle_mean(trial.sample_psnr_db[:shared] - best.sample_psnr_db[:shared]) < 0:
+                break
 
     def _predicted(self, prior: ErrorPrior, schedule: CacheSchedule) -> float:
         return prior.final_error(schedule.served, schedule.integrated, self.view)
@@ -187,11 +282,12 @@ class Search:
         ]
 
     def _tried(self, budget: int) -> list[Trial]:
-        """What a plan of this budget may be."""
+        """What a plan of this budget may be: of what was run on the searched samples."""
         tried = [
             trial
             for trial in self.loop.plain()
             if trial.schedule.budget <= budget
+            and trial.samples >= min(self.searched, self.loop.samples)
             and (self.predictor == AUTO or set(trial.schedule.predictors) == {self.predictor})
         ]
         return affordable(tried, budget)
@@ -223,15 +319,15 @@ class Search:
         """
         loop, budget = self.loop, chosen.schedule.budget
         kept, prior = chosen, loop.fit(self.view).prior
-        skippable = loop.calls_per_step >= 2 and loop.cache == "output"
-        for share in self.settings.search.branch_shares if skippable else ():
+        for share in self.settings.search.branch_shares if self._skips_branches else ():
             more = paid_steps(budget, share, loop.num_steps)
             planned = plan_schedule(
                 prior, more, predictor=self.predictor, corrector=chosen.schedule.corrector, view=self.view
             )
             better = improve(prior, planned, predictors=self._choices, view=self.view)
             for schedule in (skip_branches(each, budget) for each in (planned, better)):
-                trial = loop.run(schedule) if schedule.branch_steps else chosen
+                affordable = loop.spent + loop.cost(budget) <= self.everything
+                trial = loop.run(schedule) if schedule.branch_steps and affordable else chosen
                 gains = trial.sample_psnr_db - chosen.sample_psnr_db
                 if trial.psnr_db > kept.psnr_db and is_certain(gains):
                     kept, fix = trial, None
@@ -244,11 +340,7 @@ class Search:
             InfeasibleBudgetError: Not even full compute does.
         """
         loop, full = self.loop, wanted.full
-        if wanted.psnr_db is not None and not wanted.met_by(full):
-            raise InfeasibleBudgetError(
-                f"target_psnr={wanted.psnr_db}: full compute reaches {full.psnr_db:.1f} dB; choose less, or a scheme "
-                "with more bits"
-            )
+        wanted.check()
         budget = self._least(2, wanted)
         while budget < loop.num_steps:  # what some samples promised, all of them may not keep
             promising = self.ranked(self._meeting(wanted, budget, budget))[: self.settings.search.retried]
@@ -301,7 +393,6 @@ class Search:
         """For every budget, the predicted error of the plan relative to that of full compute, and what was measured."""
         planned = self._planned(prior, self.loop.num_steps - 1)
         base = prior.final_error(np.eye(self.loop.num_steps), view=self.view)
-        full = self.loop.trials[0]
         points = []
         for budget, schedule in enumerate(planned, start=2):
             tried = [t for t in self.loop.trials if t.budget == budget and t.schedule.solver != SAMPLE]
@@ -314,12 +405,13 @@ class Search:
                     "measured_relative_l2": best and best.relative_l2,
                 }
             )
+        full = next((trial for trial in self.loop.trials if trial.schedule.solver == FULL), None)
         points.append(
             {
                 "budget": self.loop.num_steps,
                 "predicted_error": base,
-                "measured_psnr_db": full.psnr_db,
-                "measured_relative_l2": full.relative_l2,
+                "measured_psnr_db": full and full.psnr_db,
+                "measured_relative_l2": full and full.relative_l2,
             }
         )
         return points

@@ -115,10 +115,12 @@ def fit_propagation(
         )
     wanted = np.log(np.maximum(errors, 1e-12))
     shares = np.sqrt(np.ones(len(wanted)) if counts is None else counts)
+    signs = np.where([reused_steps(each) for each in integrated], 1.0, -1.0)
     model = _Model(
         grams=grams,
         strayed=strayed,
-        signs=np.where([reused_steps(each) for each in integrated], 1.0, -1.0),
+        signs=signs,
+        base=np.where(signs < 0, *prior.sensitivity),
         basis=legendre.legvander(places, DEGREE),
     )
     known, group = np.unique(np.zeros(len(wanted)) if groups is None else groups, return_inverse=True)
@@ -146,7 +148,8 @@ def fit_propagation(
         ftol=_TOLERANCE, xtol=_TOLERANCE, gtol=_TOLERANCE,
     )  # fmt: skip
     parameters, value = solution.x, solution.fun
-    sensitivity = np.stack([np.exp(model.exponents(parameters[free:], sign)) for sign in (-1.0, 1.0)])
+    adjusted = np.stack([np.exp(model.exponents(parameters[free:], sign)) for sign in (-1.0, 1.0)])
+    sensitivity = prior.sensitivity * adjusted
     coherence = float(np.exp(parameters[at_coherence]))
     response = parameters[at_response].reshape(2, -1) @ answers
     fitted = replace(prior, sensitivity=sensitivity, coherence=coherence, response=response)
@@ -174,12 +177,14 @@ class _Model:
 
     ``grams`` (runs, steps, steps) are of displacements, ``strayed`` what the response adds to them (`_strayed_terms`,
     with runs before steps), None where nothing is corrected; ``signs`` (runs, steps) are 1 where a step reuses an
-    output and -1 elsewhere, ``basis`` (steps, terms) the polynomials.
+    output and -1 elsewhere, ``base`` (runs, steps) the sensitivity that the polynomials of ``basis`` (steps, terms)
+    are to adjust.
     """
 
     grams: np.ndarray
     strayed: tuple[np.ndarray, np.ndarray] | None
     signs: np.ndarray
+    base: np.ndarray
     basis: np.ndarray
 
     def exponents(self, parameters: np.ndarray, signs: np.ndarray | float) -> np.ndarray:
@@ -191,7 +196,7 @@ class _Model:
         log_coherence, *response = parameters[2 * self.basis.shape[1] :]
         steps, (along, across) = np.arange(len(self.basis)), np.reshape(response, (2, -1))
         apart = np.abs(steps[:, None] - steps) / np.exp(log_coherence)
-        weights = np.exp(self.exponents(parameters, self.signs))
+        weights = self.base * np.exp(self.exponents(parameters, self.signs))
         kernel = np.exp(-apart) * weights[:, :, None] * weights[:, None, :]
         products, answered = self.grams * kernel, np.zeros((len(weights), len(response)))
         if self.strayed is not None:

@@ -20,16 +20,44 @@ AUTO_BUDGET = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """What planning may cost, in runs at full compute of the planning samples."""
+    """What a build takes.
 
-    full_runs: float
-    fitted_to: int
+    Args:
+        most: Of everything, in full generations of one sample at the build's step count.
+        samples: To profile: a reference and a forced run each.
+        planning_samples: To run schedules on; the profiled ones first, whose references are there already.
+        check_samples: Others, for the fidelity that is written into the bundle.
+        search: Full generations that running schedules may take, for each planning sample.
+        search_elsewhere: And at another step count, in those of that step count.
+        also_steps: Whether another step count is planned for, if none is named.
+        fits: Whether it is first learnt from runs how errors reach the final sample, and then searched; else a few
+            schedules are run. Too few runs teach what is not so.
+    """
+
+    most: int
+    samples: int
+    planning_samples: int = 0
+    check_samples: int = 0
+    search: float = 2.0
+    search_elsewhere: float = 1.0
+    also_steps: bool = False
+    fits: bool = False
 
 
 EFFORTS = {
-    "quick": Effort(full_runs=5, fitted_to=16),
-    "normal": Effort(full_runs=8, fitted_to=40),
-    "thorough": Effort(full_runs=24, fitted_to=64),
+    "instant": Effort(most=2, samples=1),
+    "quick": Effort(most=10, samples=2, planning_samples=2, check_samples=1),
+    "normal": Effort(most=40, samples=6, planning_samples=6, check_samples=3, search=2.4, also_steps=True),
+    "thorough": Effort(
+        most=250,
+        samples=8,
+        planning_samples=16,
+        check_samples=4,
+        search=9.0,
+        search_elsewhere=3.5,
+        also_steps=True,
+        fits=True,
+    ),
 }
 
 
@@ -41,12 +69,15 @@ class SearchSettings:
     """
 
     searched: int = 16  # samples that all but calibration runs and finalists run on
-    calibrated: int = 8  # samples at the least that a calibration run is run on
+    calibrated: float = 1 / 8  # of the samples at the least, that a calibration run is run on
     finalists: int = 4
     retried: int = 2  # finalists that meet the target of budget=auto on all samples, or do not
-    fit_share: float = 0.6  # of the effort at most goes into calibration runs
+    least_fitted: int = 6  # runs, below which the prior is taken as it was measured
+    fitted_to: int = 40  # calibration runs of the budget at most, and a third as many of half of it
+    fit_share: float = 0.5  # of the effort at most goes into calibration runs
     fit_share_auto: float = 0.35  # where the search is for a budget too
-    rectified: float = 2.0  # runs at full compute that trying corrections may cost beyond the effort
+    rectified: float = 0.15  # of an effort that fits is kept for trying corrections
+    branched: float = 0.2  # of the effort is kept for leaving out branches of guidance, where that can be
     repeated: float = 0.25  # what a run of the search counts in the prior that is kept: neighbours say much the same
     whole_predictors: tuple[str, ...] = ("taylor1", "taylor2")  # that candidates are made for
     branch_shares: tuple[float, ...] = (0.5, 0.75, 0.9)  # of full-compute steps that compute both branches of guidance
@@ -70,6 +101,8 @@ class PlanSettings:
         effort: One of `EFFORTS`.
         view: Of the prior; see `plan_schedule`.
         search: Constants of the search.
+        allowed: Full generations that running schedules may take for each sample, at the step count that is planned
+            for; None: what the effort says.
     """
 
     budget: int | str
@@ -82,11 +115,12 @@ class PlanSettings:
     tolerance: float = 0.15
     target_psnr: float | None = None
     search: SearchSettings = field(default_factory=SearchSettings)
+    allowed: float | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> PlanSettings:
         """Those of a recipe."""
-        return cls(**{name: getattr(recipe, name) for name in cls.__dataclass_fields__ if name != "search"})
+        return cls(**{name: getattr(recipe, name) for name in cls.__dataclass_fields__ if hasattr(recipe, name)})
 
     def check(self, steps: int | None) -> None:
         """What can be said before anything is run; without a step count, less.
@@ -113,9 +147,15 @@ class PlanSettings:
             return None
         return check_budget(self.budget, num_steps, "segment" if self.solver == SEARCH else self.solver)
 
-    def with_budget(self, budget: int | str) -> PlanSettings:
-        return replace(self, budget=budget)
+    def elsewhere(self, budget: int | str) -> PlanSettings:
+        """The same for another step count."""
+        return replace(self, budget=budget, allowed=EFFORTS[self.effort].search_elsewhere)
 
     @property
-    def effort_limits(self) -> Effort:
-        return EFFORTS[self.effort]
+    def fits(self) -> bool:
+        """Whether it is learnt from runs how errors reach the final sample."""
+        return EFFORTS[self.effort].fits
+
+    def limit(self, samples: int) -> float:
+        """Full generations that running schedules on so many samples may take."""
+        return samples * (EFFORTS[self.effort].search if self.allowed is None else self.allowed)

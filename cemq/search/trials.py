@@ -100,7 +100,7 @@ class ClosedLoop:
     references: Sequence[Outcome]
     cache: str = "output"
     on_spent: Callable[[float], None] | None = None
-    spent: float = 0.0  # runs at full compute of all samples
+    spent: float = 0.0  # full generations of one sample
     calls_per_step: float = math.nan  # of the denoiser, in the latest run
     _trials: dict[Any, Trial] = field(default_factory=dict)
     _batches_run: dict[Any, int] = field(default_factory=dict)
@@ -129,14 +129,14 @@ class ClosedLoop:
         """
         return self._run(schedule, correction, range(self._batches_of(samples)))
 
-    def calibrate(self, schedule: CacheSchedule, number: int, *, least: int = SearchSettings.calibrated) -> Trial:
-        """Run a schedule for what it says about how errors spread, on a part of the samples, of ``least`` or more.
+    def calibrate(self, schedule: CacheSchedule, number: int, *, share: float = SearchSettings.calibrated) -> Trial:
+        """Run a schedule for what it says about how errors spread, on a ``share`` of the samples or more.
 
         How errors spread differs from sample to sample, so a few samples for each calibration run, but all of them in
         turn by its ``number``, say as much as twice as many that are always the same.
         """
         count = len(self.batches)
-        parts = min(max(1, self.samples // least), count)
+        parts = min(max(1, round(1 / share)), count)
         part = number % parts
         return self._run(schedule, None, range(part * count // parts, (part + 1) * count // parts), calibrates=True)
 
@@ -162,7 +162,7 @@ class ClosedLoop:
         scores = {index: each for theirs, _ in found for index, each in theirs.items()}
         errors, qualities, counts = (np.concatenate(each) for each in zip(*(scores[i] for i in missing), strict=True))
         full_steps = float(counts.mean())
-        self.spent += len(counts) / self.samples / (self.num_steps / full_steps)
+        self.spent += len(counts) * full_steps / self.num_steps
         if known:
             errors = np.concatenate([known.sample_relative_l2, errors])
             qualities = np.concatenate([known.sample_psnr_db, qualities])
@@ -194,8 +194,8 @@ class ClosedLoop:
         return count if samples is None else min(int(np.searchsorted(held, samples)) + 1, count)
 
     def cost(self, budget: int, samples: int | None = None) -> float:
-        """Of one run with that many full-compute steps, in runs of all samples at full compute."""
-        return _count(self.batches[: self._batches_of(samples)]) / self.samples * budget / self.num_steps
+        """Of one run with that many full-compute steps, in full generations of one sample."""
+        return _count(self.batches[: self._batches_of(samples)]) * budget / self.num_steps
 
     def plain(self) -> list[Trial]:
         """Trials, calibration runs apart, whose error is one that the prior predicts."""
@@ -206,7 +206,7 @@ class ClosedLoop:
 
         Those that were not drawn to calibrate count ``repeated`` each. With a corrector errors spread otherwise: where
         all calibration runs had one, trials without say nothing, and the other way round. What was run on the same
-        samples is compared with each other, and with full compute.
+        samples is compared with each other, and with full compute where that was run.
         """
         if (view, repeated) not in self._fits:
             self._fits[view, repeated] = self._fitted(view, repeated)
@@ -223,11 +223,10 @@ class ClosedLoop:
             and (trial.schedule.solver == FULL or trial.schedule.corrects in corrects)
         ]
         schedules, errors, counts, groups = [], [], [], []
-        for number, start in enumerate(dict.fromkeys(trial.part_from for trial in alike)):
-            group = [(trial, 0) for trial in alike if trial.part_from == start]
-            shared = min(trial.samples for trial, _ in group)
-            if start is not None:
-                group += [(trial, start) for trial in alike if trial.schedule.solver == FULL]
+        full = [trial for trial in alike if trial.schedule.solver == FULL]
+        for number, (start, shared) in enumerate(dict.fromkeys((trial.part_from, trial.samples) for trial in alike)):
+            group = [(trial, 0) for trial in alike if (trial.part_from, trial.samples) == (start, shared)]
+            group += [(trial, start or 0) for trial in full if (trial, 0) not in group]
             for trial, first in group:
                 schedules.append(trial.schedule)
                 errors.append(error_of(trial.sample_psnr_db[first : first + shared].mean()))
@@ -236,6 +235,8 @@ class ClosedLoop:
         corrector = next((name for name in drawn if name != NO_CORRECTOR), NO_CORRECTOR)
         metadata = self.prior.metadata and replace(self.prior.metadata, corrector=corrector)
         prior = replace(self.prior, metadata=metadata)
+        if len(schedules) < SearchSettings.least_fitted:
+            return Fit(prior=prior, rms_log_error=math.inf)
         return fit_propagation(prior, schedules, errors, counts=counts, groups=groups, view=view)
 
 

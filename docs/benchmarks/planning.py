@@ -66,6 +66,8 @@ from cemq.search.trials import ClosedLoop, Trial
 
 STEPS = (20, 28, 100)
 PARTS = ("ranking", "cells", "ablation", "auto", "steps", "quanto", "solver")
+PLANNED = 64  # samples that searches are run on
+SEARCHED = {"effort": "thorough", "allowed": NATIVE_EFFORTS["normal"]}
 HERE = Path(__file__).with_suffix("")
 
 
@@ -104,7 +106,7 @@ class Lab:
         with attached(self.pipe, planned):
             return self.psnr_as_is(self.pipe, steps)
 
-    def loop(self, steps: int = 50, prior: ErrorPrior | None = None, samples: int = 64) -> ClosedLoop:
+    def loop(self, steps: int = 50, prior: ErrorPrior | None = None, samples: int = PLANNED) -> ClosedLoop:
         """The planning samples, with seeds after those that the bundle used; nothing has been run on them."""
         first = max(self.manifest.profiled_seeds) + 1
         return ClosedLoop(
@@ -146,7 +148,7 @@ def measure_cells(lab: Lab) -> list[dict[str, Any]]:
         for predictor, corrector, correction in (("taylor1", "none", "none"), ("auto", "auto", "auto")):
             planned = plan(
                 lab.loop(),
-                PlanSettings(budget=budget, predictor=predictor, corrector=corrector, rectify=correction),
+                PlanSettings(budget=budget, predictor=predictor, corrector=corrector, rectify=correction, **SEARCHED),
             )
             corrected = planned.evidence["winner"]["correction"]
             rows.append(
@@ -156,7 +158,7 @@ def measure_cells(lab: Lab) -> list[dict[str, Any]]:
                     "psnr_db": lab.psnr(lab.of(planned.schedule, planned.correction)).tolist(),
                     "full_steps": planned.schedule.budget,
                     "correction": corrected,
-                    "full_run_equivalents": planned.evidence["full_run_equivalents"],
+                    "full_run_equivalents": planned.evidence["search_generations"] / PLANNED,
                     "schedule": planned.schedule.to_dict(),
                 }
             )
@@ -250,7 +252,7 @@ def measure_ablation(lab: Lab) -> list[dict[str, Any]]:
 
 def measure_auto(lab: Lab) -> dict[str, Any]:
     loop = lab.loop()
-    planned = plan(loop, PlanSettings(budget="auto"))
+    planned = plan(loop, PlanSettings(budget="auto", **SEARCHED))
     evaluated = ClosedLoop(
         runner=Runner(pipe=lab.pipe, steps=50, call=lab.manifest.call),
         prior=lab.prior,
@@ -262,7 +264,7 @@ def measure_auto(lab: Lab) -> dict[str, Any]:
     return {
         "budget": planned.schedule.budget,
         "tolerance": 0.15,
-        "full_run_equivalents": planned.evidence["full_run_equivalents"],
+        "full_run_equivalents": planned.evidence["search_generations"] / PLANNED,
         "planning_ratio": planned.evidence["winner"]["relative_l2"] / planned.evidence["full_compute"]["relative_l2"],
         "evaluation_ratio": chosen.relative_l2 / full.relative_l2,
         "psnr_db": chosen.psnr_db,
@@ -287,8 +289,9 @@ def measure_steps(lab: Lab) -> list[dict[str, Any]]:
         runner = Runner(pipe=lab.pipe, steps=steps, call=lab.manifest.call)
         prior = runner.profile(profiled, references, scheme=lab.scheme, dtype="float32")
         budget = round(steps / lab.manifest.schedule.compute_ratio)
-        for effort in NATIVE_EFFORTS:
-            native = plan(lab.loop(steps, prior), PlanSettings(budget=budget, rectify="none", effort=effort))
+        for effort, runs in NATIVE_EFFORTS.items():
+            searched = SEARCHED | {"allowed": runs}
+            native = plan(lab.loop(steps, prior), PlanSettings(budget=budget, rectify="none", **searched))
             found[effort] = lab.psnr(lab.of(native.schedule, sampler=prior.metadata.sampler), steps)
         rows.append({"steps": steps, "budget": budget} | {name: values.tolist() for name, values in found.items()})
     return rows
@@ -309,8 +312,8 @@ def planning_cost(manifest: Manifest, evidence: dict[str, Any]) -> dict[str, flo
     """Of the bundle and of its other step counts, in runs of the planning samples at full compute."""
     steps = manifest.schedule.num_steps
     found = zip(manifest.other_runs, evidence["other_runs"], strict=True)
-    others = [tried["full_run_equivalents"] * run.schedule.num_steps / steps for run, tried in found]
-    return {"own": evidence["full_run_equivalents"], "others": sum(others)}
+    others = [tried["search_generations"] / PLANNED * run.schedule.num_steps / steps for run, tried in found]
+    return {"own": evidence["search_generations"] / PLANNED, "others": sum(others)}
 
 
 def measure_solver() -> dict[str, float]:

@@ -72,7 +72,8 @@ def measure(model: str, scheme: str, cache: str, steps: int) -> list[dict[str, A
         row = {"model": model, "scheme": scheme, "cache": cache, "threshold": threshold, "full_steps": computed}
         row["teacache"], budget = found, int(computed)
         if 2 <= budget < steps:
-            planned = plan(loop, PlanSettings(budget=budget, effort="quick", rectify="none")).schedule
+            searched = {"effort": "thorough", "allowed": 5.0}
+            planned = plan(loop, PlanSettings(budget=budget, rectify="none", **searched)).schedule
             even = CacheSchedule(num_steps=steps, full_steps=uniform_steps(steps, budget), predictor="reuse")
             for name, schedule in (("planned", planned), ("uniform", even)):
                 with attached(pipe, Plan(schedule=schedule, sampler=prior.metadata.sampler)):
@@ -97,7 +98,7 @@ def page(rows: list[dict[str, Any]], machine: dict[str, Any], minutes: float) ->
         "eight at once. TeaCache (arXiv:2411.19108) with the polynomial of each model, fitted to its full-precision",
         "runs as published; `residual` is what it was published with, `output` caches what skipped steps of a plan are",
         "predicted from. Beside it, at no more full-compute steps (the count rounded down): the plan of",
-        f"`--effort quick` on {PLANNING} planning samples, without `--rectify`, and evenly spaced steps that reuse the",
+        f"five runs' worth on {PLANNING} planning samples, without `--rectify`, and evenly spaced steps that reuse the",
         "latest output. W8A8 is rounded to nearest.",
         "",
         "| model | scheme | cache | threshold | full steps | TeaCache | planned | uniform, reuse |",
