@@ -53,8 +53,10 @@ def build(folder, output, **settings):
 )
 def test_a_build_takes_what_its_effort_says_and_says_what_it_took(folder, tmp_path, effort, budget):
     if (effort, budget) == ("instant", "auto"):
-        with pytest.raises(InputError, match="budget=auto is found by running schedules, and effort=instant runs none"):
+        said = "budget=auto is found by running schedules, and effort=instant runs none"
+        with counted() as spent, pytest.raises(InputError, match=said):
             build(folder, tmp_path / "bundle", effort=effort, budget=budget)
+        assert spent() == 0
         return
     with counted() as spent:
         manifest = build(folder, tmp_path / "bundle", effort=effort, budget=budget, rounding="nearest")

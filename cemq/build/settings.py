@@ -15,6 +15,7 @@ from cemq.runtime.policies import Policy
 from cemq.runtime.policy_names import parse_policy
 from cemq.schedule import SEARCH
 from cemq.schedule.plan import CACHES
+from cemq.search.choose import check_runs
 from cemq.search.settings import AUTO_BUDGET, EFFORTS, Effort, PlanSettings
 
 ALSO_STEPS = 0.4  # of the steps, which plans are made for as well: the fewer steps, the less predictions alone find
@@ -122,4 +123,7 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
     source = locate(settled.model, variant=settled.variant)
     if (source.folder / MANIFEST).is_file():
         raise ModelError(f"'{settled.model}' is a cemq bundle already: give the full-precision model it was made from")
-    return BuildSettings(recipe=settled, source=source, device=place, dtype=settled.dtype or default_dtype(place))
+    found = BuildSettings(recipe=settled, source=source, device=place, dtype=settled.dtype or default_dtype(place))
+    if not settled.policy:
+        check_runs(found.planning, samples=found.effort.planning_samples)
+    return found

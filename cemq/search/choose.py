@@ -43,6 +43,12 @@ class Planned:
     evidence: dict[str, Any]
 
 
+def check_runs(settings: PlanSettings, *, samples: int) -> None:
+    """Raises InputError where runs are asked for and there are no samples to run on."""
+    if settings.budget == AUTO_BUDGET and not samples:
+        raise InputError(f"budget=auto is found by running schedules, and effort={settings.effort} runs none")
+
+
 def check_correctable(corrector: str, cache: str, scheduler: Any, steps: int) -> None:
     """Raises InputError where a corrector is asked for by name and there is no room for it."""
     if corrector not in (AUTO, NO_CORRECTOR) and not _is_correctable(cache, scheduler, steps):
@@ -123,8 +129,7 @@ def predicted(prior: ErrorPrior, settings: PlanSettings, *, cache: str, schedule
         InfeasibleBudgetError: The budget is out of range.
         InputError: As of `plan`; or the budget is ``auto``, which only runs can find.
     """
-    if settings.budget == AUTO_BUDGET:
-        raise InputError(f"budget=auto is found by running schedules, and effort={settings.effort} runs none")
+    check_runs(settings, samples=0)
     budget = settings.full_steps(prior.num_steps)
     corrector = settings.corrector
     if corrector == AUTO:
@@ -169,7 +174,7 @@ def _chosen_corrector(loop: ClosedLoop, settings: PlanSettings, full: Trial | No
     return settings.search.corrector if lost > settings.search.worth_correcting else NO_CORRECTOR
 
 
-def _calibrate(loop: ClosedLoop, settings: PlanSettings, full: Trial | None, budget: int | None, corrector: str) -> int:
+def _calibrate(loop: ClosedLoop, settings: PlanSettings, full: Trial, budget: int | None, corrector: str) -> int:
     """Run what says how errors reach the final sample, and count all of it as spent, also what an earlier plan has run.
 
     Schedules of the budget that is planned for, since how errors spread depends on how many steps are skipped; and some
