@@ -233,21 +233,29 @@ def quantize_and_schedule(
     call: Call = None,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Quantize MODEL, plan its schedule for its own noise, write a bundle.
 
-    Every option but -o, --recipe, --device and --overwrite is a key of recipes, too.
+    Every option but -o, --recipe, --device, --overwrite and --dry-run is a key of recipes, too.
 
     Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
     """
     from cemq.build import quantize_and_schedule as build
+    from cemq.build.estimate import estimate
+    from cemq.build.settings import resolve
     from cemq.parallel import launched
 
     with launched() as processes:
         settings = _recipe_settings(options) | {"call": _call_arguments(call)}
+        if dry_run:
+            _hush_libraries()
+            told = estimate(resolve(model, recipe, device, settings))
+            _print_json(told.to_dict()) if as_json else print(told.summary())
+            return
         with _at_work(quiet) as progress:
             manifest = build(
                 model, output, recipe=recipe, device=device, overwrite=overwrite, progress=progress,

@@ -9,9 +9,13 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from support.pipelines import make_dit
+from typer.testing import CliRunner
 
 import cemq
+from cemq.build.estimate import estimate
+from cemq.build.settings import resolve
 from cemq.bundle.manifest import EVIDENCE
+from cemq.cli import app
 from cemq.errors import InputError
 from cemq.search.settings import EFFORTS
 
@@ -42,9 +46,12 @@ def folder(tmp_path_factory):
     return root
 
 
+def settings_of(folder):
+    return {"steps": STEPS, "budget": 10, "calib": str(folder / "labels.txt"), "call": {"guidance_scale": 2.0}}
+
+
 def build(folder, output, **settings):
-    asked = {"steps": STEPS, "budget": 10, "calib": str(folder / "labels.txt"), "call": {"guidance_scale": 2.0}}
-    return cemq.quantize_and_schedule(str(folder / "pipeline"), output, device="cpu", **asked | settings)
+    return cemq.quantize_and_schedule(str(folder / "pipeline"), output, device="cpu", **settings_of(folder) | settings)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +68,12 @@ def test_a_build_takes_what_its_effort_says_and_says_what_it_took(folder, tmp_pa
     with counted() as spent:
         manifest = build(folder, tmp_path / "bundle", effort=effort, budget=budget, rounding="nearest")
     assert spent() <= EFFORTS[effort].most
+    asked = resolve(str(folder / "pipeline"), None, "cpu", settings_of(folder) | {"effort": effort, "budget": budget})
+    told = estimate(asked).generations
+    assert told["full_precision"] == manifest.generations["full_precision"]
+    assert manifest.generations["quantized"] <= told["quantized"]
+    assert manifest.generations["quantized"] > (0.5 if effort != "instant" else 0.99) * told["quantized"]
+    assert told["total"] <= EFFORTS[effort].most
     assert manifest.generations["replayed"] == 0
     assert manifest.generations["total"] == pytest.approx(spent(), abs=0.02)
     assert manifest.generations["full_precision"] + manifest.generations["quantized"] == pytest.approx(
@@ -91,6 +104,31 @@ def test_counts_that_are_asked_for_take_the_place_of_the_efforts(folder, tmp_pat
     assert len(manifest.profiled_seeds) == 7  # what was profiled was planned on too
     assert manifest.generations["full_precision"] == 3 + 2 + 2
     assert manifest.generations["quantized"] == pytest.approx(3 + (5 + 2) * 10 / STEPS, abs=0.01)
+    named = {"effort": "quick", "samples": 3, "planning_samples": 5, "check_samples": 2, "solver": "uniform"}
+    told = estimate(resolve(str(folder / "pipeline"), None, "cpu", settings_of(folder) | named | {"also_steps": []}))
+    assert told.generations == {kind: manifest.generations[kind] for kind in ("full_precision", "quantized", "total")}
+
+
+def test_a_dry_run_says_what_a_build_would_take_and_does_nothing(folder, tmp_path):
+    arguments = [
+        "quantize-and-schedule", str(folder / "pipeline"), "--effort", "normal", "--calib", str(folder / "labels.txt"),
+        "-o", str(tmp_path / "bundle"), "--dry-run",
+    ]  # fmt: skip
+    with counted() as spent:
+        said, told = CliRunner().invoke(app, arguments), CliRunner().invoke(app, [*arguments, "--json"])
+    assert (said.exit_code, told.exit_code, spent()) == (0, 0, 0)
+    assert not list(tmp_path.iterdir())
+    found = json.loads(told.stdout)
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert stages["forced runs"] == {"name": "forced runs", "full_precision": 0, "quantized": 6, "at_most": False}
+    assert stages["planning"]["at_most"]
+    assert stages["planning, 20 steps"]["quantized"] == 6 * 20 / 50  # DiTPipeline makes 50 steps unless told otherwise
+    for name in stages:
+        assert name in said.stdout
+    weights = sum(file.stat().st_size for file in (folder / "pipeline").rglob("*.safetensors"))
+    assert 0.9 * weights < found["memory_bytes"] < 20 * weights
+    refused = CliRunner().invoke(app, [*arguments, "--budget", "99"])
+    assert (refused.exit_code, len(refused.stderr.splitlines())) == (1, 1)
 
 
 def test_a_bundle_that_nothing_was_run_for_says_so_and_draws(folder, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ from cemq import __version__
 from cemq.build.settings import BuildSettings
 from cemq.bundle.dtypes import Dtypes, as_loaded, tensor_dtypes
 from cemq.bundle.manifest import EVIDENCE, PRIOR, Manifest, OtherRun, seal, write_pipeline
-from cemq.errors import InputError, ReplayError
+from cemq.errors import ReplayError
 from cemq.evaluation.compare import Fidelity, measure_fidelity
 from cemq.memory.placement import format_bytes
 from cemq.parallel import Processes
@@ -33,6 +32,7 @@ from cemq.pipelines.batches import (
     check_drivable,
     check_steps,
     condition_argument,
+    default_steps,
     make_batches,
     read_call,
     read_conditions,
@@ -107,7 +107,7 @@ def open_runner(settings: BuildSettings, progress: Progress | None, processes: P
     processes.agree("settings", (recipe.model_dump(), library_versions(), torch.get_num_threads()))
     pipe = open_pipeline(settings.source.folder, dtype=settings.dtype, device=settings.device, variant=recipe.variant)
     pipe.set_progress_bar_config(disable=True)
-    steps = recipe.steps or _default_steps(pipe)
+    steps = recipe.steps or default_steps(type(pipe))
     if settings.policy is None:
         settings.planning.check(steps)
     check_call(type(pipe), recipe.call)
@@ -447,13 +447,6 @@ def _digest(pipe: DiffusionPipeline) -> str:
             if torch.is_tensor(value):
                 found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-def _default_steps(pipe: DiffusionPipeline) -> int:
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-    if parameter is None or not isinstance(parameter.default, int):
-        raise InputError(f"{type(pipe).__name__} has no default step count: give --steps")
-    return parameter.default
 
 
 def library_versions() -> dict[str, str]:

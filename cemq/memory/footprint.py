@@ -29,6 +29,7 @@ from cemq.memory.placement import (
 )
 
 _ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ANY_FLOAT = "any"  # stored, for what is not quantized: whatever float a file holds is loaded in one dtype
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FEW_ROWS = (*EIGHT_BIT, "*embed*", "*shared*", "*head*", "*pooler*")  # layers that do not see every token
 _MULTIPLY_IN_FLOATS = ("a16", "a16-fp4")
@@ -86,7 +87,7 @@ def read_footprint(
         call: Arguments of the pipeline; height, width, num_frames, max_sequence_length and guidance matter.
         full_steps: Steps of a run that are computed in full.
         samples: Pictures drawn at once.
-        stored_dtype: Of what is not quantized, in the folder; None: ``dtype``.
+        stored_dtype: Of what is not quantized, in the folder; None: ``dtype``; `ANY_FLOAT`: any.
         cache: What is kept of a full-compute step; see `cemq.runtime.Plan`.
         kept_steps: The most steps of which it is kept at a time.
 
@@ -155,7 +156,8 @@ def _tensors(folder: Path) -> Iterator[Tensor]:
 
 def _as_loaded(tensor: Tensor, stored: str, dtype: str) -> Tensor:
     """The tensor in the dtype it is loaded in; what a quantized layer stores in float32 stays so."""
-    if tensor.dtype == _DTYPES[stored] and not tensor.name.endswith("_scale"):
+    stored_as = _DTYPES.values() if stored == ANY_FLOAT else (_DTYPES[stored],)
+    if tensor.dtype in stored_as and not tensor.name.endswith("_scale"):
         return Tensor(name=tensor.name, dtype=_DTYPES[dtype], shape=tensor.shape)
     return tensor
 

@@ -214,6 +214,14 @@ def _number(name: str, value: Any, kind: type, *, optional: bool) -> Any:
     return value
 
 
+def default_steps(kind: type) -> int:
+    """Of a pipeline class. Raises InputError for one that has none."""
+    parameter = inspect.signature(kind.__call__).parameters.get("num_inference_steps")
+    if parameter is None or not isinstance(parameter.default, int):
+        raise InputError(f"{kind.__name__} has no default step count: give --steps")
+    return parameter.default
+
+
 def check_steps(pipe: DiffusionPipeline, *counts: int) -> None:
     """Raises InputError, before any run, for a step count that the pipeline's noise scheduler does not take."""
 

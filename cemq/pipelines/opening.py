@@ -135,6 +135,15 @@ def pipeline_class(name: str) -> Any:
     return getattr(diffusers, name)
 
 
+def class_of_folder(folder: Path) -> Any:
+    """The class of a pipeline folder, which is not loaded. Raises ModelError."""
+    try:
+        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"'{folder}' cannot be read as a diffusers pipeline: {first_line(error)}") from error
+    return pipeline_class(str(name))
+
+
 def align(model: Any) -> None:
     """Copy CPU tensors that a memory-mapped file left unaligned: other alignments run other kernels, and a reloaded
     model would differ in the last bits."""
