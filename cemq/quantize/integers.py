@@ -17,6 +17,7 @@ GROUP_SIZE = 64  # int4 weights that share a group scale
 GROUP_SCALE_MAX = INT8_MAX // INT4_MAX
 _TINY = 1e-12
 _EXACT_COLUMNS = 1 << 10
+_ROWS_AT_ONCE = 1 << 8
 _VALUES_AT_ONCE = 1 << 20
 _CLIP_TRIALS = 4  # how far below the smallest unclipped group scale to look for a smaller squared error
 
@@ -165,9 +166,13 @@ def integer_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def float_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The same by float32: sums of `_EXACT_COLUMNS` products of int8 are whole numbers up to 2**24, all of which it
-    has, in whichever order they are summed."""
-    parts = zip(left.split(_EXACT_COLUMNS, 1), right.split(_EXACT_COLUMNS, 1), strict=True)
-    return functools.reduce(torch.add, ((a.float() @ b.float().t()).to(torch.int32) for a, b in parts))
+    has, in whichever order they are summed. Some rows of ``right`` at a time, to need little memory."""
+    product = torch.zeros(len(left), len(right), dtype=torch.int32, device=left.device)
+    for values, weight in zip(left.split(_EXACT_COLUMNS, 1), right.split(_EXACT_COLUMNS, 1), strict=True):
+        values = values.float()
+        for rows, part in zip(product.split(_ROWS_AT_ONCE, 1), weight.split(_ROWS_AT_ONCE), strict=True):
+            rows += (values @ part.float().t()).to(torch.int32)
+    return product
 
 
 @torch.compiler.assume_constant_result

@@ -218,7 +218,7 @@ def bundle(family: Family) -> None:
         (folder / "conditions.txt").write_text("\n".join(map(str, family.conditions)), encoding="utf-8")
         manifest = cemq.quantize_and_schedule(
             str(folder / "pipeline"), folder / "bundle", scheme="w8a8", steps=STEPS, samples=2, batch_size=2, budget=3,
-            solver="segment", effort="quick", planning_samples=2,
+            solver="segment", effort="quick", planning_samples=2, check_samples=4,
             calib=str(folder / "conditions.txt"), call=family.call,
         )  # fmt: skip
         pipe, original = cemq.from_pretrained(folder / "bundle"), open_pipeline(
