@@ -47,7 +47,7 @@ class Effort:
 EFFORTS = {
     "instant": Effort(most=2, samples=1),
     "quick": Effort(most=10, samples=2, planning_samples=2, check_samples=1),
-    "normal": Effort(most=40, samples=6, planning_samples=6, check_samples=3, search=2.4, also_steps=True),
+    "normal": Effort(most=40, samples=12, planning_samples=4, check_samples=2, search=1.5, also_steps=True),
     "thorough": Effort(
         most=250,
         samples=8,

@@ -154,7 +154,7 @@ def page(record: dict[str, Any]) -> str:
 50 steps, mean of {SAMPLES} samples that no build has seen; of builds with the first seeds {seeds} the mean, the least
 and the greatest. `before` is the default build of the version before, which took some 800 generations, on the same
 samples (planning.json). A generation is a full one of one sample, counted by a hook on the denoiser, the calls that
-GPTQ replays with it; plans for a second step count are left out here.
+GPTQ replays with it; plans for a second step count are left out here. {record.get("remark", "")}
 
 | effort | generations | on average to `before`, dB | at worst, dB |
 |---|---|---|---|
