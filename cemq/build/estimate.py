@@ -78,7 +78,7 @@ def estimate(settings: BuildSettings) -> Estimate:
     share = (budget or steps) / steps  # of a run: what a policy or budget=auto skips is not known before
     planned, checked = effort.planning_samples, effort.check_samples
     others = settings.other_steps(steps)
-    searched = recipe.solver == SEARCH
+    searched = recipe.solver == SEARCH or settings.planning.fits  # what is learnt from runs is so for any solver
     runs = 1 + (recipe.rectify not in ("auto", "none"))
     stages = [
         Stage(name="reference runs", full_precision=effort.samples),
