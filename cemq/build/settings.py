@@ -56,13 +56,13 @@ class BuildSettings:
     @property
     def effort(self) -> Effort:
         """What the build takes, by its effort and by what was asked for besides."""
-        named = {"samples": self.recipe.samples, "check_samples": self.recipe.check_samples}
-        if not self.recipe.policy:  # which plans nothing
-            named["planning_samples"] = self.recipe.planning_samples
-        effort = EFFORTS[self.recipe.effort]
-        if self.recipe.policy:
-            effort = replace(effort, planning_samples=0)
-        return replace(effort, **{name: count for name, count in named.items() if count is not None})
+        named = {
+            "samples": self.recipe.samples,
+            "planning_samples": 0 if self.recipe.policy else self.recipe.planning_samples,  # a policy plans nothing
+            "check_samples": self.recipe.check_samples,
+        }
+        given = {name: count for name, count in named.items() if count is not None}
+        return replace(EFFORTS[self.recipe.effort], **given)
 
     def other_steps(self, steps: int) -> tuple[int, ...]:
         """Step counts to plan for besides ``steps``."""

@@ -131,10 +131,7 @@ def predicted(prior: ErrorPrior, settings: PlanSettings, *, cache: str, schedule
     """
     check_runs(settings, samples=0)
     budget = settings.full_steps(prior.num_steps)
-    corrector = settings.corrector
-    if corrector == AUTO:
-        fits = settings.solver in (SEARCH, "segment") and _is_correctable(cache, scheduler, steps)
-        corrector = _expected_corrector(prior, settings, budget) if fits else NO_CORRECTOR
+    corrector = _settled_corrector(settings, cache, scheduler, steps) or _expected_corrector(prior, settings, budget)
     named = {"predictor": settings.predictor, "corrector": corrector, "view": settings.view}
     if settings.solver == SEARCH:
         schedule = next(planned(prior, budget, **named))
@@ -147,6 +144,19 @@ def predicted(prior: ErrorPrior, settings: PlanSettings, *, cache: str, schedule
     return Planned(schedule=schedule, correction=fix, prior=prior, evidence=evidence)
 
 
+def _settled_corrector(settings: PlanSettings, cache: str, scheduler: Any, steps: int) -> str | None:
+    """The one that is asked for, or none where there is room or use for none; None: it is to be found out.
+
+    Raises:
+        InputError: There is no room for the one asked for.
+    """
+    if settings.corrector != AUTO:
+        check_correctable(settings.corrector, cache, scheduler, steps)
+        return settings.corrector
+    own = settings.solver in (SEARCH, "segment")
+    return None if own and _is_correctable(cache, scheduler, steps) else NO_CORRECTOR
+
+
 def _expected_corrector(prior: ErrorPrior, settings: PlanSettings, budget: int) -> str:
     """The one to plan a budget with, by what is predicted of evenly spaced steps."""
     return suited_corrector(
@@ -156,13 +166,8 @@ def _expected_corrector(prior: ErrorPrior, settings: PlanSettings, budget: int) 
 
 def _chosen_corrector(loop: ClosedLoop, settings: PlanSettings, full: Trial | None, budget: int | None) -> str:
     """The one to plan a budget with."""
-    runner, asked = loop.runner, settings.corrector
-    if asked != AUTO:
-        check_correctable(asked, loop.cache, runner.pipe.scheduler, runner.steps)
-        return asked
-    own = settings.solver in (SEARCH, "segment")
-    if not own or not _is_correctable(loop.cache, runner.pipe.scheduler, runner.steps):
-        return NO_CORRECTOR
+    if settled := _settled_corrector(settings, loop.cache, loop.runner.pipe.scheduler, loop.runner.steps):
+        return settled
     if budget in (None, loop.num_steps):
         budget = usual_budget(loop.num_steps)
     if full is None or not settings.fits:
