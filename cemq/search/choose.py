@@ -46,7 +46,10 @@ class Planned:
 def check_runs(settings: PlanSettings, *, samples: int) -> None:
     """Raises InputError where runs are asked for and there are no samples to run on."""
     if settings.budget == AUTO_BUDGET and not samples:
-        raise InputError(f"budget=auto is found by running schedules, and effort={settings.effort} runs none")
+        raise InputError(
+            f"budget=auto is found by running schedules, and effort={settings.effort} runs none: name a budget, or "
+            "take effort=normal"
+        )
 
 
 def check_correctable(corrector: str, cache: str, scheduler: Any, steps: int) -> None:
