@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cemq.build import stages
+from cemq.build.remaining import telling_what_is_left
 from cemq.build.settings import resolve, resolve_recipe
 from cemq.bundle.manifest import MANIFEST, Manifest, staging
 from cemq.errors import InputError
@@ -47,6 +48,7 @@ def quantize_and_schedule(
         CemqError: Anything asked for cannot be done; nothing is written.
     """
     asked = resolve(model, recipe, device, settings)
+    progress = telling_what_is_left(asked, progress) if processes.is_main else progress
     with staging(Path(output), overwrite=overwrite) if processes.is_main else nullcontext() as folder:
         runner = stages.open_runner(asked, progress, processes)
         samples = stages.draw_samples(runner, asked)

@@ -97,6 +97,12 @@ class Plans:
     others: dict[int, tuple[Planned, SamplerFingerprint]]
 
 
+def calls_apart(total: int) -> int:
+    """One in how many steps' calls is kept to fit quantization to; odd, so that of two calls a step (guidance) both are
+    kept alike."""
+    return max(1, total // CALIBRATION_CALLS) | 1
+
+
 def open_runner(settings: BuildSettings, progress: Progress | None, processes: Processes) -> Runner:
     """The full-precision pipeline, with all of the settings checked against it.
 
@@ -397,7 +403,7 @@ class _CallRecorder:
     def __init__(self, runner: Runner, quantization: QuantizationSettings, batches: Sequence[Batch]):
         self._runner, self._quantization = runner, quantization
         total = sum(len(batch.seeds) for batch in batches) * runner.steps
-        self._every = max(1, total // CALIBRATION_CALLS) | 1  # odd: of two calls a step (guidance) both are kept alike
+        self._every = calls_apart(total)
         self._limit_bytes = RECORDED_BYTES // (len(batches) * len(denoisers(runner.pipe)))
         self._found: list[dict[str, list[Call]] | ReplayError] = []  # of each batch
 
