@@ -265,13 +265,14 @@ def quantize_and_schedule(
             _print_json(dataclasses.asdict(manifest) | {"bundle": str(output)})
             return
         schedule, took = manifest.schedule, manifest.generations
+        replayed = f", {took['replayed']:.4g} replayed to quantize" if took["replayed"] else ""
         print(schedule.strip())
         print(
             f"{output}: {manifest.scheme}, {manifest.full_steps:g} of {schedule.num_steps} steps in full, "
             f"{manifest.fidelity_text}, "
             f"denoiser {manifest.model_bytes / 1e6:.1f} MB (was {manifest.reference_bytes / 1e6:.1f}); "
             f"took {took['total']:.4g} generations: {took['full_precision']:.4g} in full precision, "
-            f"{took['quantized']:.4g} quantized, {took['replayed']:.4g} replayed to quantize"
+            f"{took['quantized']:.4g} quantized{replayed}"
         )
 
 

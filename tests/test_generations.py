@@ -66,7 +66,7 @@ def test_a_build_takes_what_its_effort_says_and_says_what_it_took(folder, tmp_pa
         assert spent() == 0
         return
     with counted() as spent:
-        manifest = build(folder, tmp_path / "bundle", effort=effort, budget=budget, rounding="nearest")
+        manifest = build(folder, tmp_path / "bundle", effort=effort, budget=budget)
     assert spent() <= EFFORTS[effort].most
     asked = resolve(str(folder / "pipeline"), None, "cpu", settings_of(folder) | {"effort": effort, "budget": budget})
     told = estimate(asked).generations
@@ -89,8 +89,8 @@ def test_a_build_takes_what_its_effort_says_and_says_what_it_took(folder, tmp_pa
 
 def test_what_is_replayed_to_quantize_counts_too(folder, tmp_path):
     with counted() as spent:
-        manifest = build(folder, tmp_path / "bundle", effort="instant")
-    assert 0.5 < manifest.generations["replayed"] < 1.5
+        manifest = build(folder, tmp_path / "bundle", effort="instant", scheme="w4a8", bits_budget=8.5)
+    assert manifest.generations["replayed"] > 0.5
     assert manifest.generations["total"] == pytest.approx(spent(), abs=0.02)
 
 

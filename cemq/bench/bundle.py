@@ -23,7 +23,7 @@ from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, make
 from cemq.pipelines.opening import DTYPES, check_device, default_device, denoisers, locate, open_pipeline
 from cemq.quantize import record_calls
 from cemq.quantize.allocate import replayed_output
-from cemq.quantize.calibrate import Call, replay
+from cemq.quantize.calls import Call, replay
 from cemq.runtime import attached, detach, schedule_hook
 from cemq.runtime.policies import Policy
 from cemq.runtime.runner import said_of_steps

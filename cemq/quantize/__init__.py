@@ -1,7 +1,8 @@
 """Quantization: schemes and backends, layers, calibration, and the glue to diffusers."""
 
 from cemq.quantize.allocate import choose_eight_bit, stored_bits
-from cemq.quantize.calibrate import RECORDED_BYTES, Call, quantize_calibrated, record_calls
+from cemq.quantize.calibrate import Observer, quantize_calibrated
+from cemq.quantize.calls import RECORDED_BYTES, Call, record_calls
 from cemq.quantize.in_diffusers import CemqConfig, quantize_in_place
 from cemq.quantize.layers import InputStatistics, NativeLinear, QuantizedLinear
 from cemq.quantize.pipeline import QuantizationSettings, quantize_pipeline
@@ -30,6 +31,7 @@ __all__ = [
     "Format",
     "InputStatistics",
     "NativeLinear",
+    "Observer",
     "QuantizationSettings",
     "QuantizedLinear",
     "Scheme",
