@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import typing
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,12 +227,20 @@ def _check_free(target: Path, named: Path, overwrite: bool) -> None:
         raise BundleError(f"output '{named}' cannot be replaced as a whole: name a new folder in it or beside it")
 
 
-def write_pipeline(pipe: DiffusionPipeline, folder: Path, source: Path) -> None:
-    """``save_pretrained``, plus what it forgets: plain entries of the source's model_index.json (DiT's id2label)."""
-    type(pipe).save_pretrained(pipe, folder, safe_serialization=True)  # a loaded bundle's own writes a bundle
+def write_pipeline(
+    pipe: DiffusionPipeline, folder: Path, source: Path, *, but_for: Collection[str] = (), **options: Any
+) -> None:
+    """``save_pretrained``, plus what it forgets: plain entries of the source's model_index.json (DiT's id2label).
+
+    Args:
+        but_for: Components that the pipeline has no more, for they are written already.
+        options: Of ``save_pretrained``.
+    """
+    type(pipe).save_pretrained(pipe, folder, safe_serialization=True, **options)  # a loaded bundle's own writes one
     index = folder / "model_index.json"
     written, original = (json.loads((f / index.name).read_text(encoding="utf-8")) for f in (folder, source))
     forgotten = {name: value for name, value in original.items() if name not in written and not name.startswith("_")}
+    forgotten |= {name: original[name] for name in but_for}
     index.write_text(json.dumps(written | forgotten, indent=2) + "\n", encoding="utf-8")
     forget_paths(folder)
 

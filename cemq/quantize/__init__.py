@@ -3,7 +3,7 @@
 from cemq.quantize.allocate import choose_eight_bit, stored_bits
 from cemq.quantize.calibrate import Observer, quantize_calibrated
 from cemq.quantize.calls import RECORDED_BYTES, Call, record_calls
-from cemq.quantize.in_diffusers import CemqConfig, quantize_in_place
+from cemq.quantize.in_diffusers import CemqConfig, quantize_in_place, quantized_layers
 from cemq.quantize.layers import InputStatistics, NativeLinear, QuantizedLinear
 from cemq.quantize.pipeline import QuantizationSettings, quantize_pipeline
 from cemq.quantize.schemes import (
@@ -18,6 +18,7 @@ from cemq.quantize.schemes import (
     installed,
     register_format,
 )
+from cemq.quantize.sharded import ShardWriter
 
 __all__ = [
     "BACKENDS",
@@ -35,12 +36,14 @@ __all__ = [
     "QuantizationSettings",
     "QuantizedLinear",
     "Scheme",
+    "ShardWriter",
     "check_scheme",
     "choose_eight_bit",
     "installed",
     "quantize_calibrated",
     "quantize_in_place",
     "quantize_pipeline",
+    "quantized_layers",
     "record_calls",
     "register_format",
     "stored_bits",

@@ -6,7 +6,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,7 +14,14 @@ from torch import nn
 from cemq.errors import SchemeError
 from cemq.pipelines.batches import BUILD_LOG
 from cemq.quantize.calls import Call, replay
-from cemq.quantize.in_diffusers import CemqConfig, mark_quantized, nothing_to_quantize, quantizable, refuse_adapters
+from cemq.quantize.in_diffusers import (
+    CemqConfig,
+    mark_quantized,
+    nothing_to_quantize,
+    quantizable,
+    quantized_there,
+    refuse_adapters,
+)
 from cemq.quantize.layers import InputStatistics
 from cemq.quantize.schemes import Scheme
 
@@ -37,6 +43,7 @@ class Observer:
         every: Of how many calls in a run one is watched.
         limit_bytes: Of Hessians held at once.
         weights: The same denoiser, to take float weights from while they are moved about in the one that runs.
+        put: What is done with each quantized layer, by name; None keeps them for `install`.
 
     Raises:
         SchemeError: The patterns leave nothing to quantize.
@@ -53,6 +60,7 @@ class Observer:
         every: int = 1,
         limit_bytes: int = HESSIAN_BYTES,
         weights: nn.Module | None = None,
+        put: Callable[[str, nn.Module], None] | None = None,
     ):
         refuse_adapters(denoiser)
         self.config = config
@@ -65,6 +73,7 @@ class Observer:
         self._watched: set[str] = set(self._layers)  # the owners of this part
         self._fitted: set[str] = set()  # the owners of all parts that have a Hessian, of those that are known
         self._sums, self._quantized = _InputSums(), dict[str, nn.Module]()
+        self._put = put or self._quantized.__setitem__
 
     @contextmanager
     def watch(self, run: int, *, first: int = 0) -> Iterator[None]:
@@ -108,22 +117,30 @@ class Observer:
             if learning is not None:
                 learning.close()
 
-    def install(self, denoiser: nn.Module, progress: Progress | None = None) -> None:
-        """Put quantized layers in the place of the denoiser's, or of another object's with the same layers.
+    def finish(self, progress: Progress | None = None) -> CemqConfig:
+        """Quantize what is left, after all runs; returns what was quantized and how.
 
         Raises:
             SchemeError: No call was watched.
         """
         if not self._owners:
             raise SchemeError(
-                f"{type(denoiser).__name__} was not called in any reference run, and {self.config.backend} "
+                f"{type(self._denoiser).__name__} was not called in any reference run, and {self.config.backend} "
                 f"{self.config.scheme} is fitted to what it is fed: give --rounding nearest, or a call that uses it"
             )
         self._quantize_part(progress)
-        for name, layer in self._quantized.items():
-            denoiser.set_submodule(name, layer)
-        self._quantized = {}
-        mark_quantized(denoiser, self.config)
+        return self.config
+
+    def install(self, denoiser: nn.Module, progress: Progress | None = None) -> None:
+        """Put quantized layers in the place of the denoiser's, or of another object's with the same layers.
+
+        Raises:
+            SchemeError: No call was watched.
+        """
+        config = self.finish(progress)
+        for name in list(self._quantized):
+            denoiser.set_submodule(name, self._quantized.pop(name))
+        mark_quantized(denoiser, config)
 
     def state(self) -> dict[str, Any]:
         """What was learned up to now, of plain values and tensors, for `restore`."""
@@ -161,7 +178,7 @@ class Observer:
         owners = {name: self._owners.get(name, name) for name in self._layers}
         reached = {owner for owner in owners.values() if owner in self._owners}
         sizes = {owner: _hessian_bytes(self._denoiser.get_submodule(owner).in_features) for owner in reached}
-        self._fitted = reached if self._gptq else set()
+        self._fitted = {owner for owner in reached if sizes[owner] <= self._limit} if self._gptq else set()
         while len(parts := _passes(owners, {owner: sizes[owner] for owner in self._fitted}, self._limit)) > self._runs:
             self._fitted.remove(max(sorted(self._fitted), key=sizes.__getitem__))
         self._parts = parts
@@ -186,9 +203,8 @@ class Observer:
         for done, name in enumerate(names, start=1):
             linear, scheme = self._weights.get_submodule(name), self._layers[name]
             known = self._sums.statistics(self._owners.get(name, name))
-            home, place = linear.weight.device, self._sums.device or linear.weight.device
-            there = linear if home == place else deepcopy(linear).to(place)
-            self._quantized[name] = self.config.layer_class(scheme).from_linear(there, scheme, known).to(home)
+            kind = self.config.layer_class(scheme)
+            self._put(name, quantized_there(linear, kind, scheme, known, self._sums.device))
             if progress:
                 progress(done / len(names))
         self._sums = _InputSums()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -73,7 +73,11 @@ class QuantizationSettings:
 
     @property
     def quantizes_denoiser(self) -> bool:
-        return self.scheme != NO_SCHEME and (not self.components or not set(DENOISERS).isdisjoint(self.components))
+        return any(self.quantizes(name) for name in DENOISERS)
+
+    def quantizes(self, name: str) -> bool:
+        """Whether a component is to be quantized."""
+        return self.scheme != NO_SCHEME and name in (self.components or DENOISERS)
 
     def config(self, denoiser: nn.Module) -> CemqConfig:
         """The quantization config of the denoiser, with the layers at 8 bits that go with the rounding."""
@@ -101,9 +105,9 @@ class QuantizationSettings:
             for _, _, scheme in quantizable(denoiser, config)
         )
 
-    def observer(self, denoiser: nn.Module, *, runs: int, every: int) -> Observer:
-        """What a denoiser that is fitted learns from so many runs of its pipeline."""
-        return Observer(denoiser, self.config(denoiser), gptq=self.gptq, runs=runs, every=every)
+    def observer(self, denoiser: nn.Module, **options: Any) -> Observer:
+        """What a denoiser that is fitted learns from runs of its pipeline; ``options`` are those of `Observer`."""
+        return Observer(denoiser, self.config(denoiser), gptq=self.gptq, **options)
 
     def without_calls(self, reason: ReplayError) -> QuantizationSettings:
         """The same, rounded to nearest: for a denoiser whose calls cannot be replayed.
