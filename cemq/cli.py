@@ -49,6 +49,7 @@ Budget = Annotated[str | None, typer.Option(metavar="N|Rx", help="Full-compute s
 _VERIFY = typer.Option(metavar="WHEN", help="Compare checksums first: always, once on this machine, or never.")
 Verify = Annotated[str, _VERIFY]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors on stderr.")]
+Vram = Annotated[str | None, typer.Option(help="Device memory to stay within, e.g. 8GiB.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by quantize-and-schedule.")]
 
 
@@ -232,6 +233,10 @@ def quantize_and_schedule(
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe by name, or a YAML file.")] = None,
     call: Call = None,
     device: Device = None,
+    vram: Vram = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="With --vram: host memory that weights may rest in; default: what is free.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     quiet: Quiet = False,
@@ -240,7 +245,8 @@ def quantize_and_schedule(
 ) -> None:
     """Quantize MODEL, plan its schedule for its own noise, write a bundle.
 
-    Every option but -o, --recipe, --device, --overwrite and --dry-run is a key of recipes, too.
+    Options are keys of recipes, too, but for those of this machine: -o, --recipe, --device, --vram, --host-memory,
+    --overwrite, --dry-run, --quiet and --json.
 
     Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
     """
@@ -250,7 +256,7 @@ def quantize_and_schedule(
     from cemq.parallel import launched
 
     with launched() as processes:
-        settings = _recipe_settings(options) | {"call": _call_arguments(call)}
+        settings = _recipe_settings(options) | {"call": _call_arguments(call), "vram": vram, "host_memory": host_memory}
         if dry_run:
             _hush_libraries()
             told = estimate(resolve(model, recipe, device, settings))
@@ -288,9 +294,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")] = 0,
     call: Call = None,
     device: Device = None,
-    vram: Annotated[
-        str | None, typer.Option(help="Device memory to stay within, e.g. 8GiB; see cemq plan-memory.")
-    ] = None,
+    vram: Vram = None,
     offload_folder: Annotated[
         Path | None, typer.Option(help="For weights that --vram keeps on disk; default: ~/.cache/cemq/offload.")
     ] = None,

@@ -7,6 +7,7 @@ from typing import Any
 
 from cemq.bundle.manifest import MANIFEST
 from cemq.errors import InputError, ModelError, choose
+from cemq.memory.placement import parse_bytes
 from cemq.pipelines.batches import read_conditions
 from cemq.pipelines.opening import ModelSource, check_device, default_device, default_dtype, locate
 from cemq.quantize import QuantizationSettings
@@ -20,10 +21,46 @@ from cemq.search.settings import AUTO_BUDGET, EFFORTS, Effort, PlanSettings
 
 ALSO_STEPS = 0.4  # of the steps, which plans are made for as well: the fewer steps, the less predictions alone find
 LEAST_ALSO_STEPS = 12  # of so many or more
+_OF_MEMORY = ("vram", "host_memory")  # settings of a build that no recipe has: they are this machine's
 _OF_PLANS = {
     *("also_steps", "budget", "cache", "corrector", "effort", "planning_samples", "predictor", "rectify", "solver"),
     *("target_psnr", "tolerance", "view"),
 }
+
+
+_SHARE = 8  # of the limit: Hessians at a time, and as much of quantized layers before they are written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """Bytes that a build may take.
+
+    Args:
+        vram: On the device; on a CPU of memory, for weights and activations.
+        host_memory: For weights that rest; None takes what is free when the build begins.
+    """
+
+    vram: int
+    host_memory: int | None = None
+
+    @classmethod
+    def of(cls, vram: str | int | None, host_memory: str | int | None) -> Limit | None:
+        """None without ``vram``. Raises InputError for what is no size, or host memory alone."""
+        if vram is None:
+            if host_memory is not None:
+                raise InputError(f"host_memory={host_memory}: only with vram does a build limit memory: give both")
+            return None
+        return cls(vram=parse_bytes(vram), host_memory=None if host_memory is None else parse_bytes(host_memory))
+
+    @property
+    def hessian_bytes(self) -> int:
+        """At a time; a layer whose Hessian is larger is rounded to nearest."""
+        return self.vram // _SHARE
+
+    @property
+    def shard_bytes(self) -> int:
+        """Of quantized layers that wait to be written."""
+        return self.vram // _SHARE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +71,7 @@ class BuildSettings:
     source: ModelSource
     device: str
     dtype: str
+    limit: Limit | None = None  # None: the weights are in memory as a whole
 
     @property
     def quantization(self) -> QuantizationSettings:
@@ -106,7 +144,10 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
     Raises:
         CemqError: Anything that can be said to be wrong without opening the model.
     """
-    settled = resolve_recipe(model, recipe, settings)
+    settled = resolve_recipe(model, recipe, {name: each for name, each in settings.items() if name not in _OF_MEMORY})
+    limit = Limit.of(**{name: settings.get(name) for name in _OF_MEMORY})
+    if limit and settled.bits_budget is not None:
+        raise InputError("vram: a bits budget tries layers in the whole model in memory: leave one of them out")
     QuantizationSettings.of(settled).check()
     if not settled.policy:
         PlanSettings.of(settled).check(settled.steps)
@@ -123,7 +164,8 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
     source = locate(settled.model, variant=settled.variant)
     if (source.folder / MANIFEST).is_file():
         raise ModelError(f"'{settled.model}' is a cemq bundle already: give the full-precision model it was made from")
-    found = BuildSettings(recipe=settled, source=source, device=place, dtype=settled.dtype or default_dtype(place))
+    dtype = settled.dtype or default_dtype(place)
+    found = BuildSettings(recipe=settled, source=source, device=place, dtype=dtype, limit=limit)
     if not settled.policy:
         check_runs(found.planning, samples=found.effort.planning_samples)
     return found

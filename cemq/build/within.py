@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cemq.build.settings import Limit
 from cemq.bundle.manifest import write_pipeline
 from cemq.bundle.plan_memory import RESERVE
 from cemq.errors import PlacementError
@@ -26,33 +27,9 @@ from cemq.reclaim import map_large_allocations
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_SHARE = 8  # of the limit: Hessians at a time, and as much of quantized layers before they are written
 _GPTQ_COPIES = 4  # of a Hessian, while a layer is fitted: damped, in order, its factor, and its inverse's
 _FLOAT_COPIES = 3  # of a weight in float32, while it is quantized
 _LOOKED_BACK = 3  # full-compute steps, by taylor2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limit:
-    """Bytes that a build may take.
-
-    Args:
-        vram: On the device; on a CPU of memory, for weights and activations.
-        host_memory: For weights that rest; None takes what is free when the build begins.
-    """
-
-    vram: int
-    host_memory: int | None = None
-
-    @property
-    def hessian_bytes(self) -> int:
-        """At a time; a layer whose Hessian is larger is rounded to nearest."""
-        return self.vram // _SHARE
-
-    @property
-    def shard_bytes(self) -> int:
-        """Of quantized layers that wait to be written."""
-        return self.vram // _SHARE
 
 
 def plan_build(
