@@ -145,7 +145,7 @@ def fuse_loras(pipe: DiffusionPipeline, loras: Sequence[Lora]) -> None:
                     pipe.fuse_lora(components=components, lora_scale=lora.fused.scale, safe_fusing=True)
                     pipe.unload_lora_weights()
             except Exception as error:  # diffusers, peft and torch have many for a file that does not fit
-                raise ModelError(f"LoRA '{name}' does not fit {kind}: {first_line(error)}") from error
+                raise ModelError(f"LoRA '{name}' does not fit {kind}: {_reason(error)}") from error
         count = sum(found.values())
         if not count:
             raise ModelError(
@@ -155,6 +155,12 @@ def fuse_loras(pipe: DiffusionPipeline, loras: Sequence[Lora]) -> None:
             logging.getLogger(BUILD_LOG).warning(
                 f"LoRA '{name}': {count} of its {len(names)} layers are fused, {kind} has no others of these names"
             )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, and the next where torch only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
 
 
 def _layer_names(weights: Any) -> set[str]:
