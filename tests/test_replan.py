@@ -227,6 +227,12 @@ def test_a_damaged_bundle_is_refused(made, tmp_path):
     refused(BundleError, "was edited or damaged", tmp_path, tmp_path / "new")
 
 
+def test_a_bundle_that_does_not_load_as_it_was_measured_is_refused(made, tmp_path):
+    shutil.copytree(made / "bundle", tmp_path / "bundle")
+    resealed(tmp_path / "bundle", lambda content: content["dtypes"]["transformer"].update(default="bfloat16"))
+    refused(BundleError, "is float32, and what was measured is bfloat16", tmp_path, tmp_path / "new")
+
+
 # --- models and LoRAs of the Hub, and of then
 
 
@@ -266,5 +272,5 @@ def test_loras_are_fused_again(tmp_path):
     assert [type(each) for each in manifest.lora] == [FusedLora]
     assert json.loads((tmp_path / "new" / MANIFEST).read_text())["lora"][0]["scale"] == 0.5
     save_lora(pipe, tmp_path / "ink", "transformer", "text_encoder", seed=1)
-    with pytest.raises(ModelError, match="is another file than the bundle was made with"):
+    with pytest.raises(ModelError, match=r"is another file than the bundle was made with.*build another bundle$"):
         again(tmp_path, tmp_path / "none")

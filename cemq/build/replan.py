@@ -17,12 +17,13 @@ from cemq.build.settings import BuildSettings, check_recipe, merged
 from cemq.bundle.hub import find_bundle
 from cemq.bundle.load import open_quantized
 from cemq.bundle.manifest import EVIDENCE, PRIOR, Manifest, read_bundle, read_listing, staging
-from cemq.bundle.original import find_original
+from cemq.bundle.original import find_model
 from cemq.errors import BundleError, InputError, ModelError, choose
 from cemq.extensions import load_extensions
 from cemq.files import absolute, link_or_copy
 from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import Progress
+from cemq.pipelines.lora import locate_again
 from cemq.pipelines.opening import check_device, default_device, default_dtype, denoisers
 from cemq.recipe import OF_WEIGHTS, RENAMED, Recipe
 from cemq.runtime.runner import Runner
@@ -69,6 +70,7 @@ def replan(
     made = read_bundle(folder, verify="once")
     asked = resolve_again(folder, made, model, device, settings)
     with staging(Path(output), overwrite=overwrite) if processes.is_main else nullcontext() as staged:
+        open_quantized(folder, made, dtype=made.dtype, device="cpu", aligned=False)  # or it is refused hours later
         runner = stages.open_runner(asked, progress, processes)
         _check_same(runner.pipe, folder, asked)
         samples = stages.draw_samples(runner, asked)
@@ -107,11 +109,12 @@ def resolve_again(
     recipe = merged(base, settings | {"model": model})
     check_recipe(recipe)
     try:
-        original = find_original(made, model)
+        source = find_model(made, model)
     except ModelError as error:
         said = "" if model else "; --model says where the model that the bundle was made from lies by now"
         raise ModelError(f"{error}{said}") from error
-    return BuildSettings(recipe=recipe, source=original.source, device=place, dtype=made.dtype, loras=original.loras)
+    loras = tuple(locate_again(each) for each in made.lora)
+    return BuildSettings(recipe=recipe, source=source, device=place, dtype=made.dtype, loras=loras)
 
 
 def _check_same(pipe: DiffusionPipeline, folder: Path, settings: BuildSettings) -> None:
@@ -134,9 +137,10 @@ def _check_same(pipe: DiffusionPipeline, folder: Path, settings: BuildSettings) 
 
 
 def _alike(found: torch.Tensor, kept: torch.Tensor) -> bool:
-    if found.shape != kept.shape:
-        return False
-    return torch.allclose(found.float(), kept.float(), rtol=0.0, atol=_ALIKE * float(kept.abs().max()))
+    if found.shape != kept.shape or not kept.numel():
+        return found.shape == kept.shape
+    most = _ALIKE * float(kept.abs().max())
+    return torch.allclose(found.float(), kept.float(), rtol=0.0, atol=most, equal_nan=True)
 
 
 def _reopened(runner: Runner, folder: Path, made: Manifest, settings: BuildSettings) -> Runner:

@@ -36,11 +36,17 @@ def find_original(manifest: Manifest, model: str | None = None) -> Original:
         model: Where the model lies by now, its LoRAs not fused; None takes where it lay.
 
     Raises:
-        ModelError: It is not there, or another by now.
-        InputError: LoRAs are to be fused, and peft is not installed.
+        ModelError: It is not there, or another by now; or a LoRA is, or there is no peft to fuse it with.
     """
-    variant = None if model else manifest.variant
-    source = locate(model or manifest.model, variant=variant, revision=None if model else manifest.revision)
+    source = find_model(manifest, model)
+    loras = tuple(locate_again(each) for each in manifest.lora)
+    return Original(source=source, loras=loras, variant=None if model else manifest.variant)
+
+
+def find_model(manifest: Manifest, model: str | None = None) -> ModelSource:
+    """As `find_original`, without LoRAs."""
+    where = {} if model else {"variant": manifest.variant, "revision": manifest.revision}
+    source = locate(model or manifest.model, **where)
     if (source.folder / MANIFEST).is_file():
         raise ModelError(f"'{source.name}' is a cemq bundle: give the full-precision model")
     if source.revision and manifest.revision and source.revision != manifest.revision:
@@ -54,4 +60,4 @@ def find_original(manifest: Manifest, model: str | None = None) -> Original:
             f"'{source.name}' is a {found}, the bundle was made from a {manifest.pipeline_class}: give the model that "
             "it was made from"
         )
-    return Original(source=source, loras=tuple(locate_again(each) for each in manifest.lora), variant=variant)
+    return source

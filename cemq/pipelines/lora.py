@@ -81,11 +81,11 @@ def locate_lora(name: str, scale: float, *, revision: str | None = None) -> Lora
         revision: Commit on the Hub; None takes the main branch's.
 
     Raises:
-        InputError: peft, which diffusers fuses with, is not installed.
-        ModelError: There is no such file, or it is none that can be fused.
+        ModelError: There is no such file, or it is none that can be fused; or peft, which diffusers fuses with, is not
+            installed.
     """
     if find_spec("peft") is None:
-        raise InputError(
+        raise ModelError(
             f"lora '{name}': diffusers fuses it with peft, which is not installed: pip install 'cemq[lora]'"
         )
     place = absolute(name)
@@ -106,8 +106,7 @@ def locate_again(fused: FusedLora) -> Lora:
     """The LoRA that a bundle was made with.
 
     Raises:
-        InputError: As of `locate_lora`.
-        ModelError: It is not there any more, or another by now.
+        ModelError: As of `locate_lora`; or it is another by now.
     """
     found = locate_lora(fused.name, fused.scale, revision=fused.revision)
     if found.fused.sha256 != fused.sha256:
