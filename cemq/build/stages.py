@@ -41,10 +41,11 @@ from cemq.pipelines.batches import (
     split_conditions,
 )
 from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.pipelines.lora import fuse_loras
 from cemq.pipelines.opening import denoisers, open_pipeline, weight_bytes
 from cemq.pipelines.trajectory import Trajectory
 from cemq.prior.error_prior import ErrorPrior
-from cemq.quantize import QuantizationSettings, quantize_pipeline
+from cemq.quantize import NO_SCHEME, QuantizationSettings, quantize_pipeline
 from cemq.recipe import find_calibration, make_recipe
 from cemq.runtime import attached, cache_checked
 from cemq.runtime.policy_names import describe_policy
@@ -102,8 +103,10 @@ def open_runner(settings: BuildSettings, progress: Progress | None, processes: P
         CemqError: It cannot be opened or driven, or not as the settings ask for.
     """
     recipe = settings.recipe
-    processes.agree("settings", (recipe.model_dump(), library_versions(), torch.get_num_threads()))
+    fused = [lora.fused.sha256 for lora in settings.loras]
+    processes.agree("settings", (recipe.model_dump(), fused, library_versions(), torch.get_num_threads()))
     pipe = open_pipeline(settings.source.folder, dtype=settings.dtype, device=settings.device, variant=recipe.variant)
+    fuse_loras(pipe, settings.loras)
     pipe.set_progress_bar_config(disable=True)
     steps = recipe.steps or default_steps(type(pipe))
     if settings.policy is None:
@@ -148,8 +151,13 @@ def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
     return Samples(profiled=profiled, planning=profiled[:shared] + others, check=check, held_out=held_out)
 
 
-def run_originals(runner: Runner, samples: Samples, settings: BuildSettings) -> tuple[Originals, Calls | ReplayError]:
+def run_originals(
+    runner: Runner, samples: Samples, settings: BuildSettings, *, fits: bool = True
+) -> tuple[Originals, Calls | ReplayError]:
     """Every run at full precision, and what quantization is fitted to, of all processes.
+
+    Args:
+        fits: Whether anything will be quantized.
 
     Raises:
         ModelError: The pipeline cannot be scheduled, or not with the cache asked for.
@@ -160,7 +168,8 @@ def run_originals(runner: Runner, samples: Samples, settings: BuildSettings) -> 
         said = _check_cache(runner, samples.profiled[0], settings)
         if runner.processes.is_main:
             logging.getLogger(BUILD_LOG).info(said)
-    fitted = fitting(runner, settings.quantization, samples.profiled)
+    quantization = settings.quantization if fits else QuantizationSettings(scheme=NO_SCHEME)
+    fitted = fitting(runner, quantization, samples.profiled)
     with _counted_calls(runner.pipe) as calls:
         recorded = list(runner.recorded(samples.profiled, watch=fitted.watch))
     trajectories, drawn = [each for each, _ in recorded], [outcome for _, outcome in recorded]
@@ -299,12 +308,18 @@ def describe(
             for count, (other, sampler) in plans.others.items()
         ),
         dtypes=as_loaded(originals.dtypes, tensor_dtypes(pipe)),
+        lora=tuple(each.fused for each in settings.loras),
     )
 
 
 def write_bundle(folder: Path, runner: Runner, settings: BuildSettings, plans: Plans, manifest: Manifest) -> None:
     """All files of the bundle, cemq.json last."""
     write_pipeline(runner.pipe, folder, settings.source.folder)
+    write_plans(folder, plans, manifest)
+
+
+def write_plans(folder: Path, plans: Plans, manifest: Manifest) -> None:
+    """What goes with the pipeline that the folder holds: prior, evidence, model card and, last, cemq.json."""
     plans.planned.prior.save(folder / PRIOR)
     others = [other.evidence | {"num_inference_steps": count} for count, (other, _) in plans.others.items()]
     evidence = plans.planned.evidence | {"other_runs": others, "generations": manifest.generations}

@@ -1,11 +1,11 @@
 """Builds under ``--vram`` on a CPU: ``python docs/benchmarks/building.py`` (Linux, root for the control group).
 
 Pipelines of FLUX's kind with random bfloat16 weights: a small one, and with ``--flux`` one of FLUX.1-dev's shapes, its
-12 B transformer and T5-XXL, 33 GB on disk. Each is built to a bundle (effort instant: one reference, one forced run) and
-draws a picture, in processes of their own; the kernel grants each of them, from the moment it begins, no more than what
-it was told to stay within, in a memory control group. The small one is then built without ``--vram`` in the same group,
-to see it killed. Writes building.md and building.json beside itself, row by row. A minute or two, and about an hour and
-55 GB of disk with ``--flux``, on 2 CPU cores. (tests/test_within.py runs ``make``, ``build`` and ``draw``.)
+12 B transformer and T5-XXL, 33 GB on disk. Each is built to a bundle (effort instant: one reference, one forced run)
+and draws a picture, in processes of their own; the kernel grants each of them, from the moment it begins, no more than
+what it was told to stay within, in a memory control group. The small one is then built without ``--vram`` in the same
+group, to see it killed. Writes building.md and building.json beside itself, row by row. A few minutes; with ``--flux``
+about an hour and 55 GB of disk, on 2 CPU cores. (tests/test_within.py runs ``make`` and ``build``.)
 
     python docs/benchmarks/building.py [--flux] [--folder SCRATCH] [--quick]
 """
@@ -72,7 +72,8 @@ def make(folder: Path, name: str) -> dict[str, Any]:
 
     sizes, digits = PIPELINES[name], locate("builtin:sd3-digits").folder
     vae = {
-        "in_channels": 3, "out_channels": 3, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
+        "in_channels": 3, "out_channels": 3, "latent_channels": 16, "use_quant_conv": False,
+        "use_post_quant_conv": False,
         "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "shift_factor": 0.0,
     }  # fmt: skip
     tokens = json.loads((digits / "text_encoder" / "config.json").read_text())
@@ -90,11 +91,16 @@ def make(folder: Path, name: str) -> dict[str, Any]:
         shutil.copytree(digits / "tokenizer", folder / part)
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
     kinds = {
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "T5EncoderModel"], "feature_extractor": [None, None],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "feature_extractor": [None, None],
         "image_encoder": [None, None],
-    } | {part: json.loads((digits / "model_index.json").read_text())["tokenizer"] for part in ("tokenizer", "tokenizer_2")}  # fmt: skip
+    }
+    tokenizer = json.loads((digits / "model_index.json").read_text())["tokenizer"]
+    kinds |= {"tokenizer": tokenizer, "tokenizer_2": tokenizer}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"} | kinds, indent=2))
     return {"bytes": size(folder)}
 
@@ -159,9 +165,7 @@ def draw(bundle: Path, vram: int, offload: Path, group: Path | None) -> dict[str
         started = time.perf_counter()
         pipe = cemq.from_pretrained(bundle, device="cpu", vram=vram or None, offload_folder=offload, verify="never")
         loaded = time.perf_counter() - started
-        image = pipe(
-            "a bold seven", height=SIZE, width=SIZE, num_inference_steps=STEPS, max_sequence_length=64
-        ).images[0]
+        (image,) = pipe("a seven", height=SIZE, width=SIZE, num_inference_steps=STEPS, max_sequence_length=64).images
         seconds = time.perf_counter() - started - loaded
     assert image.size == (SIZE, SIZE)
     plan = getattr(pipe, "cemq_memory_plan", None)
@@ -194,7 +198,8 @@ def warm_up() -> None:
     from cemq.bundle import load
     from cemq.quantize.kernels import cpu
 
-    assert (diffusers.FluxPipeline, transformers.T5EncoderModel, cemq.build, load)
+    for loaded in (diffusers.FluxPipeline, transformers.T5EncoderModel, cemq.build, load):
+        assert loaded
     cpu.kernels()
 
 
@@ -233,14 +238,6 @@ def call(stage: str, *arguments: object, quiet: bool = True) -> dict[str, Any] |
     if done.returncode:
         raise SystemExit(f"{stage} {arguments}: {done.stderr or ''}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def least(folder: Path) -> int:
-    """The fewest bytes that a build of it says it needs."""
-    done = subprocess.run(
-        [sys.executable, __file__, "least", str(folder)], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])["bytes"]
 
 
 def rows(name: str, scratch: Path, vram: int) -> Iterator[dict[str, Any]]:
@@ -298,10 +295,10 @@ def page(content: dict[str, Any]) -> str:
     ]
     return f"""# Builds within a limit
 
-{content["machine"]}. Pipelines of FLUX's kind with random bfloat16 weights, W4A8 to nearest, effort `instant`, {STEPS}
-steps at {SIZE} x {SIZE}; `flux` has FLUX.1-dev's shapes. Each stage is a process of its own, in a memory control group of
-exactly the bytes given as `--vram`, which it joins when its libraries are loaded; files count when they are read. The peak
-is of the process, and its libraries are in it. GiB.
+{content["machine"]}. Pipelines of FLUX's kind with random bfloat16 weights, W4A8 to nearest, effort `instant`,
+{STEPS} steps at {SIZE} x {SIZE}; `flux` has FLUX.1-dev's shapes. Each stage is a process of its own, in a memory
+control group of exactly the bytes given as `--vram`, which it joins when its libraries are loaded; files count when
+they are read. The peak is of the process, and its libraries are in it. GiB.
 
 | pipeline | weights | limit | stage | ended | seconds | peak | written |
 |---|---|---|---|---|---|---|---|
