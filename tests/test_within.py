@@ -59,6 +59,26 @@ def test_no_file_holds_more_than_a_shard(tmp_path):
     assert set(index["weight_map"]) == {name for shard in shards for name in shard}
 
 
+@pytest.mark.parametrize("at", [0, 3, 7])
+def test_a_writer_goes_on_where_another_ended(tmp_path, at):
+    model, config = make_denoiser(), CemqConfig("w8a8")
+    layers = list(quantized_layers(model, config))
+    first = ShardWriter(tmp_path / "model", 20_000)
+    for name, layer in layers[:at]:
+        first.add(name, layer)
+    state = first.state()
+    for name, layer in layers[at:]:  # which nobody will know of
+        first.add(name, layer)
+    second = ShardWriter(tmp_path / "model", 20_000, json.loads(json.dumps(state)))
+    for name, layer in layers[at:]:
+        second.add(name, layer)
+    second.finish(model, config)
+    twin = make_denoiser()
+    quantize_in_place(twin, config)
+    assert identical(type(model).from_pretrained(tmp_path / "model"), twin)
+    assert "diffusion_pytorch_model.0.safetensors" not in files(tmp_path / "model")
+
+
 # --- a pipeline
 
 

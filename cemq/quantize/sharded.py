@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,27 @@ class ShardWriter:
     """Writes a diffusers model as ``save_pretrained`` does one of several files.
 
     Args:
-        folder: The component's; it must not exist.
+        folder: The component's; what lies there already is removed, but for what ``state`` names.
         shard_bytes: Of tensors that are gathered before they are written; a larger tensor is one file.
+        state: Of another writer in this folder, to go on from.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int):
-        folder.mkdir(parents=True)
+    def __init__(self, folder: Path, shard_bytes: int, state: Mapping[str, Any] | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._shard_bytes = folder, shard_bytes
         self._gathered: dict[str, torch.Tensor] = {}
         self._bytes = 0
-        self._shards: list[list[str]] = []  # names of the tensors in each file
-        self._total = 0
+        self._shards: list[list[str]] = [list(names) for names in state["shards"]] if state else []
+        self._total = state["total"] if state else 0
+        kept = {self._path(number) for number in range(len(self._shards))}
+        for path in folder.iterdir():
+            if path not in kept:
+                path.unlink()
+
+    def state(self) -> dict[str, Any]:
+        """What is written by now, all that was added among it; plain values."""
+        self._flush()
+        return {"shards": [list(names) for names in self._shards], "total": self._total}
 
     def add(self, name: str, layer: nn.Module) -> None:
         """A quantized layer, whose module it takes the place of."""
@@ -71,6 +82,8 @@ class ShardWriter:
         self._bytes += size
 
     def _flush(self) -> None:
+        if not self._gathered:
+            return
         save_file(self._gathered, self._path(len(self._shards)), metadata={"format": "pt"})
         for tensor in self._gathered.values():
             give_back(tensor)
