@@ -52,9 +52,9 @@ def quantize_and_schedule(
     with staging(Path(output), overwrite=overwrite) if processes.is_main else nullcontext() as folder:
         runner = stages.open_runner(asked, progress, processes)
         samples = stages.draw_samples(runner, asked)
-        originals, calls = stages.run_originals(runner, samples, asked)
-        runner = stages.quantize(runner, asked.quantization, calls)
-        del calls  # they may be gigabytes
+        originals, fitted = stages.run_originals(runner, samples, asked)
+        runner = stages.quantize(runner, asked.quantization, fitted)
+        del fitted  # it may be gigabytes
         prior = runner.profile(samples.profiled, originals.trajectories, scheme=asked.recipe.scheme, dtype=asked.dtype)
         plans = stages.choose_plans(runner, prior, samples, originals, asked)
         fidelity = stages.check(runner, plans, samples, originals, asked)

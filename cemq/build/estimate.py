@@ -18,6 +18,7 @@ from cemq.memory.footprint import ANY_FLOAT, read_footprint, read_headers
 from cemq.memory.placement import format_bytes
 from cemq.pipelines.batches import default_steps
 from cemq.pipelines.opening import class_of_folder
+from cemq.quantize.allocate import MEASURED_CALLS
 from cemq.quantize.calibrate import HESSIAN_BYTES
 from cemq.schedule import SEARCH
 
@@ -128,8 +129,9 @@ def estimate(settings: BuildSettings, *, clock: Callable[[], float] = time.perf_
     with torch.random.fork_rng(devices=[]):  # models and blocks draw weights as they are made
         sketched = sketch(settings, headers)
         paces = measure_pace(work, sketched.config_of_denoiser(), device=device, dtype=dtype, clock=clock)
-    fitting = _quantization_seconds(sketched, work, paces[0], settings, steps)
+    observing, fitting = _quantization_seconds(sketched, work, paces[0], settings, steps)
     timed = [replace(stage, seconds=_seconds(stage, work, paces, steps)) for stage in stages]
+    timed[0] = replace(timed[0], seconds=timed[0].seconds + observing)  # of the reference runs
     place = next(number for number, stage in enumerate(timed) if stage.quantized)
     timed.insert(place, Stage(name=QUANTIZATION, seconds=fitting))
     trials = sum(stage.runs for stage in stages if stage.name.startswith("planning"))
@@ -202,25 +204,32 @@ def _seconds(stage: Stage, work: RunWork, paces: tuple[Pace, Pace], steps: int) 
     )
 
 
-def _quantization_seconds(sketched: Sketch, work: RunWork, pace: Pace, settings: BuildSettings, steps: int) -> float:
-    """Calls are replayed while Hessians are summed up, then layers are rounded column by column; text encoders and
-    weights that are rounded to nearest take no time to speak of."""
+def _quantization_seconds(
+    sketched: Sketch, work: RunWork, pace: Pace, settings: BuildSettings, steps: int
+) -> tuple[float, float]:
+    """For summing up Hessians while references are run, and for quantization itself: layers are rounded column by
+    column, and with a bits budget calls are replayed before. Text encoders and weights that are rounded to nearest take
+    no time to speak of."""
     calls = fitted_calls(settings, steps)
     if not calls:
-        return 0.0
+        return 0.0, 0.0
     shapes = [tuple(layer.linear.weight.shape) for layer in sketched.layers if layer.component in DENOISERS]
-    hessians = sum(4 * columns**2 for _, columns in shapes) / 2  # bytes; q, k and v share theirs
-    passes = 1 + hessians // HESSIAN_BYTES
+    numbers = sum(columns**2 for _, columns in shapes) / 2  # q, k and v share their Hessian
     rows = work.inputs * work.tokens / settings.recipe.batch_size
-    summed = Work(operations=rows * hessians / 2, layers=len(shapes))  # 2 for each of its numbers and rows
-    found = calls * (passes * pace.seconds(work.step) + pace.seconds(summed))
+    summing = calls * pace.seconds(Work(operations=2 * rows * numbers, layers=len(shapes)))
+    found = 0.0
+    if settings.quantization.bits_budget is not None:  # calls are kept, and everything is done with them later
+        passes = 1 + 4 * numbers // HESSIAN_BYTES
+        found = summing + calls * passes * pace.seconds(work.step)
+        found += MEASURED_CALLS * len(shapes) * pace.seconds(work.step)
+        summing = 0.0
     if not settings.quantization.gptq:
-        return found
+        return summing, found
     for outputs, columns in shapes:
         factors = Work(operations=_FACTORED * 4 / 3 * columns**3)
         updates = Work(operations=_UPDATED * 2 * 64 * outputs * columns + 2 * outputs * columns**2, layers=columns)
         found += pace.seconds(factors) + pace.seconds(updates)
-    return found
+    return summing, found
 
 
 def _rounded(minutes: float) -> float:

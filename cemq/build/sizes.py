@@ -13,15 +13,15 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from cemq.build.fitting import calls_apart
 from cemq.build.settings import BuildSettings
-from cemq.build.stages import calls_apart
 from cemq.errors import ModelError, first_line
 from cemq.families import DENOISERS
 from cemq.memory.footprint import ComponentMemory, Headers, itemsize_of, output_features
 from cemq.prior.profile import LARGEST_CHANNEL_GRAMS
-from cemq.quantize import CemqConfig
+from cemq.quantize import RECORDED_BYTES, CemqConfig
 from cemq.quantize.allocate import layer_bytes
-from cemq.quantize.calibrate import HESSIAN_BYTES, RECORDED_BYTES
+from cemq.quantize.calibrate import HESSIAN_BYTES
 from cemq.quantize.in_diffusers import quantizable
 from cemq.quantize.schemes import NO_SCHEME, SCHEMES, Scheme
 
@@ -138,8 +138,8 @@ def host_memory_bytes(
 ) -> int:
     """What the build holds in host memory at most, with what this process holds already.
 
-    The weights, which are opened there whatever the device; every recorded run; the calls that quantization is fitted
-    to. On a CPU also the activations of the largest model, what GPTQ sums up, and the layer that it rounds.
+    The weights, which are opened there whatever the device; every recorded run; calls that are replayed. On a CPU also
+    the activations of the largest model, what GPTQ sums up, and the layer that it rounds. A ``vram`` changes nothing.
     """
     samples, fits = settings.effort.samples, fitted_calls(settings, steps)
     name = next(name for name in DENOISERS if name in headers.tensors)
@@ -147,7 +147,7 @@ def host_memory_bytes(
     latents = headers.rows(name) / (picture.samples * picture.branches) * output_features(headers.configs[name])
     recorded = 2 * 4 * steps * samples * latents  # a prediction and a sample of every step, float32 at most
     found = psutil.Process().memory_info().rss + sum(component.weight_bytes for component in components) + recorded
-    if fits:
+    if fits and settings.quantization.bits_budget is not None:  # the only ones that are kept to be replayed
         found += min(RECORDED_BYTES, fits * latents * picture.branches * itemsize_of(settings.dtype))
     if torch.device(settings.device).type == "cpu":
         found += max(component.activation_bytes for component in components)

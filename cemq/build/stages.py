@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cemq import __version__
+from cemq.build.fitting import Calls, fitting
 from cemq.build.settings import BuildSettings
 from cemq.bundle.dtypes import Dtypes, as_loaded, tensor_dtypes
 from cemq.bundle.manifest import EVIDENCE, PRIOR, Manifest, OtherRun, seal, write_pipeline
@@ -40,10 +41,11 @@ from cemq.pipelines.batches import (
     split_conditions,
 )
 from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.pipelines.lora import fuse_loras
 from cemq.pipelines.opening import denoisers, open_pipeline, weight_bytes
 from cemq.pipelines.trajectory import Trajectory
 from cemq.prior.error_prior import ErrorPrior
-from cemq.quantize import RECORDED_BYTES, Call, QuantizationSettings, quantize_pipeline, record_calls
+from cemq.quantize import NO_SCHEME, QuantizationSettings, quantize_pipeline
 from cemq.recipe import find_calibration, make_recipe
 from cemq.runtime import attached, cache_checked
 from cemq.runtime.policy_names import describe_policy
@@ -56,10 +58,7 @@ from cemq.search.trials import ClosedLoop
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-CALIBRATION_CALLS = 96  # of one sample, that quantization is fitted to, spread over all trajectories
 MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
-
-Calls = Mapping[str, Sequence[Call]]  # of each denoiser, by the component's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +96,6 @@ class Plans:
     others: dict[int, tuple[Planned, SamplerFingerprint]]
 
 
-def calls_apart(total: int) -> int:
-    """One in how many steps' calls is kept to fit quantization to; odd, so that of two calls a step (guidance) both are
-    kept alike."""
-    return max(1, total // CALIBRATION_CALLS) | 1
-
-
 def open_runner(settings: BuildSettings, progress: Progress | None, processes: Processes) -> Runner:
     """The full-precision pipeline, with all of the settings checked against it.
 
@@ -110,8 +103,10 @@ def open_runner(settings: BuildSettings, progress: Progress | None, processes: P
         CemqError: It cannot be opened or driven, or not as the settings ask for.
     """
     recipe = settings.recipe
-    processes.agree("settings", (recipe.model_dump(), library_versions(), torch.get_num_threads()))
+    fused = [lora.fused.sha256 for lora in settings.loras]
+    processes.agree("settings", (recipe.model_dump(), fused, library_versions(), torch.get_num_threads()))
     pipe = open_pipeline(settings.source.folder, dtype=settings.dtype, device=settings.device, variant=recipe.variant)
+    fuse_loras(pipe, settings.loras)
     pipe.set_progress_bar_config(disable=True)
     steps = recipe.steps or default_steps(type(pipe))
     if settings.policy is None:
@@ -156,8 +151,13 @@ def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
     return Samples(profiled=profiled, planning=profiled[:shared] + others, check=check, held_out=held_out)
 
 
-def run_originals(runner: Runner, samples: Samples, settings: BuildSettings) -> tuple[Originals, Calls | ReplayError]:
-    """Every run at full precision, and the calls that quantization is fitted to, of all processes.
+def run_originals(
+    runner: Runner, samples: Samples, settings: BuildSettings, *, fits: bool = True
+) -> tuple[Originals, Calls | ReplayError]:
+    """Every run at full precision, and what quantization is fitted to, of all processes.
+
+    Args:
+        fits: Whether anything will be quantized.
 
     Raises:
         ModelError: The pipeline cannot be scheduled, or not with the cache asked for.
@@ -168,9 +168,10 @@ def run_originals(runner: Runner, samples: Samples, settings: BuildSettings) -> 
         said = _check_cache(runner, samples.profiled[0], settings)
         if runner.processes.is_main:
             logging.getLogger(BUILD_LOG).info(said)
-    recorder = _CallRecorder(runner, settings.quantization, samples.profiled)
+    quantization = settings.quantization if fits else QuantizationSettings(scheme=NO_SCHEME)
+    fitted = fitting(runner, quantization, samples.profiled)
     with _counted_calls(runner.pipe) as calls:
-        recorded = list(runner.recorded(samples.profiled, watch=recorder.watch))
+        recorded = list(runner.recorded(samples.profiled, watch=fitted.watch))
     trajectories, drawn = [each for each, _ in recorded], [outcome for _, outcome in recorded]
     if trajectories:
         steps = sum(each.num_steps for each in trajectories)
@@ -189,11 +190,11 @@ def run_originals(runner: Runner, samples: Samples, settings: BuildSettings) -> 
         planning=planning,
         check=runner.run(samples.check, "full-precision check"),
     )
-    return originals, recorder.gathered()
+    return originals, fitted.found()
 
 
 def quantize(runner: Runner, settings: QuantizationSettings, calls: Calls | ReplayError) -> Runner:
-    """Quantize the pipeline in place: every process all of it, from all calls, as long a wait as for one that does.
+    """Quantize the pipeline in place: every process all of it, as long a wait as for one that does.
 
     Returns:
         What runs it from now on.
@@ -307,12 +308,18 @@ def describe(
             for count, (other, sampler) in plans.others.items()
         ),
         dtypes=as_loaded(originals.dtypes, tensor_dtypes(pipe)),
+        lora=tuple(each.fused for each in settings.loras),
     )
 
 
 def write_bundle(folder: Path, runner: Runner, settings: BuildSettings, plans: Plans, manifest: Manifest) -> None:
     """All files of the bundle, cemq.json last."""
     write_pipeline(runner.pipe, folder, settings.source.folder)
+    write_plans(folder, plans, manifest)
+
+
+def write_plans(folder: Path, plans: Plans, manifest: Manifest) -> None:
+    """What goes with the pipeline that the folder holds: prior, evidence, model card and, last, cemq.json."""
     plans.planned.prior.save(folder / PRIOR)
     others = [other.evidence | {"num_inference_steps": count} for count, (other, _) in plans.others.items()]
     evidence = plans.planned.evidence | {"other_runs": others, "generations": manifest.generations}
@@ -392,56 +399,6 @@ def _check_cache(runner: Runner, batch: Batch, settings: BuildSettings) -> str:
         f"that is looked back to: one with reuse, two with taylor1, three with taylor2; {settings.recipe.batch_size} "
         "samples are drawn at once"
     )
-
-
-class _CallRecorder:
-    """Keeps some calls of every denoiser while full precision runs.
-
-    Calls that cannot be replayed are none: from the first of them on nothing is recorded.
-    """
-
-    def __init__(self, runner: Runner, quantization: QuantizationSettings, batches: Sequence[Batch]):
-        self._runner, self._quantization = runner, quantization
-        total = sum(len(batch.seeds) for batch in batches) * runner.steps
-        self._every = calls_apart(total)
-        self._limit_bytes = RECORDED_BYTES // (len(batches) * len(denoisers(runner.pipe)))
-        self._found: list[dict[str, list[Call]] | ReplayError] = []  # of each batch
-
-    @contextmanager
-    def watch(self, number: int) -> Iterator[None]:
-        """Record the run of a batch.
-
-        Raises:
-            ReplayError: Its calls cannot be replayed, nor can be done without.
-        """
-        if self._found and isinstance(self._found[-1], ReplayError):
-            yield
-            self._found.append(self._found[-1])
-            return
-        first = -number * self._runner.steps % self._every
-        try:
-            with ExitStack() as recording:
-                calls = {
-                    name: recording.enter_context(
-                        record_calls(denoiser, every=self._every, first=first, limit_bytes=self._limit_bytes)
-                    )
-                    for name, denoiser in denoisers(self._runner.pipe)
-                    if self._quantization.needs_calls(denoiser)
-                }
-                yield
-        except ReplayError as error:
-            self._quantization.without_calls(error)  # now, and not after the other runs
-            self._found = [error] * (len(self._found) + 1)
-        else:
-            self._found.append(calls)
-
-    def gathered(self) -> Calls | ReplayError:
-        """Of all batches and processes; what this one has kept is let go of."""
-        found = self._runner.processes.gather(self._found)
-        self._found = []
-        if failed := next((each for each in found if isinstance(each, ReplayError)), None):
-            return failed
-        return {name: [call for calls in found for call in calls[name]] for name in found[0]}
 
 
 def _digest(pipe: DiffusionPipeline) -> str:

@@ -30,7 +30,7 @@ from cemq.memory.placement import (
 
 _ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 ANY_FLOAT = "any"  # stored, for what is not quantized: whatever float a file holds is loaded in one dtype
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 FEW_ROWS = (*EIGHT_BIT, "*embed*", "*shared*", "*head*", "*pooler*")  # layers that do not see every token
 _MULTIPLY_IN_FLOATS = ("a16", "a16-fp4")
 _DEFAULT_SIZE = 1024  # pixels, where neither the call nor the pipeline says
@@ -43,7 +43,7 @@ _FRAMES_PER_LATENT = 4
 
 def itemsize_of(dtype: str) -> int:
     """Bytes of a number, for the name of a float dtype."""
-    return _ITEMSIZE[_DTYPES[dtype]]
+    return _ITEMSIZE[DTYPES[dtype]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def read_headers(folder: Path, *, call: Mapping[str, Any], samples: int = 1) -> 
     """
     index = _json(folder / "model_index.json")
     kinds = {name: tuple(kind) for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2}
-    tensors = {name: found for name, kind in kinds.items() if all(kind) and (found := tuple(_tensors(folder / name)))}
+    tensors = {name: found for name, kind in kinds.items() if all(kind) and (found := tuple(tensors_of(folder / name)))}
     configs = {name: _json(folder / name / "config.json") for name in tensors}
     if not set(tensors) & set(DENOISERS):
         raise ModelError(f"'{folder}' holds no {' or '.join(DENOISERS)}: cemq cannot plan its memory")
@@ -190,7 +190,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise ModelError(f"'{path}' cannot be read: {first_line(error)}") from None
 
 
-def _tensors(folder: Path) -> Iterator[Tensor]:
+def tensors_of(folder: Path) -> Iterator[Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="numpy") as file:
@@ -203,9 +203,9 @@ def _tensors(folder: Path) -> Iterator[Tensor]:
 
 def _as_loaded(tensor: Tensor, stored: str, dtype: str) -> Tensor:
     """The tensor in the dtype it is loaded in; what a quantized layer stores in float32 stays so."""
-    stored_as = _DTYPES.values() if stored == ANY_FLOAT else (_DTYPES[stored],)
+    stored_as = DTYPES.values() if stored == ANY_FLOAT else (DTYPES[stored],)
     if tensor.dtype in stored_as and not tensor.name.endswith("_scale"):
-        return Tensor(name=tensor.name, dtype=_DTYPES[dtype], shape=tensor.shape)
+        return Tensor(name=tensor.name, dtype=DTYPES[dtype], shape=tensor.shape)
     return tensor
 
 
