@@ -89,8 +89,8 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
                 said = error.strerror + (f": '{error.filename}'" if error.filename else "")
             print(f"cemq: {in_one_line(said)}", file=sys.stderr)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            print("cemq: interrupted; nothing was written", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            print(f"cemq: interrupted; {str(error) or 'nothing was written'}", file=sys.stderr)
             raise typer.Exit(130) from None
 
     return wrapped
@@ -233,6 +233,9 @@ def quantize_and_schedule(
     call: Call = None,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew, and remove what unfinished builds have kept beside the output.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -240,7 +243,8 @@ def quantize_and_schedule(
 ) -> None:
     """Quantize MODEL, plan its schedule for its own noise, write a bundle.
 
-    Every option but -o, --recipe, --device, --overwrite and --dry-run is a key of recipes, too.
+    Every option but -o, --recipe, --device, --overwrite, --fresh and --dry-run is a key of recipes, too.
+    A build that was ended, however, is gone on with by the same command.
 
     Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
     """
@@ -258,7 +262,7 @@ def quantize_and_schedule(
             return
         with _at_work(quiet) as progress:
             manifest = build(
-                model, output, recipe=recipe, device=device, overwrite=overwrite, progress=progress,
+                model, output, recipe=recipe, device=device, overwrite=overwrite, fresh=fresh, progress=progress,
                 processes=processes, **settings,
             )  # fmt: skip
         if as_json:

@@ -288,12 +288,12 @@ def test_a_schedule_goes_with_context_parallelism_and_skipped_steps_exchange_not
         np.testing.assert_allclose(parallel["scheduled"], draw_shared(pipe), atol=1e-5)
 
 
-def test_bad_input_and_ctrl_c_in_one_process_end_both_and_leave_nothing(pair, bundle):
+def test_bad_input_and_ctrl_c_in_one_process_end_both_and_leave_no_bundle(pair, bundle):
     codes = [each.stdout.splitlines()[-2:] for each in pair]
     assert codes == [["1", "130"], ["1", "1"]]
     main, other = ([line for line in each.stderr.splitlines() if line.startswith("cemq: ")] for each in pair)
     assert main[0].startswith("cemq: process 1: calibration file 'nowhere.txt' cannot be read")
-    assert main[1:] == ["cemq: interrupted; nothing was written"]
+    assert main[1:] == ["cemq: interrupted; what is finished is kept, and the same command goes on from there"]
     assert other == []
     assert "Traceback" not in pair[0].stderr + pair[1].stderr
-    assert [file.name for file in bundle.parent.iterdir() if "failed" in file.name] == []
+    assert [file.name for file in bundle.parent.iterdir() if "failed" in file.name] == [".failed.building"]

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cemq import __version__
 from cemq.build.settings import BuildSettings
-from cemq.bundle.dtypes import Dtypes, as_loaded, tensor_dtypes
-from cemq.bundle.manifest import EVIDENCE, PRIOR, Manifest, OtherRun, seal, write_pipeline
+from cemq.bundle.dtypes import Dtypes, as_loaded, restore_dtypes, tensor_dtypes
+from cemq.bundle.manifest import EVIDENCE, MANIFEST, PRIOR, Manifest, OtherRun, seal, write_pipeline
 from cemq.errors import ReplayError
 from cemq.evaluation.compare import Fidelity, measure_fidelity
+from cemq.families import DENOISERS
 from cemq.memory.placement import format_bytes
 from cemq.parallel import Processes
 from cemq.pipelines.batches import (
@@ -33,6 +36,7 @@ from cemq.pipelines.batches import (
     check_steps,
     condition_argument,
     default_steps,
+    iterate,
     make_batches,
     read_call,
     read_conditions,
@@ -47,7 +51,7 @@ from cemq.quantize import RECORDED_BYTES, Call, QuantizationSettings, quantize_p
 from cemq.recipe import find_calibration, make_recipe
 from cemq.runtime import attached, cache_checked
 from cemq.runtime.policy_names import describe_policy
-from cemq.runtime.runner import Outcome, Runner, said_of_steps
+from cemq.runtime.runner import Generations, Outcome, Runner, said_of_steps
 from cemq.schedule import full_compute
 from cemq.schedule.plan import Plan
 from cemq.search.choose import Planned, check_correctable, plan, predicted
@@ -56,9 +60,13 @@ from cemq.search.trials import ClosedLoop
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from cemq.build.work import Work
+
+PIPELINE, RUN, CALLS = "pipeline", "run-", "calls-"  # what is kept is called so, or begins so where there are several
 CALIBRATION_CALLS = 96  # of one sample, that quantization is fitted to, spread over all trajectories
 MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
 
+Journal = MutableMapping[str, Any]
 Calls = Mapping[str, Sequence[Call]]  # of each denoiser, by the component's name
 
 
@@ -75,6 +83,25 @@ class Samples:
     def seeds(self) -> tuple[int, ...]:
         batches = dict.fromkeys((*self.profiled, *self.planning, *self.check))
         return tuple(seed for batch in batches for seed in batch.seeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What the full-precision pipeline says before anything is run."""
+
+    steps: int
+    call: dict[str, Any]
+    dtypes: Dtypes  # before a run: a pipeline may cast what it decodes with
+    weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """One run at full precision: its trajectory where it is profiled, and how often it called the denoiser."""
+
+    outcome: Outcome
+    trajectory: Trajectory | None = None
+    denoiser_calls: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,14 +124,48 @@ class Plans:
     others: dict[int, tuple[Planned, SamplerFingerprint]]
 
 
-def open_runner(settings: BuildSettings, progress: Progress | None, processes: Processes) -> Runner:
+class Original:
+    """The full-precision pipeline: opened when a stage first needs it, as none may, and let go of once none will."""
+
+    def __init__(self, settings: BuildSettings, progress: Progress | None, work: Work):
+        self.settings, self.progress, self.work = settings, progress, work
+        self._runner: Runner | None = None
+
+    @property
+    def runner(self) -> Runner:
+        """What runs it.
+
+        Raises:
+            CemqError: As of `open_runner`.
+        """
+        if self._runner is None:
+            self._runner = open_runner(self.settings, self.progress, self.work.processes, self.work.generations)
+        return self._runner
+
+    def describe(self) -> Opened:
+        runner = self.runner
+        return Opened(
+            steps=runner.steps, call=dict(runner.call), dtypes=tensor_dtypes(runner.pipe),
+            weight_bytes=weight_bytes(runner.pipe),
+        )  # fmt: skip
+
+    def let_go(self) -> None:
+        self._runner = None
+        gc.collect()  # pipelines refer to themselves, and another takes their place
+
+
+def open_runner(
+    settings: BuildSettings, progress: Progress | None, processes: Processes, generations: Generations | None = None
+) -> Runner:
     """The full-precision pipeline, with all of the settings checked against it.
+
+    Args:
+        generations: What counts its runs; None begins anew.
 
     Raises:
         CemqError: It cannot be opened or driven, or not as the settings ask for.
     """
     recipe = settings.recipe
-    processes.agree("settings", (recipe.model_dump(), library_versions(), torch.get_num_threads()))
     pipe = open_pipeline(settings.source.folder, dtype=settings.dtype, device=settings.device, variant=recipe.variant)
     pipe.set_progress_bar_config(disable=True)
     steps = recipe.steps or default_steps(type(pipe))
@@ -117,7 +178,26 @@ def open_runner(settings: BuildSettings, progress: Progress | None, processes: P
     if settings.policy is None:
         check_correctable(recipe.corrector, recipe.cache, pipe.scheduler, steps)
     settings.quantization.check_pipeline(pipe)
-    return Runner(pipe=pipe, steps=steps, call=call, progress=progress, processes=processes)
+    return Runner(
+        pipe=pipe, steps=steps, call=call, progress=progress, processes=processes,
+        generations=generations or Generations(),
+    )  # fmt: skip
+
+
+def open_quantized(folder: Path, opened: Opened, original: Original) -> Runner:
+    """What was written of the quantized pipeline, in place of the original: what is measured is what will be loaded.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    original.let_go()
+    settings, work = original.settings, original.work
+    pipe = open_pipeline(folder, dtype=settings.dtype, device=settings.device)
+    pipe.set_progress_bar_config(disable=True)
+    return Runner(
+        pipe=pipe, steps=opened.steps, call=opened.call, progress=original.progress, processes=work.processes,
+        quantized=True, generations=work.generations,
+    )  # fmt: skip
 
 
 def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
@@ -150,40 +230,94 @@ def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
     return Samples(profiled=profiled, planning=profiled[:shared] + others, check=check, held_out=held_out)
 
 
-def run_originals(runner: Runner, samples: Samples, settings: BuildSettings) -> tuple[Originals, Calls | ReplayError]:
-    """Every run at full precision, and the calls that quantization is fitted to, of all processes.
+def run_originals(original: Original, opened: Opened, samples: Samples) -> tuple[Originals, Calls | ReplayError]:
+    """Every run at full precision, kept by itself as it ends, and the calls that quantization is fitted to, of all
+    processes; none where that is done.
 
     Raises:
         ModelError: The pipeline cannot be scheduled, or not with the cache asked for.
         ReplayError: The calls cannot be replayed, and what was asked for cannot do without.
     """
-    dtypes = tensor_dtypes(runner.pipe)  # of before any run: a pipeline may cast what it decodes with
+    settings, work = original.settings, original.work
     if settings.cache != "output":
-        said = _check_cache(runner, samples.profiled[0], settings)
-        if runner.processes.is_main:
+        said = work.keep("cache", lambda: _check_cache(original.runner, samples.profiled[0], settings))
+        if work.processes.is_main:
             logging.getLogger(BUILD_LOG).info(said)
-    recorder = _CallRecorder(runner, settings.quantization, samples.profiled)
-    with _counted_calls(runner.pipe) as calls:
-        recorded = list(runner.recorded(samples.profiled, watch=recorder.watch))
-    trajectories, drawn = [each for each, _ in recorded], [outcome for _, outcome in recorded]
-    if trajectories:
-        steps = sum(each.num_steps for each in trajectories)
-        per_batch = len(calls) // steps  # what was replayed at once is less than a step's
-        runner.generations.calls_per_step = per_batch / settings.recipe.batch_size
-        runner.generations.replayed += (len(calls) - per_batch * steps) / runner.generations.calls_per_step
+    recorder = None if work.has_folder(PIPELINE) else _CallRecorder(original, samples.profiled, opened.steps)
+    profiled = _references(original, samples.profiled, opened.steps, "reference runs", recorder=recorder, records=True)
+    if profiled:
+        steps = sum(each.trajectory.num_steps for each in profiled)
+        calls = sum(each.denoiser_calls for each in profiled)
+        per_batch = calls // steps  # what was replayed at once is less than a step's
+        work.generations.steps = profiled[0].trajectory.num_steps
+        work.generations.calls_per_step = per_batch / settings.recipe.batch_size
+        work.generations.replayed += (calls - per_batch * steps) / work.generations.calls_per_step
     others = samples.planning[len(samples.profiled) :]
-    shared = len(runner.processes.share(samples.planning[: len(samples.profiled)]))
-    planning = {runner.steps: drawn[:shared] + runner.run(others, "full-precision planning samples")}
-    for count in settings.other_steps(runner.steps):
-        planning[count] = runner.at(count).run(samples.planning, f"full precision, {count} steps")
+    shared = len(work.processes.share(samples.planning[: len(samples.profiled)]))
+    further = _references(original, others, opened.steps, "full-precision planning samples")
+    planning = {opened.steps: [*profiled[:shared], *further]}
+    for count in settings.other_steps(opened.steps):
+        planning[count] = _references(original, samples.planning, count, f"full precision, {count} steps")
+    check = _references(original, samples.check, opened.steps, "full-precision check")
     originals = Originals(
-        dtypes=dtypes,
-        weight_bytes=weight_bytes(runner.pipe),
-        trajectories=trajectories,
-        planning=planning,
-        check=runner.run(samples.check, "full-precision check"),
+        dtypes=opened.dtypes,
+        weight_bytes=opened.weight_bytes,
+        trajectories=[each.trajectory for each in profiled],
+        planning={count: [each.outcome for each in references] for count, references in planning.items()},
+        check=[each.outcome for each in check],
     )
-    return originals, recorder.gathered()
+    return originals, {} if recorder is None else recorder.gathered()
+
+
+def count_references(samples: Samples, opened: Opened, settings: BuildSettings) -> int:
+    """How many runs `run_originals` makes, in all processes together."""
+    others = max(0, len(samples.planning) - len(samples.profiled))
+    at_other_steps = len(samples.planning) * len(settings.other_steps(opened.steps))
+    return len(samples.profiled) + others + at_other_steps + len(samples.check)
+
+
+def _references(
+    original: Original,
+    batches: Sequence[Batch],
+    steps: int,
+    stage: str,
+    *,
+    recorder: _CallRecorder | None = None,
+    records: bool = False,
+) -> list[Reference]:
+    """Those of this process's share; what was not kept is run now."""
+    work, found = original.work, {}
+    numbers = work.processes.share(range(len(batches)))
+    names = {number: f"{RUN}{stage.replace(' ', '-')}-{number}" for number in numbers}
+    for number in numbers:
+        if recorder is None or recorder.has(number):
+            found[number] = work.kept(names[number])
+    missing = [number for number in numbers if found.get(number) is None]
+    each = iterate([batches[number] for number in missing], stage, original.progress, steps)
+
+    def run_one(number: int, batch: Batch, on_step: Callable[[], None]) -> Reference:
+        runner = original.runner.at(steps)
+        if not records:
+            return Reference(outcome=runner.run_one(batch, on_step))
+        with _counted_calls(runner.pipe) as calls, recorder.watch(number) if recorder else nullcontext():
+            trajectory, outcome = runner.record_one(batch, on_step)
+        return Reference(outcome=outcome, trajectory=trajectory, denoiser_calls=len(calls))
+
+    for number, (batch, on_step) in zip(missing, each, strict=True):
+        found[number] = work.keep_own(names[number], partial(run_one, number, batch, on_step))
+    return [found[number] for number in numbers]
+
+
+def write_quantized(original: Original, opened: Opened, calls: Calls | ReplayError, folder: Path) -> None:
+    """The quantized pipeline as a folder, which the main process writes.
+
+    Raises:
+        CemqError: What `quantize` raises.
+    """
+    settings, runner = original.settings, quantize(original.runner, original.settings.quantization, calls)
+    if runner.processes.is_main:
+        restore_dtypes(runner.pipe, opened.dtypes, but_for={*DENOISERS, *settings.quantization.components})
+        write_pipeline(runner.pipe, folder, settings.source.folder)
 
 
 def quantize(runner: Runner, settings: QuantizationSettings, calls: Calls | ReplayError) -> Runner:
@@ -210,10 +344,23 @@ def quantize(runner: Runner, settings: QuantizationSettings, calls: Calls | Repl
     return replace(runner, quantized=True)
 
 
+def profile(runner: Runner, samples: Samples, originals: Originals, settings: BuildSettings) -> ErrorPrior:
+    """The error prior, of forced runs along the trajectories of full precision."""
+    return runner.profile(samples.profiled, originals.trajectories, scheme=settings.recipe.scheme, dtype=settings.dtype)
+
+
 def choose_plans(
-    runner: Runner, prior: ErrorPrior, samples: Samples, originals: Originals, settings: BuildSettings
+    runner: Runner,
+    prior: ErrorPrior,
+    samples: Samples,
+    originals: Originals,
+    settings: BuildSettings,
+    journal: Callable[[str], Journal] = lambda _: {},
 ) -> Plans:
     """The plan for the step count of the build, and for every other one that its prior carries over to.
+
+    Args:
+        journal: Of a step count, what `ClosedLoop` keeps of its runs.
 
     Raises:
         InfeasibleBudgetError: No schedule meets what the budget asks for.
@@ -221,7 +368,7 @@ def choose_plans(
     recipe = settings.recipe
     if settings.policy is not None:
         return _unplanned(prior, settings)
-    planned = _plan(runner, prior, samples, originals, settings)
+    planned = _plan(runner, prior, samples, originals, settings, journal)
     own = Plan(
         schedule=planned.schedule, sampler=prior.metadata.sampler, prior=planned.prior, correction=planned.correction,
         view=recipe.view, cache=recipe.cache, solver=recipe.solver, predictor=recipe.predictor,
@@ -232,7 +379,8 @@ def choose_plans(
         sampler = runner.processes.gather([references[0].sampler] if references else [])[0]
         carried = own.carried_over(sampler)
         if carried is not None:
-            others[count] = _plan(runner.at(count), carried.prior, samples, originals, settings, carried), sampler
+            there = runner.at(count)
+            others[count] = _plan(there, carried.prior, samples, originals, settings, journal, carried), sampler
         elif runner.processes.is_main:
             logging.getLogger(BUILD_LOG).info(
                 f"not planned for {count} steps: what was measured at {runner.steps} does not carry over with "
@@ -304,9 +452,9 @@ def describe(
     )
 
 
-def write_bundle(folder: Path, runner: Runner, settings: BuildSettings, plans: Plans, manifest: Manifest) -> None:
-    """All files of the bundle, cemq.json last."""
-    write_pipeline(runner.pipe, folder, settings.source.folder)
+def write_bundle(folder: Path, plans: Plans, manifest: Manifest) -> None:
+    """What makes a bundle of the quantized pipeline's folder, cemq.json last."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # of a build that was ended before the bundle was in its place
     plans.planned.prior.save(folder / PRIOR)
     others = [other.evidence | {"num_inference_steps": count} for count, (other, _) in plans.others.items()]
     evidence = plans.planned.evidence | {"other_runs": others, "generations": manifest.generations}
@@ -328,6 +476,7 @@ def _plan(
     samples: Samples,
     originals: Originals,
     settings: BuildSettings,
+    journal: Callable[[str], Journal],
     carried: Plan | None = None,
 ) -> Planned:
     """One step count's; ``carried`` is another's carried over, with the budget to plan and a schedule to try."""
@@ -346,7 +495,7 @@ def _plan(
     show(0.0)
     loop = ClosedLoop(
         runner=runner, prior=prior, batches=samples.planning, references=originals.planning[runner.steps],
-        cache=settings.recipe.cache, on_spent=show,
+        cache=settings.recipe.cache, on_spent=show, journal=journal(str(runner.steps)),
     )  # fmt: skip
     return plan(loop, planning, known=known)
 
@@ -394,12 +543,19 @@ class _CallRecorder:
     Calls that cannot be replayed are none: from the first of them on nothing is recorded.
     """
 
-    def __init__(self, runner: Runner, quantization: QuantizationSettings, batches: Sequence[Batch]):
-        self._runner, self._quantization = runner, quantization
-        total = sum(len(batch.seeds) for batch in batches) * runner.steps
+    def __init__(self, original: Original, batches: Sequence[Batch], steps: int):
+        self._original, self._quantization = original, original.settings.quantization
+        self._batches, self._steps = len(batches), steps
+        total = sum(len(batch.seeds) for batch in batches) * steps
         self._every = max(1, total // CALIBRATION_CALLS) | 1  # odd: of two calls a step (guidance) both are kept alike
-        self._limit_bytes = RECORDED_BYTES // (len(batches) * len(denoisers(runner.pipe)))
-        self._found: list[dict[str, list[Call]] | ReplayError] = []  # of each batch
+        self._found: dict[int, dict[str, list[Call]] | ReplayError] = {}  # of each batch
+
+    def has(self, number: int) -> bool:
+        """Whether those of a batch were kept."""
+        found = self._original.work.kept(f"{CALLS}{number}")
+        if found is not None:
+            self._found[number] = found if isinstance(found, dict) else ReplayError(found)
+        return found is not None
 
     @contextmanager
     def watch(self, number: int) -> Iterator[None]:
@@ -408,31 +564,40 @@ class _CallRecorder:
         Raises:
             ReplayError: Its calls cannot be replayed, nor can be done without.
         """
-        if self._found and isinstance(self._found[-1], ReplayError):
+        failed = next((each for each in self._found.values() if isinstance(each, ReplayError)), None)
+        if failed:
             yield
-            self._found.append(self._found[-1])
+            self._keep(number, failed)
             return
-        first = -number * self._runner.steps % self._every
+        parts = denoisers(self._original.runner.pipe)
+        record = partial(
+            record_calls, every=self._every, first=-number * self._steps % self._every,
+            limit_bytes=RECORDED_BYTES // (self._batches * len(parts)),
+        )  # fmt: skip
         try:
             with ExitStack() as recording:
                 calls = {
-                    name: recording.enter_context(
-                        record_calls(denoiser, every=self._every, first=first, limit_bytes=self._limit_bytes)
-                    )
-                    for name, denoiser in denoisers(self._runner.pipe)
+                    name: recording.enter_context(record(denoiser))
+                    for name, denoiser in parts
                     if self._quantization.needs_calls(denoiser)
                 }
                 yield
         except ReplayError as error:
             self._quantization.without_calls(error)  # now, and not after the other runs
-            self._found = [error] * (len(self._found) + 1)
+            self._keep(number, error)
         else:
-            self._found.append(calls)
+            self._keep(number, calls)
+
+    def _keep(self, number: int, calls: dict[str, list[Call]] | ReplayError) -> None:
+        self._found[number] = calls
+        self._original.work.keep_own(
+            f"{CALLS}{number}", lambda: str(calls) if isinstance(calls, ReplayError) else calls
+        )
 
     def gathered(self) -> Calls | ReplayError:
         """Of all batches and processes; what this one has kept is let go of."""
-        found = self._runner.processes.gather(self._found)
-        self._found = []
+        found = self._original.work.processes.gather([calls for _, calls in sorted(self._found.items())])
+        self._found = {}
         if failed := next((each for each in found if isinstance(each, ReplayError)), None):
             return failed
         return {name: [call for calls in found for call in calls[name]] for name in found[0]}
