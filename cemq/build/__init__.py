@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cemq.build import stages
-from cemq.build.settings import resolve, resolve_recipe
-from cemq.build.work import building
+from cemq.build.settings import BuildSettings, resolve, resolve_recipe
+from cemq.build.work import Work, building
 from cemq.bundle.manifest import MANIFEST, Manifest
 from cemq.errors import InputError
 from cemq.files import absolute
@@ -55,22 +55,27 @@ def quantize_and_schedule(
     """
     asked = resolve(model, recipe, device, settings)
     with building(Path(output), asked, overwrite=overwrite, fresh=fresh, processes=processes) as work:
-        original = stages.Original(asked, progress, work)
-        opened = work.keep("opened", original.describe)
-        samples = work.keep("samples", lambda: stages.draw_samples(original.runner, asked))
-        work.say_what_is_kept(runs=stages.count_references(samples, opened, asked))
-        originals, calls = stages.run_originals(original, opened, samples)
-        folder = work.keep_folder(stages.PIPELINE, partial(stages.write_quantized, original, opened, calls))
-        del calls  # they may be gigabytes
-        work.forget(stages.CALLS)
-        runner = stages.open_quantized(folder, opened, original)
-        prior = work.keep("prior", lambda: stages.profile(runner, samples, originals, asked))
-        plans = work.keep("plans", lambda: stages.choose_plans(runner, prior, samples, originals, asked, work.journal))
-        fidelity = work.keep("check", lambda: stages.check(runner, plans, samples, originals, asked))
-        manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)
-        if processes.is_main:
-            stages.write_bundle(folder, plans, manifest)
-        work.finish(folder)
+        return _build(asked, work, progress)
+
+
+def _build(asked: BuildSettings, work: Work, progress: Progress | None) -> Manifest:
+    """Every stage in its turn; what was kept of one is not run again."""
+    full = stages.FullPrecision(asked, progress, work)
+    opened = work.keep("opened", full.describe)
+    samples = work.keep("samples", lambda: stages.draw_samples(full.runner, asked))
+    work.say_what_is_kept(runs=stages.count_references(samples, opened, asked))
+    originals, calls = stages.run_originals(full, opened, samples)
+    folder = work.keep_folder(stages.PIPELINE, partial(stages.write_quantized, full, opened, calls))
+    del calls  # they may be gigabytes
+    work.forget(stages.CALLS)
+    runner = stages.open_quantized(folder, opened, full)
+    prior = work.keep("prior", lambda: stages.profile(runner, samples, originals, asked))
+    plans = work.keep("plans", lambda: stages.choose_plans(runner, prior, samples, originals, asked, work.journal))
+    fidelity = work.keep("check", lambda: stages.check(runner, plans, samples, originals, asked))
+    manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)
+    if work.processes.is_main:
+        stages.write_bundle(folder, plans, manifest)
+    work.finish(folder)
     return manifest
 
 
@@ -102,9 +107,8 @@ def bundle_of(
     check(resolve_recipe(str(name), recipe, {}).steps)
     with tempfile.TemporaryDirectory(prefix="cemq-") if processes.is_main else nullcontext() as mine:
         folder = Path(processes.gather([mine])[0]) / "bundle"
-        quantize_and_schedule(
-            str(name), folder, scheme=scheme, recipe=recipe, device=device, progress=progress, processes=processes,
-            also_steps=[],
-        )  # fmt: skip
+        asked = resolve(str(name), recipe, device, {"scheme": scheme, "also_steps": []})
+        with building(folder, asked, keeps=False, processes=processes) as work:
+            _build(asked, work, progress)
         yield folder
         processes.wait()  # until all have read it

@@ -124,7 +124,7 @@ class Plans:
     others: dict[int, tuple[Planned, SamplerFingerprint]]
 
 
-class Original:
+class FullPrecision:
     """The full-precision pipeline: opened when a stage first needs it, as none may, and let go of once none will."""
 
     def __init__(self, settings: BuildSettings, progress: Progress | None, work: Work):
@@ -184,18 +184,18 @@ def open_runner(
     )  # fmt: skip
 
 
-def open_quantized(folder: Path, opened: Opened, original: Original) -> Runner:
+def open_quantized(folder: Path, opened: Opened, full: FullPrecision) -> Runner:
     """What was written of the quantized pipeline, in place of the original: what is measured is what will be loaded.
 
     Raises:
         ModelError: It cannot be loaded.
     """
-    original.let_go()
-    settings, work = original.settings, original.work
+    full.let_go()
+    settings, work = full.settings, full.work
     pipe = open_pipeline(folder, dtype=settings.dtype, device=settings.device)
     pipe.set_progress_bar_config(disable=True)
     return Runner(
-        pipe=pipe, steps=opened.steps, call=opened.call, progress=original.progress, processes=work.processes,
+        pipe=pipe, steps=opened.steps, call=opened.call, progress=full.progress, processes=work.processes,
         quantized=True, generations=work.generations,
     )  # fmt: skip
 
@@ -230,7 +230,7 @@ def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
     return Samples(profiled=profiled, planning=profiled[:shared] + others, check=check, held_out=held_out)
 
 
-def run_originals(original: Original, opened: Opened, samples: Samples) -> tuple[Originals, Calls | ReplayError]:
+def run_originals(full: FullPrecision, opened: Opened, samples: Samples) -> tuple[Originals, Calls | ReplayError]:
     """Every run at full precision, kept by itself as it ends, and the calls that quantization is fitted to, of all
     processes; none where that is done.
 
@@ -238,13 +238,13 @@ def run_originals(original: Original, opened: Opened, samples: Samples) -> tuple
         ModelError: The pipeline cannot be scheduled, or not with the cache asked for.
         ReplayError: The calls cannot be replayed, and what was asked for cannot do without.
     """
-    settings, work = original.settings, original.work
+    settings, work = full.settings, full.work
     if settings.cache != "output":
-        said = work.keep("cache", lambda: _check_cache(original.runner, samples.profiled[0], settings))
+        said = work.keep("cache", lambda: _check_cache(full.runner, samples.profiled[0], settings))
         if work.processes.is_main:
             logging.getLogger(BUILD_LOG).info(said)
-    recorder = None if work.has_folder(PIPELINE) else _CallRecorder(original, samples.profiled, opened.steps)
-    profiled = _references(original, samples.profiled, opened.steps, "reference runs", recorder=recorder, records=True)
+    recorder = None if work.has_folder(PIPELINE) else _CallRecorder(full, samples.profiled, opened.steps)
+    profiled = _references(full, samples.profiled, opened.steps, "reference runs", recorder=recorder, records=True)
     if profiled:
         steps = sum(each.trajectory.num_steps for each in profiled)
         calls = sum(each.denoiser_calls for each in profiled)
@@ -254,11 +254,11 @@ def run_originals(original: Original, opened: Opened, samples: Samples) -> tuple
         work.generations.replayed += (calls - per_batch * steps) / work.generations.calls_per_step
     others = samples.planning[len(samples.profiled) :]
     shared = len(work.processes.share(samples.planning[: len(samples.profiled)]))
-    further = _references(original, others, opened.steps, "full-precision planning samples")
+    further = _references(full, others, opened.steps, "full-precision planning samples")
     planning = {opened.steps: [*profiled[:shared], *further]}
     for count in settings.other_steps(opened.steps):
-        planning[count] = _references(original, samples.planning, count, f"full precision, {count} steps")
-    check = _references(original, samples.check, opened.steps, "full-precision check")
+        planning[count] = _references(full, samples.planning, count, f"full precision, {count} steps")
+    check = _references(full, samples.check, opened.steps, "full-precision check")
     originals = Originals(
         dtypes=opened.dtypes,
         weight_bytes=opened.weight_bytes,
@@ -277,7 +277,7 @@ def count_references(samples: Samples, opened: Opened, settings: BuildSettings) 
 
 
 def _references(
-    original: Original,
+    full: FullPrecision,
     batches: Sequence[Batch],
     steps: int,
     stage: str,
@@ -286,17 +286,17 @@ def _references(
     records: bool = False,
 ) -> list[Reference]:
     """Those of this process's share; what was not kept is run now."""
-    work, found = original.work, {}
+    work, found = full.work, {}
     numbers = work.processes.share(range(len(batches)))
     names = {number: f"{RUN}{stage.replace(' ', '-')}-{number}" for number in numbers}
     for number in numbers:
         if recorder is None or recorder.has(number):
             found[number] = work.kept(names[number])
     missing = [number for number in numbers if found.get(number) is None]
-    each = iterate([batches[number] for number in missing], stage, original.progress, steps)
+    each = iterate([batches[number] for number in missing], stage, full.progress, steps)
 
     def run_one(number: int, batch: Batch, on_step: Callable[[], None]) -> Reference:
-        runner = original.runner.at(steps)
+        runner = full.runner.at(steps)
         if not records:
             return Reference(outcome=runner.run_one(batch, on_step))
         with _counted_calls(runner.pipe) as calls, recorder.watch(number) if recorder else nullcontext():
@@ -308,13 +308,13 @@ def _references(
     return [found[number] for number in numbers]
 
 
-def write_quantized(original: Original, opened: Opened, calls: Calls | ReplayError, folder: Path) -> None:
+def write_quantized(full: FullPrecision, opened: Opened, calls: Calls | ReplayError, folder: Path) -> None:
     """The quantized pipeline as a folder, which the main process writes.
 
     Raises:
         CemqError: What `quantize` raises.
     """
-    settings, runner = original.settings, quantize(original.runner, original.settings.quantization, calls)
+    settings, runner = full.settings, quantize(full.runner, full.settings.quantization, calls)
     if runner.processes.is_main:
         restore_dtypes(runner.pipe, opened.dtypes, but_for={*DENOISERS, *settings.quantization.components})
         write_pipeline(runner.pipe, folder, settings.source.folder)
@@ -543,8 +543,8 @@ class _CallRecorder:
     Calls that cannot be replayed are none: from the first of them on nothing is recorded.
     """
 
-    def __init__(self, original: Original, batches: Sequence[Batch], steps: int):
-        self._original, self._quantization = original, original.settings.quantization
+    def __init__(self, full: FullPrecision, batches: Sequence[Batch], steps: int):
+        self._full, self._quantization = full, full.settings.quantization
         self._batches, self._steps = len(batches), steps
         total = sum(len(batch.seeds) for batch in batches) * steps
         self._every = max(1, total // CALIBRATION_CALLS) | 1  # odd: of two calls a step (guidance) both are kept alike
@@ -552,7 +552,7 @@ class _CallRecorder:
 
     def has(self, number: int) -> bool:
         """Whether those of a batch were kept."""
-        found = self._original.work.kept(f"{CALLS}{number}")
+        found = self._full.work.kept(f"{CALLS}{number}")
         if found is not None:
             self._found[number] = found if isinstance(found, dict) else ReplayError(found)
         return found is not None
@@ -569,7 +569,7 @@ class _CallRecorder:
             yield
             self._keep(number, failed)
             return
-        parts = denoisers(self._original.runner.pipe)
+        parts = denoisers(self._full.runner.pipe)
         record = partial(
             record_calls, every=self._every, first=-number * self._steps % self._every,
             limit_bytes=RECORDED_BYTES // (self._batches * len(parts)),
@@ -590,13 +590,11 @@ class _CallRecorder:
 
     def _keep(self, number: int, calls: dict[str, list[Call]] | ReplayError) -> None:
         self._found[number] = calls
-        self._original.work.keep_own(
-            f"{CALLS}{number}", lambda: str(calls) if isinstance(calls, ReplayError) else calls
-        )
+        self._full.work.keep_own(f"{CALLS}{number}", lambda: str(calls) if isinstance(calls, ReplayError) else calls)
 
     def gathered(self) -> Calls | ReplayError:
         """Of all batches and processes; what this one has kept is let go of."""
-        found = self._original.work.processes.gather([calls for _, calls in sorted(self._found.items())])
+        found = self._full.work.processes.gather([calls for _, calls in sorted(self._found.items())])
         self._found = {}
         if failed := next((each for each in found if isinstance(each, ReplayError)), None):
             return failed

@@ -37,21 +37,23 @@ Result = TypeVar("Result")
 
 
 class Work:
-    """Results of the stages of a build: each is computed unless it was kept. Without a folder nothing is.
+    """Results of the stages of a build: each is computed unless it was kept.
 
     What a result took is kept with it, so that ``generations`` count the whole build, and nothing that was broken off.
 
     Args:
-        folder: Where they are kept, a folder that all processes see.
+        folder: Where they are kept; all processes see it.
         processes: Those that work on the build.
         place: Where the bundle is to be; None in all processes but the main one.
+        keeps: Whether anything is; if not, the folder is but there to write the bundle in.
     """
 
-    def __init__(self, folder: Path | None = None, processes: Processes = ALONE, place: Place | None = None):
+    def __init__(self, folder: Path, processes: Processes = ALONE, place: Place | None = None, *, keeps: bool = True):
         self.folder, self.processes = folder, processes
         self.generations = Generations()
-        self._place = place
+        self._place, self._keeps = place, keeps
         self._whole: dict[str, bool] = {}  # folders, by name
+        self._lost: set[str] = set()  # what was said of results that cannot be kept
 
     def keep(self, name: str, make: Callable[[], Result]) -> Result:
         """What a stage gives, in which all processes take part: run by all of them unless every one can read it."""
@@ -106,8 +108,6 @@ class Work:
 
     def has_folder(self, name: str) -> bool:
         """Whether `keep_folder` has it, with every file as it was written."""
-        if self.folder is None:
-            return False
         if name not in self._whole:
             listed = self._read(name) if self.processes.is_main else None
             whole = listed is not None and self._is_whole(name, listed[0])
@@ -124,11 +124,11 @@ class Work:
 
     def journal(self, name: str) -> Journal:
         """What this process keeps line by line."""
-        return Journal(self.folder and self.folder / f"{_JOURNAL}{name}-{self.processes.rank}.jsonl")
+        return Journal(self.folder / f"{_JOURNAL}{name}-{self.processes.rank}.jsonl" if self._keeps else None)
 
     def forget(self, start: str) -> None:
         """Remove what begins so and is not needed any more."""
-        if self.folder is not None and self.processes.is_main:
+        if self.processes.is_main:
             for path in self.folder.glob(f"{start}*"):
                 path.unlink()
 
@@ -144,7 +144,7 @@ class Work:
         Args:
             runs: How many there are at full precision.
         """
-        if self.folder is None or not self.processes.is_main:
+        if not self.processes.is_main:
             return
         done = [text for name, text in _DONE.items() if (self.folder / f"{name}.json").exists()]
         schedules = sum(path.read_bytes().count(b"\n") for path in self.folder.glob(f"{_JOURNAL}*"))
@@ -154,8 +154,8 @@ class Work:
             logging.getLogger(BUILD_LOG).info("resuming: %s", ", ".join([f"{found} of {runs} reference runs", *done]))
 
     def is_worth_keeping(self) -> bool:
-        """Whether a run has ended."""
-        return any(self.folder.glob(f"{RUN}*.json"))
+        """Whether a run has ended, and is kept."""
+        return self._keeps and any(self.folder.glob(f"{RUN}*.json"))
 
     def _counted(self, make: Callable[[], Result]) -> tuple[Result, list[float]]:
         """What it gives, and what that took."""
@@ -170,7 +170,7 @@ class Work:
         self.generations.counts = [a + b for a, b in zip(self.generations.counts, counts, strict=True)]
 
     def _read(self, name: str) -> Any:
-        if self.folder is None or not (self.folder / f"{name}.json").exists():
+        if not (self.folder / f"{name}.json").exists():
             return None
         try:
             return stored.read(self.folder, name)
@@ -179,8 +179,14 @@ class Work:
             return None
 
     def _write(self, name: str, value: Any) -> None:
-        if self.folder is not None:
+        if not self._keeps:
+            return
+        try:
             stored.write(self.folder, name, value)
+        except BundleError as error:  # a pipeline may hand its denoiser objects of its own
+            if str(error).partition(":")[2] not in self._lost:
+                self._lost.add(str(error).partition(":")[2])
+                logging.getLogger(BUILD_LOG).info("%s; it is run again, should this build be ended", error)
 
     def _warn(self, name: str, fault: str) -> None:
         logging.getLogger(BUILD_LOG).warning("stage '%s' was kept and is damaged, so it is run again: %s", name, fault)
@@ -216,7 +222,13 @@ def _is_whole(line: bytes) -> bool:
 
 @contextmanager
 def building(
-    output: Path, settings: BuildSettings, *, overwrite: bool, fresh: bool, processes: Processes
+    output: Path,
+    settings: BuildSettings,
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    keeps: bool = True,
+    processes: Processes = ALONE,
 ) -> Iterator[Work]:
     """What was kept of this very build, to go on with. Where it fails, whatever it has finished stays for the next.
 
@@ -225,6 +237,7 @@ def building(
 
     Args:
         fresh: Remove all that was kept for this output first.
+        keeps: Whether anything is to be.
 
     Raises:
         BundleError: As of `claimed`.
@@ -238,7 +251,7 @@ def building(
         folder = Path(processes.gather([place and str(_begun(place, asked))])[0])
         if unseen := [rank for rank, seen in enumerate(processes.gather([folder.is_dir()])) if not seen]:
             raise ProcessError(f"output '{output}': process {unseen[0]} does not see its folder: name one that all see")
-        work = Work(folder, processes, place)
+        work = Work(folder, processes, place, keeps=keeps)
         try:
             yield work
         except BaseException as error:

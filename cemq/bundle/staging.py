@@ -111,7 +111,7 @@ def claimed(output: Path, *, overwrite: bool = False) -> Iterator[Place]:
     made: list[Path] = []
     try:
         target = Path(os.path.realpath(absolute(output)))
-        place = Place(target=target, folder=target.with_name(f".{target.name}.building"))
+        place = Place(target=target, folder=target.parent / f".{target.name}.building")
         if not place.folder.exists():
             _check_free(target, output, overwrite)
         made = [folder for folder in place.folder.parents if not folder.exists()]
