@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -243,8 +243,8 @@ def run_originals(full: FullPrecision, opened: Opened, samples: Samples) -> tupl
         said = work.keep("cache", lambda: _check_cache(full.runner, samples.profiled[0], settings))
         if work.processes.is_main:
             logging.getLogger(BUILD_LOG).info(said)
-    recorder = None if work.has_folder(PIPELINE) else _CallRecorder(full, samples.profiled, opened.steps)
-    profiled = _references(full, samples.profiled, opened.steps, "reference runs", recorder=recorder, records=True)
+    recorder = _CallRecorder(full, samples.profiled, opened.steps, needed=not work.has_folder(PIPELINE))
+    profiled = _references(full, samples.profiled, opened.steps, "reference runs", recorder)
     if profiled:
         steps = sum(each.trajectory.num_steps for each in profiled)
         calls = sum(each.denoiser_calls for each in profiled)
@@ -266,7 +266,7 @@ def run_originals(full: FullPrecision, opened: Opened, samples: Samples) -> tupl
         planning={count: [each.outcome for each in references] for count, references in planning.items()},
         check=[each.outcome for each in check],
     )
-    return originals, {} if recorder is None else recorder.gathered()
+    return originals, recorder.gathered()
 
 
 def count_references(samples: Samples, opened: Opened, settings: BuildSettings) -> int:
@@ -281,11 +281,9 @@ def _references(
     batches: Sequence[Batch],
     steps: int,
     stage: str,
-    *,
     recorder: _CallRecorder | None = None,
-    records: bool = False,
 ) -> list[Reference]:
-    """Those of this process's share; what was not kept is run now."""
+    """Those of this process's share, with trajectories where calls are recorded too; what was not kept is run now."""
     work, found = full.work, {}
     numbers = work.processes.share(range(len(batches)))
     names = {number: f"{RUN}{stage.replace(' ', '-')}-{number}" for number in numbers}
@@ -297,9 +295,9 @@ def _references(
 
     def run_one(number: int, batch: Batch, on_step: Callable[[], None]) -> Reference:
         runner = full.runner.at(steps)
-        if not records:
+        if recorder is None:
             return Reference(outcome=runner.run_one(batch, on_step))
-        with _counted_calls(runner.pipe) as calls, recorder.watch(number) if recorder else nullcontext():
+        with _counted_calls(runner.pipe) as calls, recorder.watch(number):
             trajectory, outcome = runner.record_one(batch, on_step)
         return Reference(outcome=outcome, trajectory=trajectory, denoiser_calls=len(calls))
 
@@ -540,18 +538,21 @@ def _check_cache(runner: Runner, batch: Batch, settings: BuildSettings) -> str:
 class _CallRecorder:
     """Keeps some calls of every denoiser while full precision runs.
 
-    Calls that cannot be replayed are none: from the first of them on nothing is recorded.
+    Calls that cannot be replayed are none: from the first of them on nothing is recorded. Where none are ``needed``,
+    for all is quantized, those of a run that is damaged and run again are recorded like others: it is to be the same.
     """
 
-    def __init__(self, full: FullPrecision, batches: Sequence[Batch], steps: int):
-        self._full, self._quantization = full, full.settings.quantization
+    def __init__(self, full: FullPrecision, batches: Sequence[Batch], steps: int, *, needed: bool):
+        self._full, self._quantization, self._needed = full, full.settings.quantization, needed
         self._batches, self._steps = len(batches), steps
         total = sum(len(batch.seeds) for batch in batches) * steps
         self._every = max(1, total // CALIBRATION_CALLS) | 1  # odd: of two calls a step (guidance) both are kept alike
         self._found: dict[int, dict[str, list[Call]] | ReplayError] = {}  # of each batch
 
     def has(self, number: int) -> bool:
-        """Whether those of a batch were kept."""
+        """Whether those of a batch were kept, or nobody needs them any more."""
+        if not self._needed:
+            return True
         found = self._full.work.kept(f"{CALLS}{number}")
         if found is not None:
             self._found[number] = found if isinstance(found, dict) else ReplayError(found)
@@ -593,7 +594,9 @@ class _CallRecorder:
         self._full.work.keep_own(f"{CALLS}{number}", lambda: str(calls) if isinstance(calls, ReplayError) else calls)
 
     def gathered(self) -> Calls | ReplayError:
-        """Of all batches and processes; what this one has kept is let go of."""
+        """Of all batches and processes; what this one has kept is let go of. None where all is quantized."""
+        if not self._needed:
+            return {}
         found = self._full.work.processes.gather([calls for _, calls in sorted(self._found.items())])
         self._found = {}
         if failed := next((each for each in found if isinstance(each, ReplayError)), None):
