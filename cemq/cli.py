@@ -244,7 +244,7 @@ def quantize_and_schedule(
     """Quantize MODEL, plan its schedule for its own noise, write a bundle.
 
     Every option but -o, --recipe, --device, --overwrite, --fresh and --dry-run is a key of recipes, too.
-    A build that was ended, however, is gone on with by the same command.
+    The same command goes on with a build that was ended.
 
     Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
     """
