@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.attention import BasicTransformerBlock
 from support.pipelines import make_dit
 from typer.testing import CliRunner
@@ -211,6 +212,19 @@ def test_calls_that_cannot_be_kept_are_said_and_recorded_again(root, ends, whole
     ]
     build(root, tmp_path / "out")
     assert content(tmp_path / "out") == whole[0]
+
+
+def test_an_autoencoder_that_is_cast_when_it_decodes_is_written_as_it_was_opened(root, ends, tmp_path, monkeypatch):
+    decode = AutoencoderKL.decode
+
+    def cast(self, latents, *arguments, **keywords):
+        return decode(self.to(torch.float32), latents.float(), *arguments, **keywords)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", cast)
+    build(root, tmp_path / "at once", dtype="bfloat16")
+    assert ends(lambda name: name == f"run-{REFERENCES[-1]}", dtype="bfloat16")
+    build(root, tmp_path / "out", dtype="bfloat16")  # where nothing is decoded before it is written
+    assert content(tmp_path / "out") == content(tmp_path / "at once")
 
 
 # --- files that are not what was written

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import secrets
 import shutil
 import zlib
@@ -267,7 +268,7 @@ def what_decides(settings: BuildSettings, processes: Processes) -> dict[str, Any
     recipe, source = settings.recipe, settings.source
     device = torch.device(settings.device)
     named = [recipe.calib and find_calibration(recipe.calib), *recipe.call.values()]
-    given = {str(path): sha256(Path(path)) for path in named if isinstance(path, (str, Path)) and Path(path).is_file()}
+    given = {str(path): sha256(Path(path)) for path in named if isinstance(path, (str, Path)) and os.path.isfile(path)}
     return recipe.model_dump() | {
         "model": source.name,
         "model files": source.revision or _identity(source.folder),
@@ -295,8 +296,8 @@ def _begun(place: Place, asked: dict[str, Any]) -> Path:
     own = place.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
     for folder in [path for path in place.folder.iterdir() if path.is_dir() and path != own]:
         try:
-            other = json.loads((folder / _ASKED).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # killed before anything was in it
+            other = dict(json.loads((folder / _ASKED).read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError):  # killed before anything was in it
             shutil.rmtree(folder)
             continue
         logging.getLogger(BUILD_LOG).info(

@@ -165,8 +165,9 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if {path.name for path in folder.iterdir()} <= {_LOCK}:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # the share may be gone
+            if {path.name for path in folder.iterdir()} <= {_LOCK}:
+                shutil.rmtree(folder)
         lock.release()
 
 
