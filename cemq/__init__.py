@@ -9,6 +9,7 @@ from cemq._register import register_when_loaded
 
 if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from cemq.build import quantize_and_schedule
+    from cemq.build.replan import replan
     from cemq.bundle.apply import apply_schedule
     from cemq.bundle.generate import generate
     from cemq.bundle.hub import push_to_hub
@@ -59,6 +60,7 @@ _PUBLIC = {
     "push_to_hub": "cemq.bundle.hub",
     "quantize_and_schedule": "cemq.build",
     "quantize_in_place": "cemq.quantize",
+    "replan": "cemq.build.replan",
     "set_budget": "cemq.runtime",
     "register_format": "cemq.quantize",
     "register_policy": "cemq.runtime.policies",
@@ -70,7 +72,7 @@ __all__ = [  # written out, for type checkers
     "Plan", "Runner", "TeaCache", "TextEncoderConfig", "apply_policy", "apply_schedule", "attached", "detach",
     "evaluate", "export", "for_request", "from_pretrained", "generate", "launched", "plan_memory", "plan_schedule",
     "push_to_hub", "quantize_and_schedule", "quantize_in_place", "quantize_text_encoder", "register_format",
-    "register_policy", "register_predictor", "set_budget",
+    "register_policy", "register_predictor", "replan", "set_budget",
 ]  # fmt: skip
 
 

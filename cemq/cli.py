@@ -14,7 +14,7 @@ import sys
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,9 +25,10 @@ from cemq import __version__
 from cemq.errors import CemqError, InputError, in_one_line
 from cemq.extensions import load_extensions
 from cemq.files import check_writable, written_whole
-from cemq.recipe import RENAMED, Recipe
+from cemq.recipe import OF_WEIGHTS, RENAMED, Recipe
 
 if TYPE_CHECKING:
+    from cemq.bundle.manifest import Manifest
     from cemq.pipelines.batches import Progress
 
 app: typer.Typer = typer.Typer(
@@ -49,6 +50,7 @@ Budget = Annotated[str | None, typer.Option(metavar="N|Rx", help="Full-compute s
 _VERIFY = typer.Option(metavar="WHEN", help="Compare checksums first: always, once on this machine, or never.")
 Verify = Annotated[str, _VERIFY]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors on stderr.")]
+Vram = Annotated[str | None, typer.Option(help="Device memory to stay within, e.g. 8GiB.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by quantize-and-schedule.")]
 
 
@@ -169,15 +171,20 @@ def _print_json(result: Any) -> None:
     print(json.dumps(result, indent=2))
 
 
-def _build_options(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with an option more for every field of `Recipe` that is described, given to it by name."""
+def _build_options(command: Callable[..., None], without: Set[str] = frozenset()) -> Callable[..., None]:
+    """``command`` with an option more for every field of `Recipe` that is described, given to it by name.
+
+    Args:
+        without: Fields that another recipe settles, and with them the defaults of all.
+    """
     own = introspection.signature(command, eval_str=True)
     shown = [each for each in own.parameters.values() if each.kind is not introspection.Parameter.VAR_KEYWORD]
-    first = [each for each in shown if each.name in ("model", "output", "recipe")]
+    first = [each for each in shown if each.name in ("bundle", "model", "output", "recipe")]
     options = [
         introspection.Parameter(name, introspection.Parameter.KEYWORD_ONLY, default=False if kind is bool else None,
                           annotation=Annotated[kind if kind is bool else kind | None, option])
-        for name, (kind, option) in _recipe_options().items()
+        for name, (kind, option) in _recipe_options(defaults=not without).items()
+        if name not in without
     ]  # fmt: skip
     later = [each.replace(kind=introspection.Parameter.KEYWORD_ONLY) for each in shown if each not in first]
     command.__signature__ = introspection.Signature([*first, *options, *later])
@@ -185,18 +192,27 @@ def _build_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _recipe_options() -> dict[str, tuple[type, Any]]:
-    """Type and option of each described field; lists are texts with commas."""
+def _recipe_options(*, defaults: bool) -> dict[str, tuple[type, Any]]:
+    """Type and option of each described field; lists are texts with commas, or options that are given repeatedly.
+
+    Args:
+        defaults: Tell those of a build in brackets.
+    """
     found = {}
     for name, field in Recipe.model_fields.items():
         if field.description is None:
             continue
         kinds = {typing.get_origin(kind) or kind for kind in typing.get_args(field.annotation) or (field.annotation,)}
         kind = next((each for each in (bool, float, int) if {each} == kinds - {type(None)}), str)
+        shown = field.json_schema_extra or {}
+        if shown.get("repeated"):
+            kind = list[str]
         least = next((each.ge for each in field.metadata if hasattr(each, "ge")), None)
-        told = field.description + ("" if field.default is None or kind is bool else f" [{field.default}].")
-        metavar = (field.json_schema_extra or {}).get("metavar")
-        found[name] = kind, typer.Option(f"--{name.replace('_', '-')}", help=told, min=least, metavar=metavar)
+        told = field.description
+        if field.default is not None and kind is not bool:
+            told += f" [{field.default}]." if defaults else "."
+        flag = f"--{name.replace('_', '-')}"
+        found[name] = kind, typer.Option(flag, help=told, min=least, metavar=shown.get("metavar"))
     return found | {name: (str, typer.Option(f"--{name}", hidden=True)) for name in RENAMED}
 
 
@@ -209,7 +225,7 @@ def _recipe_settings(options: Mapping[str, Any]) -> dict[str, Any]:
                 raise InputError(f"--{name} is called --{RENAMED[name]} by now")
             continue
         kinds = typing.get_args(Recipe.model_fields[name].annotation)
-        if value is False:
+        if value is False or value == []:
             value = None  # a flag that is not given leaves the recipe's
         elif isinstance(value, str) and list[str] in kinds:
             value = _names(value)
@@ -232,6 +248,10 @@ def quantize_and_schedule(
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe by name, or a YAML file.")] = None,
     call: Call = None,
     device: Device = None,
+    vram: Vram = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="With --vram: host memory that weights may rest in; default: what is free.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin anew, and remove what unfinished builds have kept beside the output.")
@@ -243,8 +263,8 @@ def quantize_and_schedule(
 ) -> None:
     """Quantize MODEL, plan its schedule for its own noise, write a bundle.
 
-    Every option but -o, --recipe, --device, --overwrite, --fresh and --dry-run is a key of recipes, too.
-    The same command goes on with a build that was ended.
+    Options are keys of recipes, too, but for those of this machine: -o, --recipe, --device, --vram, --host-memory,
+    --overwrite, --fresh, --dry-run, --quiet and --json. The same command goes on with a build that was ended.
 
     Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
     """
@@ -254,7 +274,7 @@ def quantize_and_schedule(
     from cemq.parallel import launched
 
     with launched() as processes:
-        settings = _recipe_settings(options) | {"call": _call_arguments(call)}
+        settings = _recipe_settings(options) | {"call": _call_arguments(call), "vram": vram, "host_memory": host_memory}
         if dry_run:
             _hush_libraries()
             told = estimate(resolve(model, recipe, device, settings))
@@ -265,18 +285,59 @@ def quantize_and_schedule(
                 model, output, recipe=recipe, device=device, overwrite=overwrite, fresh=fresh, progress=progress,
                 processes=processes, **settings,
             )  # fmt: skip
-        if as_json:
-            _print_json(dataclasses.asdict(manifest) | {"bundle": str(output)})
-            return
-        schedule, took = manifest.schedule, manifest.generations
-        print(schedule.strip())
-        print(
-            f"{output}: {manifest.scheme}, {manifest.full_steps:g} of {schedule.num_steps} steps in full, "
-            f"{manifest.fidelity_text}, "
-            f"denoiser {manifest.model_bytes / 1e6:.1f} MB (was {manifest.reference_bytes / 1e6:.1f}); "
-            f"took {took['total']:.4g} generations: {took['full_precision']:.4g} in full precision, "
-            f"{took['quantized']:.4g} quantized, {took['replayed']:.4g} replayed to quantize"
-        )
+        _print_built(manifest, output, as_json)
+
+
+def _print_built(manifest: Manifest, output: Path, as_json: bool) -> None:
+    """What a bundle is by now, and what making it took."""
+    if as_json:
+        _print_json(dataclasses.asdict(manifest) | {"bundle": str(output)})
+        return
+    schedule, took = manifest.schedule, manifest.generations
+    replayed = f", {took['replayed']:.4g} replayed to quantize" if took["replayed"] else ""
+    print(schedule.strip())
+    print(
+        f"{output}: {manifest.scheme}, {manifest.full_steps:g} of {schedule.num_steps} steps in full, "
+        f"{manifest.fidelity_text}, "
+        f"denoiser {manifest.model_bytes / 1e6:.1f} MB (was {manifest.reference_bytes / 1e6:.1f}); "
+        f"took {took['total']:.4g} generations: {took['full_precision']:.4g} in full precision, "
+        f"{took['quantized']:.4g} quantized{replayed}"
+    )
+
+
+@app.command()
+@_one_line_errors
+@functools.partial(_build_options, without=OF_WEIGHTS)
+def replan(
+    bundle: Bundle,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write the new bundle to.")],
+    model: Annotated[
+        str | None, typer.Option(help="Where the full-precision model lies by now; default: where it lay.")
+    ] = None,
+    call: Call = None,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Plan BUNDLE again without quantizing again, and write a new bundle with the same weights.
+
+    What is not given is as the recipe of BUNDLE says, which the new bundle's goes on with.
+
+    Example: cemq replan digits --effort thorough --steps 20 -o digits-20
+    """
+    from cemq.build.replan import replan as plan_again
+    from cemq.parallel import launched
+
+    with launched() as processes:
+        settings = _recipe_settings(options) | {"call": _call_arguments(call)}
+        with _at_work(quiet) as progress:
+            manifest = plan_again(
+                bundle, output, model=model, device=device, overwrite=overwrite, progress=progress,
+                processes=processes, **settings,
+            )  # fmt: skip
+        _print_built(manifest, output, as_json)
 
 
 @app.command()
@@ -291,9 +352,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")] = 0,
     call: Call = None,
     device: Device = None,
-    vram: Annotated[
-        str | None, typer.Option(help="Device memory to stay within, e.g. 8GiB; see cemq plan-memory.")
-    ] = None,
+    vram: Vram = None,
     offload_folder: Annotated[
         Path | None, typer.Option(help="For weights that --vram keeps on disk; default: ~/.cache/cemq/offload.")
     ] = None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +29,34 @@ def cache_folder() -> Path:
     except RuntimeError as error:
         raise OSError(f"{first_line(error)} Set XDG_CACHE_HOME") from None
     return absolute(cache) / "cemq"
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file's content another name, or a copy of it where there can be none: on another file system, on one
+    without hard links, for a file of somebody else. The copy shares its blocks where the file system does that.
+
+    A symbolic link is followed, as the Hub's cache has them: what it leads to may be gone tomorrow.
+
+    Raises:
+        OSError: It cannot be copied either.
+    """
+    held = os.path.realpath(source)
+    with suppress(OSError):
+        os.link(held, target)
+        return
+    if hasattr(os, "copy_file_range"):
+        with suppress(OSError), open(held, "rb") as read, target.open("wb") as written:
+            while os.copy_file_range(read.fileno(), written.fileno(), 1 << 30):
+                pass
+            if os.fstat(written.fileno()).st_size == os.path.getsize(held):
+                return
+    shutil.copyfile(held, target)
 
 
 def give_usual_permissions(folder: Path) -> None:

@@ -16,6 +16,12 @@ from cemq.errors import InputError, choose, first_line
 
 _PACKAGE = Path(__file__).parent
 RENAMED = {"correction": "rectify", "prior": "view"}  # what recipes and options of before called it
+OF_WEIGHTS = frozenset(  # what a bundle that is planned again keeps; all other settings are of plans and samples
+    {
+        *("model", "variant", "scheme", "backend", "rounding", "smoothed", "low_rank", "bits_budget", "full_precision"),
+        *("components", "lora", "dtype", "note"),
+    }
+)
 SEEDS = 1 << 63  # of them, from 0; torch would take as many again
 
 
@@ -42,6 +48,11 @@ class Recipe(BaseModel):
     model: str | None = None
     variant: str | None = Field(
         None, description="Of the model's files, e.g. fp16; default: the plain ones, or the only variant there is."
+    )
+    lora: list[str] | None = Field(
+        None,
+        description="A LoRA to fuse first: a file or a Hub id, and :SCALE if it is not 1; repeatable.",
+        json_schema_extra={"metavar": "FILE|ID[:SCALE]", "repeated": True},
     )
     scheme: str = Field("w8a8", description="w8a8, w4a8, w8a16, w4a16 or none")
     backend: str = Field("native", description="native, quanto, bitsandbytes or torchao; see cemq doctor")
@@ -78,7 +89,7 @@ class Recipe(BaseModel):
         "output", description="Predict skipped steps from: output, residual (of the blocks) or modules"
     )
     policy: str | None = Field(
-        None, description="Decide while drawing, by no plan, e.g. teacache:threshold=0.2; see cemq doctor for names."
+        None, description="Decide while drawing, by no plan, e.g. teacache:threshold=0.2, or none; see cemq doctor."
     )
     calib: str | None = Field(
         None, description="Text file, one prompt or class label a line: beside the recipe, in calib_data/, or anywhere."

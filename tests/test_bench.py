@@ -330,7 +330,7 @@ def test_without_the_original_the_bundle_is_timed_alone(bundle, monkeypatch, cap
 
         raise ModelError(f"no such model '{name}'")
 
-    monkeypatch.setattr("cemq.bench.bundle.locate", gone)
+    monkeypatch.setattr("cemq.bundle.original.locate", gone)
     result = bench_bundle(bundle, rounds=1, device="cpu")
     assert [len(table["rows"]) for table in result["tables"]] == [1, 2]
     note = "the bundle alone is timed, its original is not at hand: no such model 'builtin:dit-digits'"

@@ -120,7 +120,7 @@ def test_the_plan_reaches_the_config(dit):
 def test_calls_are_recorded_only_where_something_is_fitted_to_them(dit, needed, plan):
     if plan.get("backend") == "quanto":
         pytest.importorskip("optimum.quanto")
-    assert QuantizationSettings(**{"scheme": "w4a8"} | plan).needs_calls(dit.transformer) == needed
+    assert QuantizationSettings(**{"scheme": "w4a8"} | plan).is_fitted(dit.transformer) == needed
 
 
 @pytest.mark.parametrize(
@@ -257,31 +257,25 @@ def forgetful_dit(monkeypatch):
     monkeypatch.setattr(DiTTransformer2DModel, "forward", drifting)
 
 
-@pytest.mark.usefixtures("forgetful_dit")
-def test_weights_are_rounded_where_calls_cannot_be_replayed_and_the_build_says_so_once(tmp_path, caplog):
-    with caplog.at_level("INFO", "cemq.build"):
-        model, _ = build(tmp_path, scheme="w4a8", smoothed=True, batch_size=1)
-    assert [message for message in caplog.messages if "replayed" in message] == [
-        "a call of DiTTransformer2DModel gives something else when it is replayed: weights are rounded to nearest"
-    ]
-    assert eight_bits(model)  # as with --rounding nearest; fitted ones need no more than four
-    assert not any(scheme.smoothed for scheme in schemes_of(model).values())
-
-
 @pytest.mark.usefixtures("forgetful_dit", "everything_installed")
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"backend": "quanto"}, "gives something else when it is replayed, and quanto is fitted to calls: take"),
-        ({"bits_budget": 6.5}, "gives something else when it is replayed, and a bits budget is spent by replaying"),
-    ],
-)
-def test_what_needs_calls_is_refused_after_the_first_run_where_they_cannot_be_replayed(tmp_path, settings, message):
+@pytest.mark.parametrize("settings", [{"smoothed": True}, {"backend": "quanto"}])
+def test_what_cannot_be_replayed_is_fitted_while_it_runs(tmp_path, caplog, settings):
+    with caplog.at_level("WARNING", "cemq.build"):
+        model, _ = build(tmp_path, head_dim=64, scheme="w4a8", batch_size=1, **settings)
+    assert not caplog.messages
+    if "backend" not in settings:
+        assert not eight_bits(model)  # which layers that are only rounded need
+
+
+@pytest.mark.usefixtures("forgetful_dit")
+def test_what_needs_calls_is_refused_after_the_first_run_where_they_cannot_be_replayed(tmp_path):
     stages = []
+    message = "gives something else when it is replayed, and a bits budget is spent by replaying"
     with pytest.raises(ReplayError, match=message):
         build(
-            tmp_path, head_dim=64, scheme="w4a8", batch_size=1, progress=lambda *said: stages.append(said), **settings
-        )
+            tmp_path, head_dim=64, scheme="w4a8", batch_size=1, bits_budget=6.5,
+            progress=lambda *said: stages.append(said),
+        )  # fmt: skip
     assert stages[-1] == ("reference runs", 0.5)
 
 

@@ -25,7 +25,7 @@ from cemq.quantize import (
     record_calls,
     stored_bits,
 )
-from cemq.quantize.calibrate import Call, replay
+from cemq.quantize.calls import Call, replay
 from cemq.quantize.gptq import gptq_int4
 from cemq.quantize.integers import quantize_int4
 

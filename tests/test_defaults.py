@@ -21,7 +21,7 @@ from cemq.pipelines.noise_scheduler import responses
 from cemq.pipelines.outputs import as_pictures
 from cemq.quantize import SCHEMES, CemqConfig, InputStatistics, installed, integers, quantize_calibrated
 from cemq.quantize import quantize_in_place as quantize
-from cemq.quantize.calibrate import replay
+from cemq.quantize.calls import replay
 from cemq.quantize.kernels import cpu
 
 

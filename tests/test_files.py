@@ -17,7 +17,7 @@ import cemq
 from cemq.bundle.manifest import MANIFEST
 from cemq.bundle.staging import staging
 from cemq.errors import BundleError, InputError, PlacementError
-from cemq.files import check_writable, written_whole
+from cemq.files import check_writable, link_or_copy, written_whole
 from cemq.memory.offload import whole_folder
 from cemq.pipelines.outputs import Sample
 
@@ -253,3 +253,25 @@ def test_whether_a_file_can_be_written_is_known_beforehand(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             check_writable(path)
+
+
+def unable(*_):
+    raise OSError(18, "Invalid cross-device link")
+
+
+@pytest.mark.parametrize("without", [(), ("link",), ("link", "copy_file_range")], ids=len)
+def test_content_gets_another_name_or_is_copied_where_it_cannot(tmp_path, monkeypatch, without):
+    for name in without:
+        monkeypatch.setattr(os, name, unable)
+    (tmp_path / "blob").write_bytes(b"weights" * 1000)
+    (tmp_path / "link").symlink_to("blob")  # as in the cache of the Hub
+    link_or_copy(tmp_path / "link", tmp_path / "new")
+    assert not (tmp_path / "new").is_symlink()
+    assert (tmp_path / "new").samefile(tmp_path / "blob") == (not without)
+    (tmp_path / "blob").unlink()
+    assert (tmp_path / "new").read_bytes() == b"weights" * 1000
+
+
+def test_what_can_neither_be_linked_nor_copied_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        link_or_copy(tmp_path / "nothing", tmp_path / "new")

@@ -64,7 +64,7 @@ def test_a_build_whose_stages_were_all_read_again_gives_the_bundle_of_one_that_r
 
     monkeypatch.setattr(stored, "write", written)
     cemq.quantize_and_schedule(model, tmp_path / "again", device="cpu", **settings)
-    assert {"opened", "samples", "calls-1", "run-reference-runs-1", "pipeline", "prior", "plans", "check"} < {*names}
+    assert {"opened", "samples", "fitted-0", "run-reference-runs-1", "pipeline", "prior", "plans", "check"} < {*names}
     at_once, again = (read_bundle(tmp_path / name, verify=True) for name in ("at once", "again"))
     assert at_once == again
     assert len(at_once.other_runs) == 1

@@ -18,12 +18,13 @@ from cemq.bench.random_models import tensor_bytes
 from cemq.bundle.checksums import Verify
 from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import Manifest, read_bundle
+from cemq.bundle.original import find_original
 from cemq.errors import ModelError, choose
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, make_batches, run
-from cemq.pipelines.opening import DTYPES, check_device, default_device, denoisers, locate, open_pipeline
+from cemq.pipelines.opening import DTYPES, check_device, default_device, denoisers
 from cemq.quantize import record_calls
 from cemq.quantize.allocate import replayed_output
-from cemq.quantize.calibrate import Call, replay
+from cemq.quantize.calls import Call, replay
 from cemq.runtime import attached, detach, schedule_hook
 from cemq.runtime.policies import Policy
 from cemq.runtime.runner import said_of_steps
@@ -110,8 +111,7 @@ def bench_bundle(
 def _open_original(manifest: Manifest, dtype: str, device: str) -> tuple[dict[str, DiffusionPipeline], list[str]]:
     """The full-precision pipeline by its name; where it is not at hand, nothing, and a note that says so."""
     try:
-        source = locate(manifest.model, variant=manifest.variant)
-        return {FULL_PRECISION: open_pipeline(source.folder, dtype=dtype, device=device)}, []
+        return {FULL_PRECISION: find_original(manifest).open(dtype=dtype, device=device)}, []
     except ModelError as error:
         return {}, [f"the bundle alone is timed, its original is not at hand: {error}"]
 

@@ -18,7 +18,7 @@ from cemq.errors import SchemeError
 from cemq.families import BLOCK_LISTS
 from cemq.quantize import NO_SCHEME, CemqConfig, QuantizationSettings, check_scheme, quantize_calibrated
 from cemq.quantize.allocate import layer_bytes
-from cemq.quantize.calibrate import Call
+from cemq.quantize.calls import Call
 from cemq.quantize.in_diffusers import mark_quantized, nothing_to_quantize, quantizable
 
 _SMALL = 0.02  # standard deviation of biases and embeddings

@@ -64,10 +64,10 @@ def _build(asked: BuildSettings, work: Work, progress: Progress | None) -> Manif
     opened = work.keep("opened", full.describe)
     samples = work.keep("samples", lambda: stages.draw_samples(full.runner, asked))
     work.say_what_is_kept(runs=stages.count_references(samples, opened, asked))
-    originals, calls = stages.run_originals(full, opened, samples)
-    folder = work.keep_folder(stages.PIPELINE, partial(stages.write_quantized, full, opened, calls))
-    del calls  # they may be gigabytes
-    work.forget(stages.CALLS)
+    originals, fitted = stages.run_originals(full, opened, samples)
+    folder = work.keep_folder(stages.PIPELINE, partial(stages.write_quantized, full, opened, fitted))
+    del fitted  # it may be gigabytes
+    work.forget(stages.FITTED)
     runner = stages.open_quantized(folder, opened, full)
     prior = work.keep("prior", lambda: stages.profile(runner, samples, originals, asked))
     plans = work.keep("plans", lambda: stages.choose_plans(runner, prior, samples, originals, asked, work.journal))

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cemq import __version__
+from cemq.build.fitting import Calls, fitting
 from cemq.build.settings import BuildSettings
 from cemq.bundle.dtypes import Dtypes, as_loaded, restore_dtypes, tensor_dtypes
 from cemq.bundle.manifest import EVIDENCE, MANIFEST, PRIOR, Manifest, OtherRun, seal, write_pipeline
@@ -44,10 +45,11 @@ from cemq.pipelines.batches import (
     split_conditions,
 )
 from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.pipelines.lora import fuse_loras
 from cemq.pipelines.opening import denoisers, open_pipeline, weight_bytes
 from cemq.pipelines.trajectory import Trajectory
 from cemq.prior.error_prior import ErrorPrior
-from cemq.quantize import RECORDED_BYTES, Call, QuantizationSettings, quantize_pipeline, record_calls
+from cemq.quantize import QuantizationSettings, quantize_pipeline
 from cemq.recipe import find_calibration, make_recipe
 from cemq.runtime import attached, cache_checked
 from cemq.runtime.policy_names import describe_policy
@@ -62,12 +64,10 @@ if TYPE_CHECKING:
 
     from cemq.build.work import Work
 
-PIPELINE, RUN, CALLS = "pipeline", "run-", "calls-"  # what is kept is called so, or begins so where there are several
-CALIBRATION_CALLS = 96  # of one sample, that quantization is fitted to, spread over all trajectories
+PIPELINE, RUN, FITTED = "pipeline", "run-", "fitted-"  # what is kept is called so, or begins so
 MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
 
 Journal = MutableMapping[str, Any]
-Calls = Mapping[str, Sequence[Call]]  # of each denoiser, by the component's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,14 @@ class Reference:
     outcome: Outcome
     trajectory: Trajectory | None = None
     denoiser_calls: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fitted:
+    """What quantization is fitted to, and how many calls this process has replayed to see whether they can be."""
+
+    calls: Calls | ReplayError
+    replayed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,6 +162,12 @@ class FullPrecision:
         gc.collect()  # pipelines refer to themselves, and another takes their place
 
 
+def agree(settings: BuildSettings, processes: Processes) -> None:
+    """Raises ProcessError unless all processes were asked for the same, and have the same libraries and threads."""
+    fused = [lora.fused.sha256 for lora in settings.loras]
+    processes.agree("settings", (settings.recipe.model_dump(), fused, library_versions(), torch.get_num_threads()))
+
+
 def open_runner(
     settings: BuildSettings, progress: Progress | None, processes: Processes, generations: Generations | None = None
 ) -> Runner:
@@ -167,6 +181,7 @@ def open_runner(
     """
     recipe = settings.recipe
     pipe = open_pipeline(settings.source.folder, dtype=settings.dtype, device=settings.device, variant=recipe.variant)
+    fuse_loras(pipe, settings.loras)
     pipe.set_progress_bar_config(disable=True)
     steps = recipe.steps or default_steps(type(pipe))
     if settings.policy is None:
@@ -230,9 +245,14 @@ def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
     return Samples(profiled=profiled, planning=profiled[:shared] + others, check=check, held_out=held_out)
 
 
-def run_originals(full: FullPrecision, opened: Opened, samples: Samples) -> tuple[Originals, Calls | ReplayError]:
-    """Every run at full precision, kept by itself as it ends, and the calls that quantization is fitted to, of all
-    processes; none where that is done.
+def run_originals(
+    full: FullPrecision, opened: Opened, samples: Samples, *, fits: bool = True
+) -> tuple[Originals, Fitted]:
+    """Every run at full precision, kept by itself as it ends, and what quantization is fitted to, of all processes;
+    nothing where all is quantized.
+
+    Args:
+        fits: Whether anything will be quantized.
 
     Raises:
         ModelError: The pipeline cannot be scheduled, or not with the cache asked for.
@@ -243,15 +263,13 @@ def run_originals(full: FullPrecision, opened: Opened, samples: Samples) -> tupl
         said = work.keep("cache", lambda: _check_cache(full.runner, samples.profiled[0], settings))
         if work.processes.is_main:
             logging.getLogger(BUILD_LOG).info(said)
-    recorder = _CallRecorder(full, samples.profiled, opened.steps, needed=not work.has_folder(PIPELINE))
-    profiled = _references(full, samples.profiled, opened.steps, "reference runs", recorder)
+    needed = fits and not work.has_folder(PIPELINE)
+    profiled, fitted = _profiled(full, samples.profiled, opened.steps, needed=needed)
     if profiled:
         steps = sum(each.trajectory.num_steps for each in profiled)
-        calls = sum(each.denoiser_calls for each in profiled)
-        per_batch = calls // steps  # what was replayed at once is less than a step's
+        per_batch = sum(each.denoiser_calls for each in profiled) // steps
         work.generations.steps = profiled[0].trajectory.num_steps
         work.generations.calls_per_step = per_batch / settings.recipe.batch_size
-        work.generations.replayed += (calls - per_batch * steps) / work.generations.calls_per_step
     others = samples.planning[len(samples.profiled) :]
     shared = len(work.processes.share(samples.planning[: len(samples.profiled)]))
     further = _references(full, others, opened.steps, "full-precision planning samples")
@@ -266,7 +284,7 @@ def run_originals(full: FullPrecision, opened: Opened, samples: Samples) -> tupl
         planning={count: [each.outcome for each in references] for count, references in planning.items()},
         check=[each.outcome for each in check],
     )
-    return originals, recorder.gathered()
+    return originals, fitted
 
 
 def count_references(samples: Samples, opened: Opened, settings: BuildSettings) -> int:
@@ -276,50 +294,85 @@ def count_references(samples: Samples, opened: Opened, settings: BuildSettings) 
     return len(samples.profiled) + others + at_other_steps + len(samples.check)
 
 
-def _references(
-    full: FullPrecision,
-    batches: Sequence[Batch],
-    steps: int,
-    stage: str,
-    recorder: _CallRecorder | None = None,
-) -> list[Reference]:
-    """Those of this process's share, with trajectories where calls are recorded too; what was not kept is run now."""
-    work, found = full.work, {}
+def _references(full: FullPrecision, batches: Sequence[Batch], steps: int, stage: str) -> list[Reference]:
+    """Those of this process's share; what was not kept is run now."""
+    work = full.work
     numbers = work.processes.share(range(len(batches)))
-    names = {number: f"{RUN}{stage.replace(' ', '-')}-{number}" for number in numbers}
-    for number in numbers:
-        if recorder is None or recorder.has(number):
-            found[number] = work.kept(names[number])
-    missing = [number for number in numbers if found.get(number) is None]
-    each = iterate([batches[number] for number in missing], stage, full.progress, steps)
-
-    def run_one(number: int, batch: Batch, on_step: Callable[[], None]) -> Reference:
-        runner = full.runner.at(steps)
-        if recorder is None:
-            return Reference(outcome=runner.run_one(batch, on_step))
-        with _counted_calls(runner.pipe) as calls, recorder.watch(number):
-            trajectory, outcome = runner.record_one(batch, on_step)
-        return Reference(outcome=outcome, trajectory=trajectory, denoiser_calls=len(calls))
-
-    for number, (batch, on_step) in zip(missing, each, strict=True):
-        found[number] = work.keep_own(names[number], partial(run_one, number, batch, on_step))
+    found = {number: work.kept(_name(stage, number)) for number in numbers}
+    for number, batch, on_step in _missing(full, batches, steps, stage, found):
+        found[number] = work.keep_own(
+            _name(stage, number),
+            lambda batch=batch, on_step=on_step: Reference(outcome=full.runner.at(steps).run_one(batch, on_step)),
+        )
     return [found[number] for number in numbers]
 
 
-def write_quantized(full: FullPrecision, opened: Opened, calls: Calls | ReplayError, folder: Path) -> None:
+def _profiled(
+    full: FullPrecision, batches: Sequence[Batch], steps: int, *, needed: bool
+) -> tuple[list[Reference], Fitted]:
+    """References with their trajectories, and what quantization is fitted to, if that is ``needed``.
+
+    What is known of that after a run is kept after the run itself: a run that it does not cover is made again.
+    """
+    work, stage = full.work, "reference runs"
+    numbers = work.processes.share(range(len(batches)))
+    state = f"{FITTED}{work.processes.rank}"
+    known = work.kept(state) if needed else None
+    covered = numbers[: known["runs"] if known else 0] if needed else numbers
+    found = {number: work.kept(_name(stage, number)) if number in covered else None for number in numbers}
+    watching, replayed = None, known["replayed"] if known else 0
+    if needed:
+        watching = fitting(full.runner, full.settings.quantization, batches)
+        if known:
+            watching.restore(known["state"])
+
+    def profile(number: int, batch: Batch, on_step: Callable[[], None]) -> Reference:
+        nonlocal replayed
+        runner, watched = full.runner, nullcontext() if number in covered else watching.watch(number)
+        with _counted_calls(runner.pipe) as calls, watched, _counted_calls(runner.pipe) as own:
+            trajectory, outcome = runner.record_one(batch, on_step)
+        replayed += len(calls) - len(own)
+        return Reference(outcome=outcome, trajectory=trajectory, denoiser_calls=len(own))
+
+    for number, batch, on_step in _missing(full, batches, steps, stage, found):
+        found[number] = work.keep_own(_name(stage, number), partial(profile, number, batch, on_step))
+        if number not in covered:
+            runs = numbers.index(number) + 1
+            work.keep_own(state, partial(dict, runs=runs, replayed=replayed, state=watching.state()))
+    calls = watching.found() if needed else {}
+    return [found[number] for number in numbers], Fitted(calls=calls, replayed=replayed)
+
+
+def _name(stage: str, number: int) -> str:
+    return f"{RUN}{stage.replace(' ', '-')}-{number}"
+
+
+def _missing(
+    full: FullPrecision, batches: Sequence[Batch], steps: int, stage: str, found: Mapping[int, Reference | None]
+) -> Iterator[tuple[int, Batch, Callable[[], None]]]:
+    """Number, batch and progress of every run that is not found."""
+    missing = [number for number, each in found.items() if each is None]
+    runs = iterate([batches[number] for number in missing], stage, full.progress, steps)
+    for number, (batch, on_step) in zip(missing, runs, strict=True):
+        yield number, batch, on_step
+
+
+def write_quantized(full: FullPrecision, opened: Opened, fitted: Fitted, folder: Path) -> None:
     """The quantized pipeline as a folder, which the main process writes.
 
     Raises:
         CemqError: What `quantize` raises.
     """
-    settings, runner = full.settings, quantize(full.runner, full.settings.quantization, calls)
+    settings, runner = full.settings, full.runner
+    runner.generations.replayed += fitted.replayed / runner.generations.calls_per_step
+    runner = quantize(runner, settings.quantization, fitted.calls)
     if runner.processes.is_main:
         restore_dtypes(runner.pipe, opened.dtypes, but_for={*DENOISERS, *settings.quantization.components})
         write_pipeline(runner.pipe, folder, settings.source.folder)
 
 
 def quantize(runner: Runner, settings: QuantizationSettings, calls: Calls | ReplayError) -> Runner:
-    """Quantize the pipeline in place: every process all of it, from all calls, as long a wait as for one that does.
+    """Quantize the pipeline in place: every process all of it, as long a wait as for one that does.
 
     Returns:
         What runs it from now on.
@@ -447,11 +500,12 @@ def describe(
             for count, (other, sampler) in plans.others.items()
         ),
         dtypes=as_loaded(originals.dtypes, tensor_dtypes(pipe)),
+        lora=tuple(each.fused for each in settings.loras),
     )
 
 
 def write_bundle(folder: Path, plans: Plans, manifest: Manifest) -> None:
-    """What makes a bundle of the quantized pipeline's folder, cemq.json last."""
+    """What makes a bundle of the pipeline that the folder holds: prior, evidence, model card and, last, cemq.json."""
     (folder / MANIFEST).unlink(missing_ok=True)  # of a build that was ended before the bundle was in its place
     plans.planned.prior.save(folder / PRIOR)
     others = [other.evidence | {"num_inference_steps": count} for count, (other, _) in plans.others.items()]
@@ -533,75 +587,6 @@ def _check_cache(runner: Runner, batch: Batch, settings: BuildSettings) -> str:
         f"that is looked back to: one with reuse, two with taylor1, three with taylor2; {settings.recipe.batch_size} "
         "samples are drawn at once"
     )
-
-
-class _CallRecorder:
-    """Keeps some calls of every denoiser while full precision runs.
-
-    Calls that cannot be replayed are none: from the first of them on nothing is recorded. Where none are ``needed``,
-    for all is quantized, those of a run that is damaged and run again are recorded like others: it is to be the same.
-    """
-
-    def __init__(self, full: FullPrecision, batches: Sequence[Batch], steps: int, *, needed: bool):
-        self._full, self._quantization, self._needed = full, full.settings.quantization, needed
-        self._batches, self._steps = len(batches), steps
-        total = sum(len(batch.seeds) for batch in batches) * steps
-        self._every = max(1, total // CALIBRATION_CALLS) | 1  # odd: of two calls a step (guidance) both are kept alike
-        self._found: dict[int, dict[str, list[Call]] | ReplayError] = {}  # of each batch
-
-    def has(self, number: int) -> bool:
-        """Whether those of a batch were kept, or nobody needs them any more."""
-        if not self._needed:
-            return True
-        found = self._full.work.kept(f"{CALLS}{number}")
-        if found is not None:
-            self._found[number] = found if isinstance(found, dict) else ReplayError(found)
-        return found is not None
-
-    @contextmanager
-    def watch(self, number: int) -> Iterator[None]:
-        """Record the run of a batch.
-
-        Raises:
-            ReplayError: Its calls cannot be replayed, nor can be done without.
-        """
-        failed = next((each for each in self._found.values() if isinstance(each, ReplayError)), None)
-        if failed:
-            yield
-            self._keep(number, failed)
-            return
-        parts = denoisers(self._full.runner.pipe)
-        record = partial(
-            record_calls, every=self._every, first=-number * self._steps % self._every,
-            limit_bytes=RECORDED_BYTES // (self._batches * len(parts)),
-        )  # fmt: skip
-        try:
-            with ExitStack() as recording:
-                calls = {
-                    name: recording.enter_context(record(denoiser))
-                    for name, denoiser in parts
-                    if self._quantization.needs_calls(denoiser)
-                }
-                yield
-        except ReplayError as error:
-            self._quantization.without_calls(error)  # now, and not after the other runs
-            self._keep(number, error)
-        else:
-            self._keep(number, calls)
-
-    def _keep(self, number: int, calls: dict[str, list[Call]] | ReplayError) -> None:
-        self._found[number] = calls
-        self._full.work.keep_own(f"{CALLS}{number}", lambda: str(calls) if isinstance(calls, ReplayError) else calls)
-
-    def gathered(self) -> Calls | ReplayError:
-        """Of all batches and processes; what this one has kept is let go of. None where all is quantized."""
-        if not self._needed:
-            return {}
-        found = self._full.work.processes.gather([calls for _, calls in sorted(self._found.items())])
-        self._found = {}
-        if failed := next((each for each in found if isinstance(each, ReplayError)), None):
-            return failed
-        return {name: [call for calls in found for call in calls[name]] for name in found[0]}
 
 
 def _digest(pipe: DiffusionPipeline) -> str:

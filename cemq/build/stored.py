@@ -20,10 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cemq.build.stages import Opened, Plans, Reference, Samples
-from cemq.bundle.checksums import sha256
 from cemq.errors import BundleError, first_line
 from cemq.evaluation.compare import Fidelity
-from cemq.files import kept_whole
+from cemq.files import kept_whole, sha256
 from cemq.pipelines.batches import Batch
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.pipelines.trajectory import Trajectory

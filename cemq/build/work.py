@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -19,11 +20,10 @@ import torch
 from cemq import __version__
 from cemq.build import stored
 from cemq.build.settings import BuildSettings
-from cemq.build.stages import PIPELINE, RUN, library_versions
-from cemq.bundle.checksums import sha256
+from cemq.build.stages import PIPELINE, RUN, agree, library_versions
 from cemq.bundle.staging import Place, claimed
 from cemq.errors import BundleError, ProcessError
-from cemq.files import flush, kept_whole
+from cemq.files import flush, kept_whole, sha256
 from cemq.memory.placement import format_bytes
 from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import BUILD_LOG
@@ -43,13 +43,15 @@ class Work:
     What a result took is kept with it, so that ``generations`` count the whole build, and nothing that was broken off.
 
     Args:
-        folder: Where they are kept; all processes see it.
+        folder: Where they are kept; all processes see it. None where nothing is.
         processes: Those that work on the build.
         place: Where the bundle is to be; None in all processes but the main one.
         keeps: Whether anything is; if not, the folder is but there to write the bundle in.
     """
 
-    def __init__(self, folder: Path, processes: Processes = ALONE, place: Place | None = None, *, keeps: bool = True):
+    def __init__(
+        self, folder: Path | None, processes: Processes = ALONE, place: Place | None = None, *, keeps: bool = True
+    ):
         self.folder, self.processes = folder, processes
         self.generations = Generations()
         self._place, self._keeps = place, keeps
@@ -171,7 +173,7 @@ class Work:
         self.generations.counts = [a + b for a, b in zip(self.generations.counts, counts, strict=True)]
 
     def _read(self, name: str) -> Any:
-        if not (self.folder / f"{name}.json").exists():
+        if not self._keeps or not (self.folder / f"{name}.json").exists():
             return None
         try:
             return stored.read(self.folder, name)
@@ -244,7 +246,7 @@ def building(
         BundleError: As of `claimed`.
         ProcessError: The processes were asked for different things, or do not see one folder.
     """
-    processes.agree("settings", (settings.recipe.model_dump(), library_versions(), torch.get_num_threads()))
+    agree(settings, processes)
     asked = what_decides(settings, processes)
     with claimed(output, overwrite=overwrite) if processes.is_main else nullcontext() as place:
         if place and fresh:
@@ -273,6 +275,8 @@ def what_decides(settings: BuildSettings, processes: Processes) -> dict[str, Any
         "model": source.name,
         "model files": source.revision or _identity(source.folder),
         "given files": given,
+        "LoRAs": [lora.fused.sha256 for lora in settings.loras],
+        "limit": settings.limit and dataclasses.asdict(settings.limit),
         "dtype": settings.dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instructions": torch.backends.cpu.get_cpu_capability(),

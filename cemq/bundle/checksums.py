@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cemq.errors import InputError, choose
-from cemq.files import cache_folder, written_whole
+from cemq.files import cache_folder, sha256, written_whole
 
 Verify = Literal["always", "once", "never"]
 Mark = list[int]  # size, mtime_ns, ctime_ns, inode, device: nobody sets ctime_ns back
@@ -77,12 +77,6 @@ def find_faults(
             yield name, f"cannot be read: {error.strerror}"
     if marks != known:
         _write_stamp(folder, checksum, marks)
-
-
-def sha256(file: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _mark(file: Path) -> Mark:

@@ -111,11 +111,31 @@ def from_pretrained(
     offloads = memory is not None and memory.chosen.placement.unit != "nothing"
     if on_disk:
         map_large_allocations()  # before diffusers takes memory for every weight of the models that it is to fill
-    pipe = _open(folder, manifest, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
+    pipe = open_quantized(folder, manifest, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
     if memory is not None:
         _place(pipe, memory, folder, where, placing.get("offload_folder"))
     attach(pipe, plan if policy is None else policy)
     save_as_bundle(pipe, folder, manifest, dtype=dtype)
+    return pipe
+
+
+def open_quantized(
+    folder: Path, manifest: Manifest, *, dtype: str, device: str, aligned: bool = True
+) -> DiffusionPipeline:
+    """The bundle's pipeline with its quantized weights, checked against the manifest.
+
+    Raises:
+        BundleError: It does not load, or a tensor has not the dtype in which it was measured.
+        CemqError: It loads as another class.
+    """
+    try:
+        pipe = open_pipeline(folder, dtype=dtype, device=device, aligned=aligned)
+    except BundleError as error:
+        raise BundleError(f"bundle '{folder}': {error}") from error
+    if type(pipe).__name__ != manifest.pipeline_class:
+        raise CemqError(f"bundle '{folder}' loaded as {type(pipe).__name__}, expected {manifest.pipeline_class}")
+    if dtype == manifest.dtype:  # else it is what diffusers makes of it in another
+        check_dtypes(pipe, folder, manifest)
     return pipe
 
 
@@ -144,24 +164,6 @@ def _read_plan(folder: Path, manifest: Manifest, budget: int | str | None) -> Pl
     if manifest.policy is not None:
         raise InputError(f"budget={budget}: the policy {manifest.policy['name']} of this bundle decides: leave it out")
     return plan.with_budget(budget)
-
-
-def _open(folder: Path, manifest: Manifest, *, dtype: str, device: str, aligned: bool) -> DiffusionPipeline:
-    """The bundle's pipeline with its quantized weights, checked against the manifest.
-
-    Raises:
-        BundleError: It does not load, or a tensor has not the dtype in which it was measured.
-        CemqError: It loads as another class.
-    """
-    try:
-        pipe = open_pipeline(folder, dtype=dtype, device=device, aligned=aligned)
-    except BundleError as error:
-        raise BundleError(f"bundle '{folder}': {error}") from error
-    if type(pipe).__name__ != manifest.pipeline_class:
-        raise CemqError(f"bundle '{folder}' loaded as {type(pipe).__name__}, expected {manifest.pipeline_class}")
-    if dtype == manifest.dtype:  # else it is what diffusers makes of it in another
-        check_dtypes(pipe, folder, manifest)
-    return pipe
 
 
 def _place(

@@ -10,14 +10,16 @@ import hashlib
 import json
 import os
 import typing
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cemq.bundle.checksums import Listed, Verify, check_verify, find_faults, sha256
+from cemq.bundle.checksums import Listed, Verify, check_verify, find_faults
 from cemq.errors import BundleError, CemqError, choose, first_line
+from cemq.files import sha256
 from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.pipelines.lora import FusedLora
 from cemq.pipelines.opening import DTYPES
 from cemq.schedule import CacheSchedule
 
@@ -101,6 +103,7 @@ class Manifest:
     dtypes: dict[str, ComponentDtypes] | None = None  # by component
     policy: dict[str, Any] | None = None  # its name and settings, where one decides in place of the schedule
     generations: dict[str, float] | None = None  # that the build took, in full ones of one sample
+    lora: tuple[FusedLora, ...] = ()  # that full precision was fused with, in order
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -128,10 +131,11 @@ class Manifest:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
         # bundles of before have none of these
-        _checked(cls, fields, optional={"cache", "other_runs", "dtypes", "policy", "generations"})
+        _checked(cls, fields, optional={"cache", "other_runs", "dtypes", "policy", "generations", "lora"})
         others = tuple(OtherRun.from_dict(each) for each in fields.get("other_runs", ()))
         dtypes = {name: ComponentDtypes.from_dict(each) for name, each in (fields.get("dtypes") or {}).items()} or None
-        return _typed(cls, fields | _parsed(fields) | {"other_runs": others, "dtypes": dtypes})
+        lora = tuple(_typed(FusedLora, _checked(FusedLora, each)) for each in fields.get("lora", ()))
+        return _typed(cls, fields | _parsed(fields) | {"other_runs": others, "dtypes": dtypes, "lora": lora})
 
     def to_dict(self) -> dict[str, Any]:
         others = [run.to_dict() for run in self.other_runs]
@@ -165,12 +169,20 @@ def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_pipeline(pipe: DiffusionPipeline, folder: Path, source: Path) -> None:
-    """``save_pretrained``, plus what it forgets: plain entries of the source's model_index.json (DiT's id2label)."""
-    type(pipe).save_pretrained(pipe, folder, safe_serialization=True)  # a loaded bundle's own writes a bundle
+def write_pipeline(
+    pipe: DiffusionPipeline, folder: Path, source: Path, *, but_for: Collection[str] = (), **options: Any
+) -> None:
+    """``save_pretrained``, plus what it forgets: plain entries of the source's model_index.json (DiT's id2label).
+
+    Args:
+        but_for: Components that the pipeline has no more, for they are written already.
+        options: Of ``save_pretrained``.
+    """
+    type(pipe).save_pretrained(pipe, folder, safe_serialization=True, **options)  # a loaded bundle's own writes one
     index = folder / "model_index.json"
     written, original = (json.loads((f / index.name).read_text(encoding="utf-8")) for f in (folder, source))
     forgotten = {name: value for name, value in original.items() if name not in written and not name.startswith("_")}
+    forgotten |= {name: original[name] for name in but_for}
     index.write_text(json.dumps(written | forgotten, indent=2) + "\n", encoding="utf-8")
     forget_paths(folder)
 
@@ -281,6 +293,11 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def lora_text(lora: Iterable[Mapping[str, Any]]) -> str:
+    """Names and scales of those that are fused."""
+    return ", ".join(f"{each['name']} ({each['scale']:g})" for each in lora) or "none"
+
+
 def policy_text(policy: dict[str, Any] | None) -> str:
     if policy is None:
         return "none: the schedule decides"
@@ -320,6 +337,7 @@ pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}
 | corrector | {schedule.corrector} |
 | correction | {manifest.correction or "none"} |
 | sampler | {manifest.sampler.scheduler}, {schedule.num_steps} steps |
+| LoRA, fused | {lora_text(dataclasses.asdict(each) for each in manifest.lora)} |
 | policy | {policy_text(manifest.policy)} |
 | planned for as well | {"; ".join(others) or "no other step count"} |
 """

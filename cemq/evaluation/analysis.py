@@ -13,13 +13,14 @@ import numpy as np
 
 from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import PRIOR, read_bundle
+from cemq.bundle.original import find_original
 from cemq.errors import InputError, check_keywords
 from cemq.evaluation.compare import Running
 from cemq.files import absolute, written_whole
 from cemq.metrics import error_of, middle_mean
 from cemq.parallel import ALONE
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches
-from cemq.pipelines.opening import default_device, locate, open_pipeline
+from cemq.pipelines.opening import default_device
 from cemq.predict.correctors import check_corrector
 from cemq.predict.predictors import check_predictor
 from cemq.prior.error_prior import VIEWS, ErrorPrior
@@ -117,9 +118,7 @@ def analyze(
         manifest.held_out_conditions, samples=samples, first_seed=EVALUATION_SEED_OFFSET + seed, batch_size=8
     )
     runner = Runner(pipe=pipe, steps=manifest.num_inference_steps, call=manifest.call, processes=processes)
-    original = open_pipeline(
-        locate(manifest.model, variant=manifest.variant).folder, dtype=manifest.dtype, device=place
-    )
+    original = find_original(manifest).open(dtype=manifest.dtype, device=place)
     original.set_progress_bar_config(disable=True)
     references = replace(runner, pipe=original, progress=progress).run(batches, "reference")
     loop = ClosedLoop(runner=runner, prior=prior, batches=batches, references=references, cache=manifest.cache)

@@ -14,13 +14,14 @@ import numpy as np
 
 from cemq.bundle.checksums import Verify
 from cemq.bundle.load import from_pretrained
-from cemq.bundle.manifest import MANIFEST, Manifest, read_bundle
-from cemq.errors import InputError, ModelError, check_keywords
+from cemq.bundle.manifest import Manifest, read_bundle
+from cemq.bundle.original import find_original
+from cemq.errors import InputError, check_keywords
 from cemq.files import absolute, check_writable, written_whole
 from cemq.metrics import psnr_db, relative_l2, ssim
 from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Progress, iterate, make_batches
-from cemq.pipelines.opening import default_device, locate, open_pipeline, weight_bytes
+from cemq.pipelines.opening import default_device, weight_bytes
 from cemq.pipelines.outputs import as_levels, as_pictures
 from cemq.runtime import schedule_hook
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
@@ -138,7 +139,7 @@ def evaluate(
     """Compare a bundle with its full-precision, uncached original on seeds and prompts not used for profiling.
 
     Args:
-        reference: The original; None takes the model the bundle was made from.
+        reference: The original, into which the bundle's LoRAs are fused; None takes the model the bundle was made from.
         seed: Samples use the seeds 1000000 + seed, 1000000 + seed + 1, ...; profiling used others.
         steps: Denoising steps of both; None takes the bundle's.
         budget: Full-compute steps of as many steps as the bundle was made for, or a ratio such as ``"3x"``; None takes
@@ -198,17 +199,10 @@ def evaluate(
 def _open_both(
     bundle: str | Path, manifest: Manifest, reference: str | None, device: str, budget: int | str | None
 ) -> tuple[DiffusionPipeline, DiffusionPipeline]:
-    """The original and the bundle; raises ModelError where they are not two of a kind."""
-    source = locate(reference or manifest.model, variant=None if reference else manifest.variant)
-    if (source.folder / MANIFEST).is_file():
-        raise ModelError(f"reference '{source.name}' is a cemq bundle: give the full-precision model")
+    """The original, its LoRAs fused, and the bundle; raises ModelError where they are not two of a kind."""
+    found = find_original(manifest, reference)
     scheduled = from_pretrained(bundle, device=device, budget=budget, verify="never")  # it is verified by now
-    original = open_pipeline(source.folder, dtype=manifest.dtype, device=device)
-    if type(original) is not type(scheduled):
-        raise ModelError(
-            f"reference '{source.name}' is a {type(original).__name__}, the bundle was made from a "
-            f"{manifest.pipeline_class}: give the model that it was made from"
-        )
+    original = found.open(dtype=manifest.dtype, device=device)
     for pipe in (original, scheduled):
         pipe.set_progress_bar_config(disable=True)
     return original, scheduled

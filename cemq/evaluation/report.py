@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cemq.bundle.manifest import EVIDENCE, PRIOR, policy_text, read_bundle
+from cemq.bundle.manifest import EVIDENCE, PRIOR, lora_text, policy_text, read_bundle
 from cemq.metrics import psnr_of
 from cemq.prior.error_prior import ErrorPrior
 
@@ -25,6 +25,7 @@ def describe(bundle: Path) -> dict[str, Any]:
     return {
         "model": manifest.model,
         "revision": manifest.revision,
+        "lora": [dataclasses.asdict(each) for each in manifest.lora],
         "pipeline_class": manifest.pipeline_class,
         "scheme": manifest.scheme,
         "backend": manifest.backend,
@@ -78,6 +79,7 @@ def print_description(description: dict[str, Any]) -> None:
     facts = Table.grid(padding=(0, 2))
     for name, value in {
         "model": description["model"] + (f" @ {description['revision']}" if description["revision"] else ""),
+        "LoRA, fused": lora_text(description["lora"]),
         "pipeline": f"{description['pipeline_class']}, {description['dtype']}",
         "scheme": f"{description['scheme']} ({description['backend']})",
         "denoiser": f"{description['model_bytes']:,} bytes, full precision {description['reference_bytes']:,}",

@@ -30,7 +30,7 @@ from cemq.memory.placement import (
 
 _ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 ANY_FLOAT = "any"  # stored, for what is not quantized: whatever float a file holds is loaded in one dtype
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FEW_ROWS = (*EIGHT_BIT, "*embed*", "*shared*", "*head*", "*pooler*")  # layers that do not see every token
 _MULTIPLY_IN_FLOATS = ("a16", "a16-fp4")
 _DEFAULT_SIZE = 1024  # pixels, where neither the call nor the pipeline says
@@ -98,7 +98,7 @@ def read_footprint(
     index = _json(folder / "model_index.json")
     pipeline = _diffusers_class(index.get("_class_name"))
     kinds = {name: kind for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2 and all(kind)}
-    weights = {name: tensors for name in kinds if (tensors := tuple(_tensors(folder / name)))}
+    weights = {name: tensors for name in kinds if (tensors := tuple(tensors_of(folder / name)))}
     configs = {name: _json(folder / name / "config.json") for name in weights}
     if not set(weights) & set(DENOISERS):
         raise ModelError(f"'{folder}' holds no {' or '.join(DENOISERS)}: cemq cannot plan its memory")
@@ -116,7 +116,7 @@ def read_footprint(
         kept = 0
         if name == first:  # a second denoiser (Wan 2.2) goes on with what the first one left
             features = _output_features(configs[name]) if cache == "output" else _widths(tensors)[0]
-            rows, itemsize = _rows(role, configs, name, picture), _ITEMSIZE[_DTYPES[dtype]]
+            rows, itemsize = _rows(role, configs, name, picture), _ITEMSIZE[DTYPES[dtype]]
             kept = kept_steps * _cached_tensors(cache, loaded) * features * rows * itemsize
         found.append(
             ComponentMemory(
@@ -143,7 +143,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise ModelError(f"'{path}' cannot be read: {first_line(error)}") from None
 
 
-def _tensors(folder: Path) -> Iterator[Tensor]:
+def tensors_of(folder: Path) -> Iterator[Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="numpy") as file:
@@ -156,9 +156,9 @@ def _tensors(folder: Path) -> Iterator[Tensor]:
 
 def _as_loaded(tensor: Tensor, stored: str, dtype: str) -> Tensor:
     """The tensor in the dtype it is loaded in; what a quantized layer stores in float32 stays so."""
-    stored_as = _DTYPES.values() if stored == ANY_FLOAT else (_DTYPES[stored],)
+    stored_as = DTYPES.values() if stored == ANY_FLOAT else (DTYPES[stored],)
     if tensor.dtype in stored_as and not tensor.name.endswith("_scale"):
-        return Tensor(name=tensor.name, dtype=_DTYPES[dtype], shape=tensor.shape)
+        return Tensor(name=tensor.name, dtype=DTYPES[dtype], shape=tensor.shape)
     return tensor
 
 
@@ -273,7 +273,7 @@ def _activations(
     role: Role, tensors: tuple[Tensor, ...], configs: Mapping[str, dict], name: str, picture: Picture, dtype: str
 ) -> tuple[int, ...]:
     """Bytes that a model works on; of an autoencoder also how few they get, see `_vae_activations`."""
-    itemsize = _ITEMSIZE[_DTYPES[dtype]]
+    itemsize = _ITEMSIZE[DTYPES[dtype]]
     if role == "vae":
         return _vae_activations(configs[name], picture, dtype)
     if name == "unet":
@@ -283,7 +283,7 @@ def _activations(
 
 def _vae_activations(vae: Mapping[str, Any], picture: Picture, dtype: str) -> tuple[int, int, int]:
     """Of the whole batch at once, sample by sample, and in tiles."""
-    itemsize = 4 if vae.get("force_upcast") and dtype == "float16" else _ITEMSIZE[_DTYPES[dtype]]
+    itemsize = 4 if vae.get("force_upcast") and dtype == "float16" else _ITEMSIZE[DTYPES[dtype]]
     channels, frames = _channels(vae), picture.frames
 
     def decode(samples: int, height: int, width: int) -> int:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from cemq.errors import PlacementError, first_line
 from cemq.families import DENOISERS
 from cemq.files import absolute, cache_folder
-from cemq.memory.placement import MemoryPlan
+from cemq.memory.placement import MAPPED, MemoryPlan
 from cemq.pipelines.opening import ALIGNMENT, align
 from cemq.reclaim import give_back, map_large_allocations
 
@@ -69,6 +69,8 @@ def place(
         pipe.enable_model_cpu_offload(device=device)
     elif placement.hooks == "accelerate" and not placement.disk:
         pipe.enable_sequential_cpu_offload(device=device)
+    elif placement is MAPPED:
+        pass  # they lie there
     elif placement.disk:
         if device.type == "cpu":
             map_large_allocations()

@@ -83,6 +83,9 @@ class Placement:
 
 ON_DEVICE = Placement(name="on device", unit="nothing")
 MODEL = Placement(name="model offload", unit="component", hooks="accelerate")
+# What computes on a CPU can read weights off the files that they came in, which the kernel maps. They lie there as they
+# were written, and other alignments run other kernels: what is computed differs in its last bits.
+MAPPED = Placement(name="in the model's files", unit="leaf", disk=True)
 # From the one that costs least time to the one that costs most.
 PLACEMENTS = (
     ON_DEVICE,
@@ -244,6 +247,7 @@ def plan_placement(
     reserve_bytes: int = 0,
     host_limit: int | None = None,
     samples: int = 1,
+    placements: Sequence[Placement] = PLACEMENTS,
 ) -> MemoryPlan:
     """The cheapest placement that fits, with what every other one would cost.
 
@@ -254,6 +258,7 @@ def plan_placement(
         limit_bytes: Device memory that may be used.
         reserve_bytes: Of it, what the device's own libraries take.
         samples: Pictures drawn at once.
+        placements: Those to choose from, from the one that costs least time to the one that costs most.
 
     Raises:
         PlacementError: Nothing fits; says how much the least one needs, and for what.
@@ -268,7 +273,7 @@ def plan_placement(
     modes = [vae for vae in VAE_MODES if vae == "whole" or _vae_mode_helps(components, vae, samples)]
     estimates = tuple(
         estimate(components, placement, vae, device=device, host_limit=host_limit)
-        for placement in PLACEMENTS
+        for placement in placements
         for vae in modes
     )
     plan = MemoryPlan(

@@ -33,11 +33,12 @@ class ModelSource:
     revision: str | None = None
 
 
-def locate(name: str, *, variant: str | None = None) -> ModelSource:
+def locate(name: str, *, variant: str | None = None, revision: str | None = None) -> ModelSource:
     """Find a model's folder, downloading it where it is a Hub id.
 
     Args:
         variant: Of the weights to download, such as ``fp16``; None takes the plain ones.
+        revision: Commit on the Hub; None takes the main branch's.
 
     Raises:
         ModelError: No such built-in, folder or Hub model, or the folder is not a diffusers pipeline.
@@ -58,7 +59,7 @@ def locate(name: str, *, variant: str | None = None) -> ModelSource:
     from diffusers import DiffusionPipeline
 
     try:
-        downloaded = Path(DiffusionPipeline.download(name, variant=variant))
+        downloaded = Path(DiffusionPipeline.download(name, variant=variant, revision=revision))
     except Exception as error:  # huggingface_hub and its transport raise many unrelated types
         found = f"'{name}' is no folder here and cannot be fetched from the Hub: {first_line(error)}"
         raise ModelError(found + _variant_advice(error)) from error

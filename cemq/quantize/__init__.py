@@ -1,8 +1,9 @@
 """Quantization: schemes and backends, layers, calibration, and the glue to diffusers."""
 
 from cemq.quantize.allocate import choose_eight_bit, stored_bits
-from cemq.quantize.calibrate import RECORDED_BYTES, Call, quantize_calibrated, record_calls
-from cemq.quantize.in_diffusers import CemqConfig, quantize_in_place
+from cemq.quantize.calibrate import Observer, quantize_calibrated
+from cemq.quantize.calls import RECORDED_BYTES, Call, record_calls
+from cemq.quantize.in_diffusers import CemqConfig, quantize_in_place, quantized_layers
 from cemq.quantize.layers import InputStatistics, NativeLinear, QuantizedLinear
 from cemq.quantize.pipeline import QuantizationSettings, quantize_pipeline
 from cemq.quantize.schemes import (
@@ -17,6 +18,7 @@ from cemq.quantize.schemes import (
     installed,
     register_format,
 )
+from cemq.quantize.sharded import ShardWriter
 
 __all__ = [
     "BACKENDS",
@@ -30,15 +32,18 @@ __all__ = [
     "Format",
     "InputStatistics",
     "NativeLinear",
+    "Observer",
     "QuantizationSettings",
     "QuantizedLinear",
     "Scheme",
+    "ShardWriter",
     "check_scheme",
     "choose_eight_bit",
     "installed",
     "quantize_calibrated",
     "quantize_in_place",
     "quantize_pipeline",
+    "quantized_layers",
     "record_calls",
     "register_format",
     "stored_bits",

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from cemq.errors import InputError
-from cemq.quantize.calibrate import Call, first_tensor, replay
+from cemq.pipelines.outputs import first_tensor
+from cemq.quantize.calls import Call, replay
 from cemq.quantize.in_diffusers import CemqConfig, nothing_to_quantize, quantizable
 from cemq.quantize.schemes import SCHEMES, Scheme
 

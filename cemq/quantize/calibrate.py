@@ -1,182 +1,213 @@
-"""Calibration from recorded calls of the denoiser: what each layer's inputs look like, over whole trajectories."""
+"""Calibration: what each layer is fed while the denoiser runs, and quantizing to it."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from cemq.errors import ReplayError, first_line
+from cemq.errors import SchemeError
 from cemq.pipelines.batches import BUILD_LOG
-from cemq.pipelines.outputs import first_tensor
-from cemq.quantize.in_diffusers import CemqConfig, mark_quantized, nothing_to_quantize, quantizable, refuse_adapters
+from cemq.quantize.calls import Call, replay
+from cemq.quantize.in_diffusers import (
+    CemqConfig,
+    mark_quantized,
+    nothing_to_quantize,
+    quantizable,
+    quantized_there,
+    refuse_adapters,
+)
 from cemq.quantize.layers import InputStatistics
 from cemq.quantize.schemes import Scheme
 
-HESSIAN_BYTES = 2 << 30  # of Hessians held at once; layers beyond it wait for another pass over the calls
-RECORDED_BYTES = 8 << 30  # of recorded calls; some pipelines hand their denoiser gigabytes of a ControlNet or a cache
-_THINNING = 3  # odd, so that what is kept of two calls a step (guidance) is of both
+HESSIAN_BYTES = 2 << 30  # of Hessians held at once
+
+Progress = Callable[[float], None]
 
 
-@dataclass(frozen=True)
-class Call:
-    """Arguments of one call of the denoiser, copied as they were then, tensors to the CPU."""
+class Observer:
+    """Sums up what the layers of a denoiser are fed in some runs of its pipeline, and quantizes them to that.
 
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
+    Hessians of all layers may be more than memory holds. Layers are then parted, in order, and each part is watched in
+    a share of the runs and quantized after it; where that does not suffice either, those with the largest Hessians are
+    rounded to nearest. The denoiser stays as it is until `install`.
 
-
-@contextmanager
-def record_calls(
-    denoiser: nn.Module, *, every: int, first: int = 0, limit_bytes: int = RECORDED_BYTES
-) -> Iterator[list[Call]]:
-    """Keep the arguments of each ``every``-th call from the ``first`` on, both guidance branches alike.
-
-    Where they take more than ``limit_bytes``, every third of those kept is kept on. In the end the last call that was
-    recorded is replayed, for not all can be: a denoiser may depend on more than its arguments.
+    Args:
+        config: Which layers, and how; after the first call without those whose weights others read.
+        runs: How many there will be.
+        every: Of how many calls in a run one is watched.
+        limit_bytes: Of Hessians held at once.
+        weights: The same denoiser, to take float weights from while they are moved about in the one that runs.
+        put: What is done with each quantized layer, by name; None keeps them for `install`.
 
     Raises:
-        ReplayError: At the end of the block: an argument cannot be copied, or the replayed call gave something else.
+        SchemeError: The patterns leave nothing to quantize.
+        ModelError: The denoiser holds adapters.
     """
-    recorder = _Recorder(denoiser, every, first, limit_bytes)
-    handles = (
-        denoiser.register_forward_pre_hook(recorder.before, with_kwargs=True),
-        denoiser.register_forward_hook(recorder.after),
-    )
-    try:
-        yield recorder.calls
-    finally:
-        for handle in handles:
-            handle.remove()
-    recorder.check()
-    if recorder.every > every:
-        logging.getLogger(BUILD_LOG).info(
-            "recorded calls of %s take much memory: one in %d is kept, instead of one in %d",
-            type(denoiser).__name__, recorder.every, every,
-        )  # fmt: skip
 
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        config: CemqConfig,
+        *,
+        gptq: bool = True,
+        runs: int = 1,
+        every: int = 1,
+        limit_bytes: int = HESSIAN_BYTES,
+        weights: nn.Module | None = None,
+        put: Callable[[str, nn.Module], None] | None = None,
+    ):
+        refuse_adapters(denoiser)
+        self.config = config
+        self._denoiser, self._weights = denoiser, weights or denoiser
+        self._runs, self._every, self._limit = runs, every, limit_bytes
+        self._layers = _layers(denoiser, config)
+        self._gptq = gptq and config.backend == "native"
+        self._owners: dict[str, str] = {}  # none before the first call that is watched
+        self._parts, self._part = [list(self._layers)], 0
+        self._watched: set[str] = set(self._layers)  # the owners of this part
+        self._fitted: set[str] = set()  # the owners of all parts that have a Hessian, of those that are known
+        self._sums, self._quantized = _InputSums(), dict[str, nn.Module]()
+        self._put = put or self._quantized.__setitem__
 
-class _Recorder:
-    """What `record_calls` keeps while a pipeline runs."""
+    @contextmanager
+    def watch(self, run: int, *, first: int = 0) -> Iterator[None]:
+        """Watch a run, number ``run`` of all, from its ``first`` call on."""
+        if (part := run * len(self._parts) // self._runs) != self._part:
+            self._quantize_part()
+            self._begin(part)
+        seen, on, learning = 0, False, None
 
-    def __init__(self, denoiser: nn.Module, every: int, first: int, limit_bytes: int):
-        self.calls: list[Call] = []
-        self.every = every
-        self._denoiser, self._first, self._limit_bytes = denoiser, first, limit_bytes
-        self._seen, self._kept = 0, _Keeper()
-        self._tensors: list[dict[int, torch.Tensor]] = []  # of each call, by id
-        self._last: Call | None = None
-        self._records, self._output = False, None
-        self._problem: Exception | None = None
+        def before(*_: Any) -> None:
+            nonlocal seen, on, learning
+            on, seen = seen >= first and (seen - first) % self._every == 0, seen + 1
+            if on and not self._owners:
+                learning = FirstCall(self._denoiser, self._layers)
 
-    def before(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        number, self._seen = self._seen - self._first, self._seen + 1
-        self._records = number >= 0 and number % self.every == 0 and self._problem is None
-        if not self._records:
-            return
-        tensors: dict[int, torch.Tensor] = {}
+        def after(*_: Any) -> None:
+            nonlocal on, learning
+            on = False
+            if learning is not None:
+                learning.close()
+                self._learn(learning)
+                learning = None
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept = self._kept(tensor)
-            tensors[id(kept)] = kept
-            return kept
+        def sums(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+                owners = self._owners if learning is None else learning.owners
+                if on and name in self._watched and owners.get(name, name) == name:
+                    fits = self._sums.hessian_bytes + _hessian_bytes(arguments[0].shape[-1]) <= self._limit
+                    fitted = name in self._fitted if name in self._owners else fits
+                    self._sums.add(name, arguments[0], with_hessian=self._gptq and fitted)
 
+            return hook
+
+        handles = [self._denoiser.register_forward_pre_hook(before), self._denoiser.register_forward_hook(after)]
+        handles += [self._denoiser.get_submodule(name).register_forward_pre_hook(sums(name)) for name in self._layers]
         try:
-            self._last = Call(*_copied(self._denoiser, (arguments, keywords), keep))
-        except Exception as error:  # whatever objects of a pipeline's own raise; the run itself goes on
-            self._problem, self._records = error, False
-            return
-        self.calls.append(self._last)
-        self._tensors.append(tensors)
-        while len(self.calls) > 1 and self._bytes() > self._limit_bytes:
-            self.every *= _THINNING
-            self.calls[:], self._tensors[:] = self.calls[::_THINNING], self._tensors[::_THINNING]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if learning is not None:
+                learning.close()
 
-    def after(self, _: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        if self._records:
-            self._output = first_tensor(output).detach().to("cpu", copy=True)
+    def finish(self, progress: Progress | None = None) -> CemqConfig:
+        """Quantize what is left, after all runs; returns what was quantized and how.
 
-    def _bytes(self) -> int:
-        unique = {key: tensor for tensors in self._tensors for key, tensor in tensors.items()}
-        return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+        Raises:
+            SchemeError: No call was watched.
+        """
+        if not self._owners:
+            raise SchemeError(
+                f"{type(self._denoiser).__name__} was not called in any reference run, and {self.config.backend} "
+                f"{self.config.scheme} is fitted to what it is fed: give --rounding nearest, or a call that uses it"
+            )
+        self._quantize_part(progress)
+        return self.config
 
-    def check(self) -> None:
-        """Raises ReplayError if the calls say too little to be repeated."""
-        name = type(self._denoiser).__name__
-        if self._problem is not None:
-            raise ReplayError(f"a call of {name} cannot be copied: {first_line(self._problem)}") from self._problem
-        if self._output is None:
-            return
-        device = next(self._denoiser.parameters()).device
-        try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                found = first_tensor(replay(self._denoiser, self._last)).cpu()
-        except Exception as error:  # whatever a model raises that misses something
-            raise ReplayError(f"a call of {name} cannot be replayed: {first_line(error)}") from error
-        # kernels may depend on how memory is aligned, and on a GPU on chance; another call is further away than this
-        tolerance = torch.finfo(found.dtype).eps ** 0.5
-        if found.shape != self._output.shape or not _distance(found, self._output) <= tolerance:
-            raise ReplayError(f"a call of {name} gives something else when it is replayed")
+    def install(self, denoiser: nn.Module, progress: Progress | None = None) -> None:
+        """Put quantized layers in the place of the denoiser's, or of another object's with the same layers.
 
+        Raises:
+            SchemeError: No call was watched.
+        """
+        config = self.finish(progress)
+        for name in list(self._quantized):
+            denoiser.set_submodule(name, self._quantized.pop(name))
+        mark_quantized(denoiser, config)
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative L2 error; infinities and what is no number count as numbers, for they can be repeated too."""
-    found, expected = (torch.nan_to_num(tensor.float()).double() for tensor in (found, expected))
-    return ((found - expected).norm() / expected.norm().clamp_min(1e-20)).item()
+    def state(self) -> dict[str, Any]:
+        """What was learned up to now, of plain values and tensors, for `restore`."""
+        return {
+            "owners": dict(self._owners),
+            "full_precision": list(self.config.full_precision),
+            "parts": [list(part) for part in self._parts],
+            "part": self._part,
+            "fitted": sorted(self._fitted),
+            "sums": self._sums.state(),
+            "quantized": {name: dict(layer.state_dict()) for name, layer in self._quantized.items()},
+        }
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what another observer of the same denoiser and runs had learned."""
+        known = self.config.full_precision
+        self.config = self.config.with_full_precision([name for name in state["full_precision"] if name not in known])
+        self._layers = _layers(self._denoiser, self.config)
+        self._owners, self._parts = dict(state["owners"]), [list(part) for part in state["parts"]]
+        self._fitted = set(state["fitted"])
+        self._begin(state["part"])
+        self._sums.restore(state["sums"], next(self._denoiser.parameters()).device)
+        for name, tensors in state["quantized"].items():
+            linear, scheme = self._weights.get_submodule(name), self._layers[name]
+            self._quantized[name] = self.config.layer_class(scheme).from_stored(linear, scheme, tensors)
 
-class _Keeper:
-    """Copies tensors to the CPU, those that come again with every call (text embeddings) only once."""
+    def _learn(self, call: FirstCall) -> None:
+        """Part the layers, now that it is known which of them share a Hessian, and which have to stay."""
+        self._owners = call.owners
+        for name in call.read:
+            del self._layers[name]
+        self.config = self.config.with_full_precision(call.read)
+        if not self._layers:
+            raise nothing_to_quantize(self._denoiser)
+        owners = {name: self._owners.get(name, name) for name in self._layers}
+        reached = {owner for owner in owners.values() if owner in self._owners}
+        sizes = {owner: _hessian_bytes(self._denoiser.get_submodule(owner).in_features) for owner in reached}
+        self._fitted = {owner for owner in reached if sizes[owner] <= self._limit} if self._gptq else set()
+        while len(parts := _passes(owners, {owner: sizes[owner] for owner in self._fitted}, self._limit)) > self._runs:
+            self._fitted.remove(max(sorted(self._fitted), key=sizes.__getitem__))
+        self._parts = parts
+        rounded = sum(owner not in self._fitted for owner in owners.values() if owner in sizes)
+        if rounded and self._gptq:
+            logging.getLogger(BUILD_LOG).warning(
+                f"{rounded} of {len(owners)} layers of {type(self._denoiser).__name__} are rounded to nearest: GPTQ of "
+                f"theirs would take more than {self._runs} runs with {self._limit / 2**30:.3g} GiB each; more samples, "
+                "or a larger effort, leave fewer"
+            )
+        kept = self._sums
+        self._begin(0)
+        self._sums = kept.of(self._watched, {*self._fitted, *(self._layers.keys() - self._owners.keys())})
 
-    def __init__(self) -> None:
-        self._copies: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]]] = {}
+    def _begin(self, part: int) -> None:
+        self._part, self._sums = part, _InputSums()
+        self._watched = {self._owners.get(name, name) for name in self._parts[part]}
 
-    def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        if value.is_inference():  # it counts no changes, so that an old copy might be taken for it
-            return value.detach().to("cpu", copy=True)
-        key = (id(value), value._version)
-        original, copy = (reference() for reference in self._copies.get(key, (lambda: None, lambda: None)))
-        if original is not value or copy is None:  # its id may have been another's, and copies may have been dropped
-            copy = value.detach().to("cpu", copy=True)
-            self._copies[key] = weakref.ref(value), weakref.ref(copy)
-        return copy
-
-
-class _TensorsCopied(TorchFunctionMode):
-    """Where deep copies copy their tensors in a way of their own."""
-
-    def __init__(self, copy: Callable[[torch.Tensor], torch.Tensor]):
-        super().__init__()
-        self._copy = copy
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.Tensor.__deepcopy__:
-            return self._copy(args[0])
-        return function(*args, **(kwargs or {}))
-
-
-def _copied(denoiser: nn.Module, value: Any, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A deep copy, of caches and other objects too, with tensors as ``copy`` gives them; the denoiser stays itself."""
-    with _TensorsCopied(copy):
-        return deepcopy(value, {id(module): module for module in denoiser.modules()})
-
-
-@torch.no_grad()
-def replay(denoiser: nn.Module, call: Call) -> Any:
-    """Call the denoiser as it was called then, on its own device, with copies that it may change."""
-    device = next(denoiser.parameters()).device
-    arguments, keywords = _copied(
-        denoiser, (call.arguments, call.keywords), lambda tensor: tensor.to(device, copy=True)
-    )
-    return denoiser(*arguments, **keywords)
+    @torch.no_grad()
+    def _quantize_part(self, progress: Progress | None = None) -> None:
+        names = self._parts[self._part]
+        for done, name in enumerate(names, start=1):
+            linear, scheme = self._weights.get_submodule(name), self._layers[name]
+            known = self._sums.statistics(self._owners.get(name, name))
+            kind = self.config.layer_class(scheme)
+            self._put(name, quantized_there(linear, kind, scheme, known, self._sums.device))
+            if progress:
+                progress(done / len(names))
+        self._sums = _InputSums()
 
 
 @torch.no_grad()
@@ -200,12 +231,12 @@ def quantize_calibrated(
         SchemeError: The patterns leave nothing to quantize.
     """
     refuse_adapters(denoiser)
-    layers = {name: scheme for name, _, scheme in quantizable(denoiser, config)}
-    if not layers:
-        raise nothing_to_quantize(denoiser)
-    wanted = set(layers) if gptq and config.backend == "native" else set()
-    owners = _shared_inputs(denoiser, layers, calls[0])
-    passes = _passes(denoiser, layers, owners, wanted, hessian_bytes)
+    layers = _layers(denoiser, config)
+    first = _first_call(denoiser, layers, calls[0])
+    owners = {name: first.owners.get(name, name) for name in layers}
+    fitted = set(owners.values()) if gptq and config.backend == "native" else set()
+    sizes = {owner: _hessian_bytes(denoiser.get_submodule(owner).in_features) for owner in fitted}
+    passes = _passes(owners, sizes, hessian_bytes)
     done, total = 0, sum(len(calls) + len(names) for names in passes)
 
     def advance() -> None:
@@ -215,13 +246,13 @@ def quantize_calibrated(
             progress(done / total)
 
     for names in passes:
-        watched = {name: owners.get(name, name) for name in names}
-        hessian_owners = {owner for name, owner in watched.items() if name in wanted}
-        found = _Inputs(hessian_owners)
-        handles = [
-            denoiser.get_submodule(owner).register_forward_pre_hook(found.hook(owner))
-            for owner in dict.fromkeys(watched.values())
-        ]
+        sums = _InputSums()
+
+        def hook(name: str, sums: _InputSums = sums) -> Callable[..., None]:
+            return lambda _, arguments: sums.add(name, arguments[0], with_hessian=name in fitted)
+
+        watched = dict.fromkeys(owners[name] for name in names)
+        handles = [denoiser.get_submodule(owner).register_forward_pre_hook(hook(owner)) for owner in watched]
         try:
             for call in calls:
                 replay(denoiser, call)
@@ -229,24 +260,87 @@ def quantize_calibrated(
         finally:
             for handle in handles:
                 handle.remove()
-        for name, owner in watched.items():
+        for name in names:
             linear, scheme = denoiser.get_submodule(name), layers[name]
-            layer = config.layer_class(scheme).from_linear(linear, scheme, found.statistics(owner))
+            layer = config.layer_class(scheme).from_linear(linear, scheme, sums.statistics(owners[name]))
             denoiser.set_submodule(name, layer)
             advance()
     mark_quantized(denoiser, config)
     return len(layers)
 
 
-class _Watched(nn.Linear):
-    """A linear layer that notes whether its weight is read by anyone but itself."""
+def weights_read_elsewhere(denoiser: nn.Module, config: CemqConfig, call: Call) -> tuple[str, ...]:
+    """`FirstCall.read` of a recorded call."""
+    return _first_call(denoiser, [name for name, _, _ in quantizable(denoiser, config)], call).read
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        self.__dict__["busy"] = True
-        try:
-            return super().forward(input)
-        finally:
-            del self.__dict__["busy"]
+
+def _first_call(denoiser: nn.Module, names: Iterable[str], call: Call) -> FirstCall:
+    found = FirstCall(denoiser, names)
+    try:
+        replay(denoiser, call)
+    finally:
+        found.close()
+    return found
+
+
+def _layers(denoiser: nn.Module, config: CemqConfig) -> dict[str, Scheme]:
+    """Raises SchemeError for none."""
+    layers = {name: scheme for name, _, scheme in quantizable(denoiser, config)}
+    if not layers:
+        raise nothing_to_quantize(denoiser)
+    return layers
+
+
+class FirstCall:
+    """Finds out, in one call of a denoiser, which layers are fed one tensor, and which are read by others.
+
+    Args:
+        names: The linear layers to look at.
+    """
+
+    def __init__(self, denoiser: nn.Module, names: Iterable[str]):
+        self.owners: dict[str, str] = {}  # whose input each layer is fed too, itself included: q, k and v are fed alike
+        self._layers = {name: denoiser.get_submodule(name) for name in names}
+        self._seen: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}  # ids are given again once a tensor is gone
+        self._handles = []
+        for name, layer in self._layers.items():
+            layer.__class__ = _ReadWatched
+            self._handles += [
+                layer.register_forward_pre_hook(self._before(name), prepend=True),
+                layer.register_forward_hook(self._after, always_call=True),
+            ]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._layers.values():
+            layer.__class__ = nn.Linear
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Names of the layers whose weight the model reads past their forward, so that no integers can replace it.
+
+        Torch's own multi-head attention is one such reader; a cast of inputs to ``layer.weight.dtype`` is another.
+        """
+        return tuple(name for name, layer in self._layers.items() if layer.__dict__.get("read"))
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def before(layer: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            layer.__dict__["busy"] = True
+            values = arguments[0]
+            known, owner = self._seen.get(id(values), (None, name))
+            if known is None or known() is not values:
+                owner, self._seen[id(values)] = name, (weakref.ref(values), name)
+            self.owners.setdefault(name, owner)
+
+        return before
+
+    def _after(self, layer: nn.Module, *_: Any) -> None:
+        layer.__dict__.pop("busy", None)
+
+
+class _ReadWatched(nn.Linear):
+    """A linear layer that notes whether its weight is read while it does not run itself."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and "busy" not in self.__dict__:
@@ -254,46 +348,52 @@ class _Watched(nn.Linear):
         return super().__getattr__(name)
 
 
-def weights_read_elsewhere(denoiser: nn.Module, config: CemqConfig, call: Call) -> tuple[str, ...]:
-    """Names of the layers whose weight the model reads past their forward, so that it cannot be replaced by integers.
+class _InputSums:
+    """What is summed up of the inputs of some layers."""
 
-    Torch's own multi-head attention is one such reader; a cast of inputs to ``layer.weight.dtype`` is another.
-    """
-    names = [name for name, _, _ in quantizable(denoiser, config)]
-    layers = [denoiser.get_submodule(name) for name in names]
-    for layer in layers:
-        layer.__class__ = _Watched
-    try:
-        replay(denoiser, call)
-    finally:
-        read = tuple(name for name, layer in zip(names, layers, strict=True) if layer.__dict__.pop("read", False))
-        for layer in layers:
-            layer.__class__ = nn.Linear
-    return read
-
-
-class _Inputs:
-    """What is summed up of the inputs of some layers while calls are replayed."""
-
-    def __init__(self, with_hessian: set[str]):
-        self._with_hessian = with_hessian
+    def __init__(self) -> None:
         self._hessians: dict[str, torch.Tensor] = {}
         self._channel_largest: dict[str, torch.Tensor] = {}
         self._largest: dict[str, list[torch.Tensor]] = {}
+        self.hessian_bytes = 0
+        self.device: torch.device | None = None
 
-    def hook(self, name: str) -> Callable[..., None]:
-        def before(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            flat = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float()
-            largest = flat.abs().amax(0)
-            self._largest.setdefault(name, []).append(largest.amax())
-            known = self._channel_largest.get(name)
-            self._channel_largest[name] = largest if known is None else torch.maximum(known, largest)
-            if name in self._with_hessian:
-                if name not in self._hessians:
-                    self._hessians[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
-                self._hessians[name].addmm_(flat.T, flat)
+    def add(self, name: str, values: torch.Tensor, *, with_hessian: bool) -> None:
+        flat = values.detach().reshape(-1, values.shape[-1]).float()
+        largest = flat.abs().amax(0)
+        self._largest.setdefault(name, []).append(largest.amax())
+        known = self._channel_largest.get(name)
+        self._channel_largest[name] = largest if known is None else torch.maximum(known, largest)
+        self.device = flat.device
+        if with_hessian or name in self._hessians:
+            if name not in self._hessians:
+                self._hessians[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
+                self.hessian_bytes += _hessian_bytes(flat.shape[1])
+            self._hessians[name].addmm_(flat.T, flat)
 
-        return before
+    def of(self, names: Set[str], with_hessian: Set[str]) -> _InputSums:
+        """Those of some layers only."""
+        kept = _InputSums()
+        kept.device = self.device
+        kept._largest = {name: found for name, found in self._largest.items() if name in names}
+        kept._channel_largest = {name: found for name, found in self._channel_largest.items() if name in names}
+        kept._hessians = {name: found for name, found in self._hessians.items() if name in names & with_hessian}
+        kept.hessian_bytes = sum(_hessian_bytes(len(found)) for found in kept._hessians.values())
+        return kept
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "hessians": dict(self._hessians),
+            "channel_largest": dict(self._channel_largest),
+            "largest": {name: torch.stack(found) for name, found in self._largest.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._hessians = {name: found.to(device) for name, found in state["hessians"].items()}
+        self._channel_largest = {name: found.to(device) for name, found in state["channel_largest"].items()}
+        self._largest = {name: list(found.to(device)) for name, found in state["largest"].items()}
+        self.hessian_bytes = sum(_hessian_bytes(len(found)) for found in self._hessians.values())
+        self.device = device if self._largest else None
 
     def statistics(self, name: str) -> InputStatistics | None:
         if name not in self._largest:  # a layer that no call reached
@@ -305,45 +405,26 @@ class _Inputs:
         )
 
 
-def _shared_inputs(denoiser: nn.Module, layers: Mapping[str, Scheme], call: Call) -> dict[str, str]:
-    """Which layer's input each layer is fed too, itself included: q, k and v are fed by one tensor."""
-    seen: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}  # ids are given again once a tensor is gone
-    owners: dict[str, str] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def before(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            values = arguments[0]
-            known, owner = seen.get(id(values), (None, name))
-            if known is None or known() is not values:
-                owner, seen[id(values)] = name, (weakref.ref(values), name)
-            owners.setdefault(name, owner)
-
-        return before
-
-    handles = [denoiser.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
-    try:
-        replay(denoiser, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return owners
+def _hessian_bytes(features: int) -> int:
+    return 4 * features**2
 
 
-def _passes(
-    denoiser: nn.Module, layers: Mapping[str, Scheme], owners: Mapping[str, str], wanted: set[str], limit: int
-) -> list[list[str]]:
-    """Part the layers, in order, so that the Hessians of each part fit in ``limit`` bytes (one always does)."""
+def _passes(owners: Mapping[str, str], sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Part the layers, in order, so that the Hessians of each part fit in ``limit`` bytes (one always does).
+
+    Args:
+        owners: By layer, whose Hessian is its own.
+        sizes: Bytes, of the owners that have one.
+    """
     passes: list[list[str]] = [[]]
     held: set[str] = set()
     used = 0
-    for name in layers:
-        owner = owners.get(name, name)
-        if name in wanted and owner not in held:
-            size = 4 * denoiser.get_submodule(name).in_features ** 2
-            if held and used + size > limit:
+    for name, owner in owners.items():
+        if owner in sizes and owner not in held:
+            if held and used + sizes[owner] > limit:
                 passes.append([])
                 held, used = set(), 0
             held.add(owner)
-            used += size
+            used += sizes[owner]
         passes[-1].append(name)
     return passes

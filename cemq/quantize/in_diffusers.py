@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -142,16 +143,52 @@ def quantize_in_place(
     Raises:
         SchemeError: The patterns leave nothing to quantize.
     """
-    refuse_adapters(model)
     replaced = 0
-    for name, module, scheme in quantizable(model, config):
-        known = statistics.get(name) if statistics else None
-        model.set_submodule(name, config.layer_class(scheme).from_linear(module, scheme, known))
+    for name, layer in quantized_layers(model, config, statistics):
+        model.set_submodule(name, layer)
         replaced += 1
-    if not replaced:
-        raise nothing_to_quantize(model)
     mark_quantized(model, config)
     return replaced
+
+
+@torch.no_grad()
+def quantized_layers(
+    model: nn.Module,
+    config: CemqConfig,
+    statistics: Mapping[str, InputStatistics] | None = None,
+    *,
+    device: torch.device | None = None,
+) -> Iterator[tuple[str, QuantizedLinear]]:
+    """What is to take the place of each linear layer, one by one; the model itself stays as it is.
+
+    Args:
+        statistics: As of `quantize_in_place`.
+        device: Where each layer is quantized; None: where it lies.
+
+    Raises:
+        SchemeError: The patterns leave nothing to quantize.
+    """
+    refuse_adapters(model)
+    layers = [(name, scheme) for name, _, scheme in quantizable(model, config)]
+    if not layers:
+        raise nothing_to_quantize(model)
+    for name, scheme in layers:
+        known = statistics.get(name) if statistics else None
+        yield name, quantized_there(model.get_submodule(name), config.layer_class(scheme), scheme, known, device)
+
+
+def quantized_there(
+    linear: nn.Linear,
+    kind: type[QuantizedLinear],
+    scheme: Scheme,
+    known: InputStatistics | None = None,
+    device: torch.device | None = None,
+) -> QuantizedLinear:
+    """A layer quantized on another device, and back where the linear one lies."""
+    home = linear.weight.device
+    if device in (None, home):
+        return kind.from_linear(linear, scheme, known)
+    return kind.from_linear(deepcopy(linear).to(device), scheme, known).to(home)
 
 
 def refuse_adapters(model: nn.Module) -> None:

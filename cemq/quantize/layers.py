@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -175,19 +175,32 @@ class QuantizedLinear(nn.Module):
         cls, linear: nn.Linear, scheme: Scheme, statistics: InputStatistics | None = None
     ) -> QuantizedLinear:
         """Quantize the weight of ``linear``; the bias is kept."""
-        has_bias = linear.bias is not None
-        layer = cls(
+        layer = cls._like(linear, scheme)
+        layer.set_weight(linear.weight, statistics)
+        if linear.bias is not None:
+            layer.bias = _frozen(linear.bias)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_stored(cls, linear: nn.Linear, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedLinear:
+        """The layer that ``linear`` was quantized to, from what its ``state_dict`` held."""
+        layer = cls._like(linear, scheme)
+        for name, tensor in tensors.items():
+            setattr(layer, name, _frozen(tensor.to(linear.weight.device)))
+        layer.answer_in_compute_dtype()
+        return layer.train(linear.training)
+
+    @classmethod
+    def _like(cls, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
+        """A layer of the same sizes that holds nothing yet."""
+        return cls(
             linear.in_features,
             linear.out_features,
             scheme=scheme,
-            bias=has_bias,
+            bias=linear.bias is not None,
             dtype=linear.weight.dtype,
             device="meta",
         )
-        layer.set_weight(linear.weight, statistics)
-        if has_bias:
-            layer.bias = _frozen(linear.bias)
-        return layer.train(linear.training)
 
     @torch.no_grad()
     def set_weight(self, weight: torch.Tensor, statistics: InputStatistics | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,7 +13,8 @@ from cemq.errors import InputError, ReplayError, SchemeError, choose
 from cemq.families import DENOISERS, EIGHT_BIT, full_precision_patterns
 from cemq.pipelines.opening import denoisers
 from cemq.quantize.allocate import choose_eight_bit, least_bits
-from cemq.quantize.calibrate import Call, quantize_calibrated, weights_read_elsewhere
+from cemq.quantize.calibrate import Observer, quantize_calibrated, weights_read_elsewhere
+from cemq.quantize.calls import Call
 from cemq.quantize.in_diffusers import CemqConfig, quantizable, quantize_in_place
 from cemq.quantize.schemes import NO_SCHEME, SCHEMES, check_scheme
 
@@ -72,7 +73,11 @@ class QuantizationSettings:
 
     @property
     def quantizes_denoiser(self) -> bool:
-        return self.scheme != NO_SCHEME and (not self.components or not set(DENOISERS).isdisjoint(self.components))
+        return any(self.quantizes(name) for name in DENOISERS)
+
+    def quantizes(self, name: str) -> bool:
+        """Whether a component is to be quantized."""
+        return self.scheme != NO_SCHEME and name in (self.components or DENOISERS)
 
     def config(self, denoiser: nn.Module) -> CemqConfig:
         """The quantization config of the denoiser, with the layers at 8 bits that go with the rounding."""
@@ -87,8 +92,8 @@ class QuantizationSettings:
             smoothed=native and self.smoothed and SCHEMES[self.scheme].activation_bits == 8,
         )
 
-    def needs_calls(self, denoiser: nn.Module) -> bool:
-        """Whether recorded calls of the denoiser are needed to quantize it."""
+    def is_fitted(self, denoiser: nn.Module) -> bool:
+        """Whether the denoiser is quantized to what its layers are fed."""
         if not self.quantizes_denoiser:
             return False
         config = self.config(denoiser)
@@ -99,6 +104,10 @@ class QuantizationSettings:
             config.layer_class(scheme).needs_largest and scheme.activation_bits == 8
             for _, _, scheme in quantizable(denoiser, config)
         )
+
+    def observer(self, denoiser: nn.Module, **options: Any) -> Observer:
+        """What a denoiser that is fitted learns from runs of its pipeline; ``options`` are those of `Observer`."""
+        return Observer(denoiser, self.config(denoiser), gptq=self.gptq, **options)
 
     def without_calls(self, reason: ReplayError) -> QuantizationSettings:
         """The same, rounded to nearest: for a denoiser whose calls cannot be replayed.
@@ -127,13 +136,14 @@ class QuantizationSettings:
 def quantize_pipeline(
     pipe: DiffusionPipeline,
     settings: QuantizationSettings,
-    calls: Mapping[str, Sequence[Call]],
+    calls: Mapping[str, Sequence[Call] | Observer],
     progress: Progress | None = None,
 ) -> None:
     """Quantize the components named in place.
 
     Args:
-        calls: Recorded calls of each denoiser, by component name, where `QuantizationSettings.needs_calls`.
+        calls: Of each denoiser that `QuantizationSettings.is_fitted`, by component name: recorded calls, or what has
+            watched its runs.
 
     Raises:
         SchemeError: There is nothing to quantize in a component, or the backend cannot take one of its layers.
@@ -155,19 +165,20 @@ def quantize_pipeline(
 
             quantize_text_encoder(model, TextEncoderConfig(f"w{SCHEMES[settings.scheme].weight_bits}a16"))
             continue
-        config = settings.config(model)
-        if calls.get(name):
-            config = config.with_full_precision(weights_read_elsewhere(model, config, calls[name][0]))
+        config, known = settings.config(model), calls.get(name)
+        if isinstance(known, Observer):
+            known.install(model, report("quantization"))
+            continue
+        if known:
+            config = config.with_full_precision(weights_read_elsewhere(model, config, known[0]))
         if settings.bits_budget is not None:
-            chosen = choose_eight_bit(
-                model, config, calls[name], settings.bits_budget, progress=report("bits per layer")
-            )
+            chosen = choose_eight_bit(model, config, known, settings.bits_budget, progress=report("bits per layer"))
             config = config.with_eight_bit(chosen)
-        if not settings.needs_calls(model):
+        if not settings.is_fitted(model):
             quantize_in_place(model, config)
             continue
-        if not calls.get(name):
+        if not known:
             raise SchemeError(
                 f"{settings.backend} {settings.scheme} is fitted to recorded inputs, and none were recorded"
             )
-        quantize_calibrated(model, config, calls[name], gptq=settings.gptq, progress=report("quantization"))
+        quantize_calibrated(model, config, known, gptq=settings.gptq, progress=report("quantization"))

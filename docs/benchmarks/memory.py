@@ -152,7 +152,7 @@ out what merely mirrors a file and can be dropped at any time.
 
 `quantize_while_loading` is `from_pretrained(..., quantization_config=CemqConfig(...))`: weights are rounded to nearest,
 layer by layer. `quantize_and_schedule` must run the full-precision model first, to have something to compare with: its
-peak is that model and, while GPTQ runs, the Hessians of one pass (2 GiB at most).
+peak is that model and, with GPTQ, the Hessians held at once (2 GiB at most).
 """
     )
 

@@ -7,7 +7,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
-from cemq.quantize.calibrate import Call
+from cemq.quantize.calls import Call
 
 
 class Times(nn.Module):
