@@ -91,8 +91,8 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
                 said = error.strerror + (f": '{error.filename}'" if error.filename else "")
             print(f"cemq: {in_one_line(said)}", file=sys.stderr)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            print("cemq: interrupted; nothing was written", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            print(f"cemq: interrupted; {str(error) or 'nothing was written'}", file=sys.stderr)
             raise typer.Exit(130) from None
 
     return wrapped
@@ -253,6 +253,9 @@ def quantize_and_schedule(
         str | None, typer.Option(help="With --vram: host memory that weights may rest in; default: what is free.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew, and remove what unfinished builds have kept beside the output.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -261,7 +264,7 @@ def quantize_and_schedule(
     """Quantize MODEL, plan its schedule for its own noise, write a bundle.
 
     Options are keys of recipes, too, but for those of this machine: -o, --recipe, --device, --vram, --host-memory,
-    --overwrite, --dry-run, --quiet and --json.
+    --overwrite, --fresh, --dry-run, --quiet and --json. The same command goes on with a build that was ended.
 
     Example: cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o digits
     """
@@ -279,7 +282,7 @@ def quantize_and_schedule(
             return
         with _at_work(quiet) as progress:
             manifest = build(
-                model, output, recipe=recipe, device=device, overwrite=overwrite, progress=progress,
+                model, output, recipe=recipe, device=device, overwrite=overwrite, fresh=fresh, progress=progress,
                 processes=processes, **settings,
             )  # fmt: skip
         _print_built(manifest, output, as_json)

@@ -72,6 +72,17 @@ def give_usual_permissions(folder: Path) -> None:
             path.chmod(wanted)
 
 
+def flush(path: Path) -> None:
+    """Have a file, or a folder with all that is in it, on the disk itself, where it outlives a power cut.
+
+    Raises:
+        OSError: It did not get there: the disk is full, or the share is gone.
+    """
+    for file in filter(Path.is_file, (path, *path.rglob("*"))):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+
+
 def check_writable(path: str | Path, what: str = "output") -> None:
     """Raises InputError unless a file can be written there; nothing that is there already changes."""
     target = Path(os.path.realpath(absolute(path)))
@@ -111,6 +122,23 @@ def written_whole(path: str | Path, what: str = "output") -> Iterator[Path]:
         if partial != target:
             with suppress(OSError):
                 partial.unlink()
+
+
+@contextmanager
+def kept_whole(path: Path) -> Iterator[Path]:
+    """As `written_whole`, for a file of cemq's own, which outlives a power cut; errors are those of whoever writes.
+
+    Raises:
+        OSError: The file cannot be put in its place.
+    """
+    partial = _partial(path)
+    try:
+        yield partial
+        flush(partial)
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _partial(target: Path) -> Path:

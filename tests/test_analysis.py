@@ -126,7 +126,7 @@ def test_an_analysis_of_too_few_or_impossibly_many_schedules_is_refused(bundle):
     ],
 )
 def test_what_cannot_be_analyzed_is_refused_before_a_model_is_quantized(asked, message, monkeypatch):
-    monkeypatch.setattr(build, "quantize_and_schedule", lambda *_, **__: pytest.fail("began long work"))
+    monkeypatch.setattr(build, "building", lambda *_, **__: pytest.fail("began long work"))
     usual = {"schedules": 60, "predictors": ["reuse"], "budget": None, "corrector": None}
     check = partial(check_analysis, **usual | asked)
     with pytest.raises(CemqError, match=message), bundle_of("builtin:dit-digits", check=check):

@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 import cemq
 from cemq.build import remaining
+from cemq.build.arithmetic import Arithmetic, RunArithmetic, run_arithmetic
 from cemq.build.estimate import Estimate, Stage, estimate
 from cemq.build.pace import Pace, measure_pace, pace_of
 from cemq.build.remaining import Remaining, telling_what_is_left
 from cemq.build.settings import resolve
 from cemq.build.sizes import sketch
-from cemq.build.work import RunWork, Work, run_work
 from cemq.cli import app
 from cemq.errors import ModelError
 from cemq.memory.footprint import read_headers
@@ -132,7 +132,7 @@ def test_host_memory_is_that_of_the_weights_of_what_runs_leave_and_of_gptq(tmp_p
 def test_the_arithmetic_of_a_run_is_what_torch_counts(name):
     source = locate(f"builtin:{name}")
     call = resolve(f"builtin:{name}", None, "cpu", {}).recipe.call
-    work = run_work(read_headers(source.folder, call=call, samples=2))
+    work = run_arithmetic(read_headers(source.folder, call=call, samples=2))
     pipe = open_pipeline(source.folder, dtype="float32", device="cpu")
     pipe.set_progress_bar_config(disable=True)
     with FlopCounterMode(display=False) as whole, sdpa_kernel(SDPBackend.MATH):  # of others not all are counted
@@ -150,20 +150,20 @@ def test_the_arithmetic_of_a_run_is_what_torch_counts(name):
 
 def test_a_pace_is_that_at_which_both_blocks_take_what_they_took():
     known = Pace(layer_seconds=2e-5, operations_per_second=5e10)
-    works = Work(operations=3e9, layers=7), Work(operations=2e6, layers=7)
+    works = Arithmetic(operations=3e9, layers=7), Arithmetic(operations=2e6, layers=7)
     found = pace_of(*((work, known.seconds(work)) for work in works))
     assert found.layer_seconds == pytest.approx(known.layer_seconds)
     assert found.operations_per_second == pytest.approx(known.operations_per_second)
 
 
 def test_where_calling_layers_is_all_that_shows_it_is_all_that_counts():
-    found = pace_of((Work(operations=3e6, layers=7), 7e-4), (Work(operations=2e6, layers=7), 7.1e-4))
+    found = pace_of((Arithmetic(operations=3e6, layers=7), 7e-4), (Arithmetic(operations=2e6, layers=7), 7.1e-4))
     assert found == Pace(layer_seconds=1e-4, operations_per_second=math.inf)
 
 
 @pytest.mark.parametrize("config", [None, CemqConfig(scheme="w8a8"), CemqConfig(scheme="w4a8")])
 def test_a_pace_is_measured_in_full_precision_and_quantized(config):
-    run = RunWork(step=Work(), around=Work(), inputs=2, tokens=64, width=128, widest=512)
+    run = RunArithmetic(step=Arithmetic(), around=Arithmetic(), inputs=2, tokens=64, width=128, widest=512)
     full_precision, quantized = measure_pace(run, config, device="cpu", dtype="float32")
     assert (full_precision == quantized) == (config is None)
     for pace in (full_precision, quantized):

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from support.pipelines import make_dit
 
 import cemq
-from cemq.bundle.manifest import MANIFEST, staging
+from cemq.bundle.manifest import MANIFEST
+from cemq.bundle.staging import staging
 from cemq.errors import BundleError, InputError, PlacementError
 from cemq.files import check_writable, link_or_copy, written_whole
 from cemq.memory.offload import whole_folder
@@ -136,7 +137,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from cemq.bundle.manifest import staging
+from cemq.bundle.staging import staging
 from cemq.errors import BundleError
 try:
     with staging(Path(sys.argv[1])) as folder:

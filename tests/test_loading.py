@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 import cemq
 from cemq import cli
 from cemq.bundle import checksums
-from cemq.bundle.manifest import MANIFEST, PRIOR, read_bundle, staging
+from cemq.bundle.manifest import MANIFEST, PRIOR, read_bundle
+from cemq.bundle.staging import staging
 from cemq.errors import BundleError, InputError
 from cemq.files import cache_folder
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -226,7 +227,7 @@ for order in ("schedule on top", "schedule below"):
 if processes.is_main:
     print(json.dumps([found, few, ranks, parallel]), flush=True)
 
-# One of them fails, as a command would; there is no launcher here that would end the other.
+# One of them fails, as a command would; there is no launcher here that would end the other. Then both go on.
 runs, run_one = [], Runner.run_one
 
 
@@ -238,11 +239,11 @@ def interrupted(*arguments, **keywords):
 
 
 build = ["cemq", "quantize-and-schedule", "--recipe", str(folder / "recipe.yaml"), "--device", "cpu"]
-for bad in (["--calib", "nowhere.txt"], []):
+for bad, run in ((["--calib", "nowhere.txt"], run_one), ([], interrupted), ([], run_one)):
     sys.argv = [*build, "-o", str(folder / "failed")]
     if processes.rank == 1:
         sys.argv += bad
-        Runner.run_one = interrupted
+        Runner.run_one = run
     try:
         cli.main()
     except SystemExit as end:
@@ -301,12 +302,14 @@ def test_a_schedule_goes_with_context_parallelism_and_skipped_steps_exchange_not
         np.testing.assert_allclose(parallel["scheduled"], draw_shared(pipe), atol=1e-5)
 
 
-def test_bad_input_and_ctrl_c_in_one_process_end_both_and_leave_nothing(pair, bundle):
-    codes = [each.stdout.splitlines()[-2:] for each in pair]
-    assert codes == [["1", "130"], ["1", "1"]]
+def test_bad_input_and_ctrl_c_in_one_process_end_both_and_the_same_command_goes_on(pair, bundle):
+    codes = [[line for line in each.stdout.splitlines() if line in ("0", "1", "130")] for each in pair]
+    assert codes == [["1", "130", "0"], ["1", "1", "0"]]
     main, other = ([line for line in each.stderr.splitlines() if line.startswith("cemq: ")] for each in pair)
     assert main[0].startswith("cemq: process 1: calibration file 'nowhere.txt' cannot be read")
-    assert main[1:] == ["cemq: interrupted; nothing was written"]
+    assert main[1:] == ["cemq: interrupted; what is finished is kept, and the same command goes on from there"]
     assert other == []
     assert "Traceback" not in pair[0].stderr + pair[1].stderr
-    assert [file.name for file in bundle.parent.iterdir() if "failed" in file.name] == []
+    assert re.search(r"^resuming: [1-9] of [0-9]+ reference runs$", pair[0].stderr, flags=re.M)
+    assert [file.name for file in bundle.parent.iterdir() if "failed" in file.name] == ["failed"]
+    assert content(bundle.with_name("failed")) == content(bundle)

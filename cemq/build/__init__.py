@@ -6,13 +6,15 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cemq.build import stages
 from cemq.build.remaining import telling_what_is_left
-from cemq.build.settings import resolve, resolve_recipe
-from cemq.bundle.manifest import MANIFEST, Manifest, staging
+from cemq.build.settings import BuildSettings, resolve, resolve_recipe
+from cemq.build.work import Work, building
+from cemq.bundle.manifest import MANIFEST, Manifest
 from cemq.errors import InputError
 from cemq.files import absolute
 from cemq.parallel import ALONE, Processes
@@ -26,11 +28,15 @@ def quantize_and_schedule(
     recipe: str | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    fresh: bool = False,
     progress: Progress | None = None,
     processes: Processes = ALONE,
     **settings: Any,
 ) -> Manifest:
     """Quantize a pipeline, plan its schedule for its own quantization noise, and write the bundle.
+
+    What is finished is kept beside the output until a bundle is written there: the same build goes on from it, whatever
+    ended this one, and gives the same bundle.
 
     Args:
         model: ``builtin:NAME``, a pipeline folder or a Hub id; None takes the recipe's.
@@ -38,6 +44,7 @@ def quantize_and_schedule(
         recipe: Name of a shipped recipe or a YAML file; None takes the one shipped for this model, if any.
         device: Where to run; None takes CUDA where there is one.
         overwrite: Replace a bundle of that name once the new one is whole.
+        fresh: Begin anew, and remove what unfinished builds have kept for this output.
         progress: Called with the stage's name and the share of it done.
         processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each. The main one writes
             the bundle, which is there when this returns in any of them.
@@ -45,23 +52,31 @@ def quantize_and_schedule(
             calib, samples, seed, call, ...
 
     Raises:
-        CemqError: Anything asked for cannot be done; nothing is written.
+        CemqError: Anything asked for cannot be done; no bundle is written.
     """
     asked = resolve(model, recipe, device, settings)
-    progress = telling_what_is_left(asked, progress) if processes.is_main else progress
-    with staging(Path(output), overwrite=overwrite) if processes.is_main else nullcontext() as folder:
-        runner = stages.open_runner(asked, progress, processes)
-        samples = stages.draw_samples(runner, asked)
-        originals, fitted = stages.run_originals(runner, samples, asked)
-        runner = stages.quantize(runner, asked.quantization, fitted)
-        del fitted  # it may be gigabytes
-        prior = runner.profile(samples.profiled, originals.trajectories, scheme=asked.recipe.scheme, dtype=asked.dtype)
-        plans = stages.choose_plans(runner, prior, samples, originals, asked)
-        fidelity = stages.check(runner, plans, samples, originals, asked)
-        manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)
-        if folder is not None:
-            stages.write_bundle(folder, runner, asked, plans, manifest)
-    processes.wait()  # until the bundle is there
+    with building(Path(output), asked, overwrite=overwrite, fresh=fresh, processes=processes) as work:
+        return _build(asked, work, telling_what_is_left(asked, progress) if processes.is_main else progress)
+
+
+def _build(asked: BuildSettings, work: Work, progress: Progress | None) -> Manifest:
+    """Every stage in its turn; what was kept of one is not run again."""
+    full = stages.FullPrecision(asked, progress, work)
+    opened = work.keep("opened", full.describe)
+    samples = work.keep("samples", lambda: stages.draw_samples(full.runner, asked))
+    work.say_what_is_kept(runs=stages.count_references(samples, opened, asked))
+    originals, fitted = stages.run_originals(full, opened, samples)
+    folder = work.keep_folder(stages.PIPELINE, partial(stages.write_quantized, full, opened, fitted))
+    del fitted  # it may be gigabytes
+    work.forget(stages.FITTED)
+    runner = stages.open_quantized(folder, opened, full)
+    prior = work.keep("prior", lambda: stages.profile(runner, samples, originals, asked))
+    plans = work.keep("plans", lambda: stages.choose_plans(runner, prior, samples, originals, asked, work.journal))
+    fidelity = work.keep("check", lambda: stages.check(runner, plans, samples, originals, asked))
+    manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)
+    if work.processes.is_main:
+        stages.write_bundle(folder, plans, manifest)
+    work.finish(folder)
     return manifest
 
 
@@ -93,9 +108,8 @@ def bundle_of(
     check(resolve_recipe(str(name), recipe, {}).steps)
     with tempfile.TemporaryDirectory(prefix="cemq-") if processes.is_main else nullcontext() as mine:
         folder = Path(processes.gather([mine])[0]) / "bundle"
-        quantize_and_schedule(
-            str(name), folder, scheme=scheme, recipe=recipe, device=device, progress=progress, processes=processes,
-            also_steps=[],
-        )  # fmt: skip
+        asked = resolve(str(name), recipe, device, {"scheme": scheme, "also_steps": []})
+        with building(folder, asked, keeps=False, processes=processes) as work:
+            _build(asked, work, progress)
         yield folder
         processes.wait()  # until all have read it

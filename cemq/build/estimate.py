@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from cemq.build.arithmetic import Arithmetic, RunArithmetic, run_arithmetic
 from cemq.build.pace import Pace, measure_pace
 from cemq.build.settings import BuildSettings
 from cemq.build.sizes import Sketch, bundle_bytes, fitted_calls, host_memory_bytes, sketch
-from cemq.build.work import RunWork, Work, run_work
 from cemq.families import DENOISERS
 from cemq.memory.footprint import ANY_FLOAT, read_footprint, read_headers
 from cemq.memory.placement import format_bytes
@@ -125,7 +125,7 @@ def estimate(settings: BuildSettings, *, clock: Callable[[], float] = time.perf_
         folder, dtype=settings.dtype, stored_dtype=ANY_FLOAT, call=recipe.call, full_steps=steps,
         samples=recipe.batch_size,
     )  # fmt: skip
-    work, device, dtype = run_work(headers), settings.device, settings.dtype
+    work, device, dtype = run_arithmetic(headers), settings.device, settings.dtype
     with torch.random.fork_rng(devices=[]):  # models and blocks draw weights as they are made
         sketched = sketch(settings, headers)
         paces = measure_pace(work, sketched.config_of_denoiser(), device=device, dtype=dtype, clock=clock)
@@ -195,7 +195,7 @@ def _planning(name: str, generations: float, *, share: float, at_most: bool) -> 
     return Stage(name=name, quantized=generations, runs=generations / share, at_most=at_most)
 
 
-def _seconds(stage: Stage, work: RunWork, paces: tuple[Pace, Pace], steps: int) -> float:
+def _seconds(stage: Stage, work: RunArithmetic, paces: tuple[Pace, Pace], steps: int) -> float:
     full_precision, quantized = paces
     return (
         full_precision.seconds(work.step) * stage.full_precision * steps
@@ -205,7 +205,7 @@ def _seconds(stage: Stage, work: RunWork, paces: tuple[Pace, Pace], steps: int) 
 
 
 def _quantization_seconds(
-    sketched: Sketch, work: RunWork, pace: Pace, settings: BuildSettings, steps: int
+    sketched: Sketch, work: RunArithmetic, pace: Pace, settings: BuildSettings, steps: int
 ) -> tuple[float, float]:
     """For summing up Hessians while references are run, and for quantization itself: layers are rounded column by
     column, and with a bits budget calls are replayed before. Text encoders and weights that are rounded to nearest take
@@ -216,7 +216,7 @@ def _quantization_seconds(
     shapes = [tuple(layer.linear.weight.shape) for layer in sketched.layers if layer.component in DENOISERS]
     numbers = sum(columns**2 for _, columns in shapes) / 2  # q, k and v share their Hessian
     rows = work.inputs * work.tokens / settings.recipe.batch_size
-    summing = calls * pace.seconds(Work(operations=2 * rows * numbers, layers=len(shapes)))
+    summing = calls * pace.seconds(Arithmetic(operations=2 * rows * numbers, layers=len(shapes)))
     found = 0.0
     if settings.quantization.bits_budget is not None:  # calls are kept, and everything is done with them later
         passes = 1 + 4 * numbers // HESSIAN_BYTES
@@ -226,8 +226,10 @@ def _quantization_seconds(
     if not settings.quantization.gptq:
         return summing, found
     for outputs, columns in shapes:
-        factors = Work(operations=_FACTORED * 4 / 3 * columns**3)
-        updates = Work(operations=_UPDATED * 2 * 64 * outputs * columns + 2 * outputs * columns**2, layers=columns)
+        factors = Arithmetic(operations=_FACTORED * 4 / 3 * columns**3)
+        updates = Arithmetic(
+            operations=_UPDATED * 2 * 64 * outputs * columns + 2 * outputs * columns**2, layers=columns
+        )
         found += pace.seconds(factors) + pace.seconds(updates)
     return summing, found
 

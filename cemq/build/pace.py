@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cemq.build.work import RunWork, Work
+from cemq.build.arithmetic import Arithmetic, RunArithmetic
 from cemq.quantize.in_diffusers import CemqConfig, quantizable
 from cemq.quantize.schemes import SCHEMES
 
@@ -30,7 +30,7 @@ class Pace:
     layer_seconds: float
     operations_per_second: float
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: Arithmetic) -> float:
         return work.layers * self.layer_seconds + work.operations / self.operations_per_second
 
 
@@ -54,15 +54,15 @@ class _Block(nn.Module):
         normalized = F.layer_norm(tokens, tokens.shape[-1:]) * (1 + scale_2) + shift_2
         return tokens + gate_2 * self.contract(F.gelu(self.expand(normalized), approximate="tanh"))
 
-    def work(self, inputs: int, tokens: int) -> Work:
+    def arithmetic(self, inputs: int, tokens: int) -> Arithmetic:
         width, widest = self.contract.out_features, self.contract.in_features
         linear = 2 * inputs * (tokens * (4 * width**2 + 2 * width * widest) + 6 * width**2)
-        return Work(operations=linear + 4 * inputs * tokens**2 * width, layers=7)
+        return Arithmetic(operations=linear + 4 * inputs * tokens**2 * width, layers=7)
 
 
 @torch.inference_mode()
 def measure_pace(
-    run: RunWork,
+    run: RunArithmetic,
     config: CemqConfig | None,
     *,
     device: str,
@@ -88,7 +88,7 @@ def measure_pace(
             inputs, tokens = (
                 _rows(block, run, _MOST_OPERATIONS.get(kind, _MOST_ELSEWHERE)) if wide != _SMALL else (1, _LEAST_ROWS)
             )
-            found.append((block.work(inputs, tokens), _time(block, inputs, tokens, wide, clock)))
+            found.append((block.arithmetic(inputs, tokens), _time(block, inputs, tokens, wide, clock)))
         paces.append(pace_of(*found))
     return paces[0], paces[-1]
 
@@ -97,12 +97,12 @@ def _can_be_timed(config: CemqConfig) -> bool:
     return not config.layer_class(SCHEMES[config.scheme]).needs_largest
 
 
-def _rows(block: _Block, run: RunWork, most: float) -> tuple[int, int]:
+def _rows(block: _Block, run: RunArithmetic, most: float) -> tuple[int, int]:
     """As many inputs and tokens as the model's, or as few as stay below so many operations."""
     inputs, tokens = run.inputs, max(run.tokens, _LEAST_ROWS)
-    while inputs > 1 and block.work(inputs, tokens).operations > most:
+    while inputs > 1 and block.arithmetic(inputs, tokens).operations > most:
         inputs -= 1
-    while tokens > _LEAST_ROWS and block.work(inputs, tokens).operations > most:
+    while tokens > _LEAST_ROWS and block.arithmetic(inputs, tokens).operations > most:
         tokens = max(_LEAST_ROWS, tokens // 2)
     return inputs, tokens
 
@@ -131,7 +131,7 @@ def _time(block: _Block, inputs: int, tokens: int, width: int, clock: Callable[[
     return min(once, *(timed(times) for _ in range(3)))
 
 
-def pace_of(large: tuple[Work, float], small: tuple[Work, float]) -> Pace:
+def pace_of(large: tuple[Arithmetic, float], small: tuple[Arithmetic, float]) -> Pace:
     """The pace at which both take as long as they took."""
     (work, seconds), (little, few) = large, small
     shared = little.layers / work.layers

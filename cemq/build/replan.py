@@ -14,10 +14,12 @@ from torch import nn
 
 from cemq.build import stages
 from cemq.build.settings import BuildSettings, check_recipe, merged
+from cemq.build.work import Work
 from cemq.bundle.hub import find_bundle
 from cemq.bundle.load import open_quantized
-from cemq.bundle.manifest import EVIDENCE, PRIOR, Manifest, read_bundle, read_listing, staging
+from cemq.bundle.manifest import EVIDENCE, PRIOR, Manifest, read_bundle, read_listing
 from cemq.bundle.original import find_model
+from cemq.bundle.staging import staging
 from cemq.errors import BundleError, InputError, ModelError, choose
 from cemq.extensions import load_extensions
 from cemq.files import absolute, link_or_copy
@@ -70,19 +72,20 @@ def replan(
     made = read_bundle(folder, verify="once")
     asked = resolve_again(folder, made, model, device, settings)
     with staging(Path(output), overwrite=overwrite) if processes.is_main else nullcontext() as staged:
+        stages.agree(asked, processes)
         open_quantized(folder, made, dtype=made.dtype, device="cpu", aligned=False)  # or it is refused hours later
-        runner = stages.open_runner(asked, progress, processes)
-        _check_same(runner.pipe, folder, asked)
-        samples = stages.draw_samples(runner, asked)
-        originals, _ = stages.run_originals(runner, samples, asked, fits=False)
-        runner = _reopened(runner, folder, made, asked)
+        full = stages.FullPrecision(asked, progress, Work(None, processes, keeps=False))
+        _check_same(full.runner.pipe, folder, asked)
+        opened, samples = full.describe(), stages.draw_samples(full.runner, asked)
+        originals, _ = stages.run_originals(full, opened, samples, fits=False)
+        runner = _reopened(full.runner, folder, made, asked)
         prior = runner.profile(samples.profiled, originals.trajectories, scheme=made.scheme, dtype=made.dtype)
         plans = stages.choose_plans(runner, prior, samples, originals, asked)
         fidelity = stages.check(runner, plans, samples, originals, asked)
         manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)
         if staged is not None:
             _share_pipeline(folder, staged)
-            stages.write_plans(staged, plans, manifest)
+            stages.write_bundle(staged, plans, manifest)
     processes.wait()  # until the bundle is there
     return manifest
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cemq import __version__
 from cemq.build.fitting import Calls, fitting
 from cemq.build.settings import BuildSettings
-from cemq.bundle.dtypes import Dtypes, as_loaded, tensor_dtypes
-from cemq.bundle.manifest import EVIDENCE, PRIOR, Manifest, OtherRun, seal, write_pipeline
+from cemq.bundle.dtypes import Dtypes, as_loaded, restore_dtypes, tensor_dtypes
+from cemq.bundle.manifest import EVIDENCE, MANIFEST, PRIOR, Manifest, OtherRun, seal, write_pipeline
 from cemq.errors import ReplayError
 from cemq.evaluation.compare import Fidelity, measure_fidelity
+from cemq.families import DENOISERS
 from cemq.memory.placement import format_bytes
 from cemq.parallel import Processes
 from cemq.pipelines.batches import (
@@ -34,6 +37,7 @@ from cemq.pipelines.batches import (
     check_steps,
     condition_argument,
     default_steps,
+    iterate,
     make_batches,
     read_call,
     read_conditions,
@@ -45,11 +49,11 @@ from cemq.pipelines.lora import fuse_loras
 from cemq.pipelines.opening import denoisers, open_pipeline, weight_bytes
 from cemq.pipelines.trajectory import Trajectory
 from cemq.prior.error_prior import ErrorPrior
-from cemq.quantize import NO_SCHEME, QuantizationSettings, quantize_pipeline
+from cemq.quantize import QuantizationSettings, quantize_pipeline
 from cemq.recipe import find_calibration, make_recipe
 from cemq.runtime import attached, cache_checked
 from cemq.runtime.policy_names import describe_policy
-from cemq.runtime.runner import Outcome, Runner, said_of_steps
+from cemq.runtime.runner import Generations, Outcome, Runner, said_of_steps
 from cemq.schedule import full_compute
 from cemq.schedule.plan import Plan
 from cemq.search.choose import Planned, check_correctable, plan, predicted
@@ -58,7 +62,12 @@ from cemq.search.trials import ClosedLoop
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from cemq.build.work import Work
+
+PIPELINE, RUN, FITTED = "pipeline", "run-", "fitted-"  # what is kept is called so, or begins so
 MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
+
+Journal = MutableMapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,33 @@ class Samples:
     def seeds(self) -> tuple[int, ...]:
         batches = dict.fromkeys((*self.profiled, *self.planning, *self.check))
         return tuple(seed for batch in batches for seed in batch.seeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What the full-precision pipeline says before anything is run."""
+
+    steps: int
+    call: dict[str, Any]
+    dtypes: Dtypes  # before a run: a pipeline may cast what it decodes with
+    weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """One run at full precision: its trajectory where it is profiled, and how often it called the denoiser."""
+
+    outcome: Outcome
+    trajectory: Trajectory | None = None
+    denoiser_calls: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fitted:
+    """What quantization is fitted to, and how many calls this process has replayed to see whether they can be."""
+
+    calls: Calls | ReplayError
+    replayed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,15 +132,54 @@ class Plans:
     others: dict[int, tuple[Planned, SamplerFingerprint]]
 
 
-def open_runner(settings: BuildSettings, progress: Progress | None, processes: Processes) -> Runner:
+class FullPrecision:
+    """The full-precision pipeline: opened when a stage first needs it, as none may, and let go of once none will."""
+
+    def __init__(self, settings: BuildSettings, progress: Progress | None, work: Work):
+        self.settings, self.progress, self.work = settings, progress, work
+        self._runner: Runner | None = None
+
+    @property
+    def runner(self) -> Runner:
+        """What runs it.
+
+        Raises:
+            CemqError: As of `open_runner`.
+        """
+        if self._runner is None:
+            self._runner = open_runner(self.settings, self.progress, self.work.processes, self.work.generations)
+        return self._runner
+
+    def describe(self) -> Opened:
+        runner = self.runner
+        return Opened(
+            steps=runner.steps, call=dict(runner.call), dtypes=tensor_dtypes(runner.pipe),
+            weight_bytes=weight_bytes(runner.pipe),
+        )  # fmt: skip
+
+    def let_go(self) -> None:
+        self._runner = None
+        gc.collect()  # pipelines refer to themselves, and another takes their place
+
+
+def agree(settings: BuildSettings, processes: Processes) -> None:
+    """Raises ProcessError unless all processes were asked for the same, and have the same libraries and threads."""
+    fused = [lora.fused.sha256 for lora in settings.loras]
+    processes.agree("settings", (settings.recipe.model_dump(), fused, library_versions(), torch.get_num_threads()))
+
+
+def open_runner(
+    settings: BuildSettings, progress: Progress | None, processes: Processes, generations: Generations | None = None
+) -> Runner:
     """The full-precision pipeline, with all of the settings checked against it.
+
+    Args:
+        generations: What counts its runs; None begins anew.
 
     Raises:
         CemqError: It cannot be opened or driven, or not as the settings ask for.
     """
     recipe = settings.recipe
-    fused = [lora.fused.sha256 for lora in settings.loras]
-    processes.agree("settings", (recipe.model_dump(), fused, library_versions(), torch.get_num_threads()))
     pipe = open_pipeline(settings.source.folder, dtype=settings.dtype, device=settings.device, variant=recipe.variant)
     fuse_loras(pipe, settings.loras)
     pipe.set_progress_bar_config(disable=True)
@@ -118,7 +193,26 @@ def open_runner(settings: BuildSettings, progress: Progress | None, processes: P
     if settings.policy is None:
         check_correctable(recipe.corrector, recipe.cache, pipe.scheduler, steps)
     settings.quantization.check_pipeline(pipe)
-    return Runner(pipe=pipe, steps=steps, call=call, progress=progress, processes=processes)
+    return Runner(
+        pipe=pipe, steps=steps, call=call, progress=progress, processes=processes,
+        generations=generations or Generations(),
+    )  # fmt: skip
+
+
+def open_quantized(folder: Path, opened: Opened, full: FullPrecision) -> Runner:
+    """What was written of the quantized pipeline, in place of the original: what is measured is what will be loaded.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    full.let_go()
+    settings, work = full.settings, full.work
+    pipe = open_pipeline(folder, dtype=settings.dtype, device=settings.device)
+    pipe.set_progress_bar_config(disable=True)
+    return Runner(
+        pipe=pipe, steps=opened.steps, call=opened.call, progress=full.progress, processes=work.processes,
+        quantized=True, generations=work.generations,
+    )  # fmt: skip
 
 
 def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
@@ -152,9 +246,10 @@ def draw_samples(runner: Runner, settings: BuildSettings) -> Samples:
 
 
 def run_originals(
-    runner: Runner, samples: Samples, settings: BuildSettings, *, fits: bool = True
-) -> tuple[Originals, Calls | ReplayError]:
-    """Every run at full precision, and what quantization is fitted to, of all processes.
+    full: FullPrecision, opened: Opened, samples: Samples, *, fits: bool = True
+) -> tuple[Originals, Fitted]:
+    """Every run at full precision, kept by itself as it ends, and what quantization is fitted to, of all processes;
+    nothing where all is quantized.
 
     Args:
         fits: Whether anything will be quantized.
@@ -163,34 +258,117 @@ def run_originals(
         ModelError: The pipeline cannot be scheduled, or not with the cache asked for.
         ReplayError: The calls cannot be replayed, and what was asked for cannot do without.
     """
-    dtypes = tensor_dtypes(runner.pipe)  # of before any run: a pipeline may cast what it decodes with
+    settings, work = full.settings, full.work
     if settings.cache != "output":
-        said = _check_cache(runner, samples.profiled[0], settings)
-        if runner.processes.is_main:
+        said = work.keep("cache", lambda: _check_cache(full.runner, samples.profiled[0], settings))
+        if work.processes.is_main:
             logging.getLogger(BUILD_LOG).info(said)
-    quantization = settings.quantization if fits else QuantizationSettings(scheme=NO_SCHEME)
-    fitted = fitting(runner, quantization, samples.profiled)
-    with _counted_calls(runner.pipe) as calls:
-        recorded = list(runner.recorded(samples.profiled, watch=fitted.watch))
-    trajectories, drawn = [each for each, _ in recorded], [outcome for _, outcome in recorded]
-    if trajectories:
-        steps = sum(each.num_steps for each in trajectories)
-        per_batch = len(calls) // steps  # what was replayed at once is less than a step's
-        runner.generations.calls_per_step = per_batch / settings.recipe.batch_size
-        runner.generations.replayed += (len(calls) - per_batch * steps) / runner.generations.calls_per_step
+    needed = fits and not work.has_folder(PIPELINE)
+    profiled, fitted = _profiled(full, samples.profiled, opened.steps, needed=needed)
+    if profiled:
+        steps = sum(each.trajectory.num_steps for each in profiled)
+        per_batch = sum(each.denoiser_calls for each in profiled) // steps
+        work.generations.steps = profiled[0].trajectory.num_steps
+        work.generations.calls_per_step = per_batch / settings.recipe.batch_size
     others = samples.planning[len(samples.profiled) :]
-    shared = len(runner.processes.share(samples.planning[: len(samples.profiled)]))
-    planning = {runner.steps: drawn[:shared] + runner.run(others, "full-precision planning samples")}
-    for count in settings.other_steps(runner.steps):
-        planning[count] = runner.at(count).run(samples.planning, f"full precision, {count} steps")
+    shared = len(work.processes.share(samples.planning[: len(samples.profiled)]))
+    further = _references(full, others, opened.steps, "full-precision planning samples")
+    planning = {opened.steps: [*profiled[:shared], *further]}
+    for count in settings.other_steps(opened.steps):
+        planning[count] = _references(full, samples.planning, count, f"full precision, {count} steps")
+    check = _references(full, samples.check, opened.steps, "full-precision check")
     originals = Originals(
-        dtypes=dtypes,
-        weight_bytes=weight_bytes(runner.pipe),
-        trajectories=trajectories,
-        planning=planning,
-        check=runner.run(samples.check, "full-precision check"),
+        dtypes=opened.dtypes,
+        weight_bytes=opened.weight_bytes,
+        trajectories=[each.trajectory for each in profiled],
+        planning={count: [each.outcome for each in references] for count, references in planning.items()},
+        check=[each.outcome for each in check],
     )
-    return originals, fitted.found()
+    return originals, fitted
+
+
+def count_references(samples: Samples, opened: Opened, settings: BuildSettings) -> int:
+    """How many runs `run_originals` makes, in all processes together."""
+    others = max(0, len(samples.planning) - len(samples.profiled))
+    at_other_steps = len(samples.planning) * len(settings.other_steps(opened.steps))
+    return len(samples.profiled) + others + at_other_steps + len(samples.check)
+
+
+def _references(full: FullPrecision, batches: Sequence[Batch], steps: int, stage: str) -> list[Reference]:
+    """Those of this process's share; what was not kept is run now."""
+    work = full.work
+    numbers = work.processes.share(range(len(batches)))
+    found = {number: work.kept(_name(stage, number)) for number in numbers}
+    for number, batch, on_step in _missing(full, batches, steps, stage, found):
+        found[number] = work.keep_own(
+            _name(stage, number),
+            lambda batch=batch, on_step=on_step: Reference(outcome=full.runner.at(steps).run_one(batch, on_step)),
+        )
+    return [found[number] for number in numbers]
+
+
+def _profiled(
+    full: FullPrecision, batches: Sequence[Batch], steps: int, *, needed: bool
+) -> tuple[list[Reference], Fitted]:
+    """References with their trajectories, and what quantization is fitted to, if that is ``needed``.
+
+    What is known of that after a run is kept after the run itself: a run that it does not cover is made again.
+    """
+    work, stage = full.work, "reference runs"
+    numbers = work.processes.share(range(len(batches)))
+    state = f"{FITTED}{work.processes.rank}"
+    known = work.kept(state) if needed else None
+    covered = numbers[: known["runs"] if known else 0] if needed else numbers
+    found = {number: work.kept(_name(stage, number)) if number in covered else None for number in numbers}
+    watching, replayed = None, known["replayed"] if known else 0
+    if needed:
+        watching = fitting(full.runner, full.settings.quantization, batches)
+        if known:
+            watching.restore(known["state"])
+
+    def profile(number: int, batch: Batch, on_step: Callable[[], None]) -> Reference:
+        nonlocal replayed
+        runner, watched = full.runner, nullcontext() if number in covered else watching.watch(number)
+        with _counted_calls(runner.pipe) as calls, watched, _counted_calls(runner.pipe) as own:
+            trajectory, outcome = runner.record_one(batch, on_step)
+        replayed += len(calls) - len(own)
+        return Reference(outcome=outcome, trajectory=trajectory, denoiser_calls=len(own))
+
+    for number, batch, on_step in _missing(full, batches, steps, stage, found):
+        found[number] = work.keep_own(_name(stage, number), partial(profile, number, batch, on_step))
+        if number not in covered:
+            runs = numbers.index(number) + 1
+            work.keep_own(state, partial(dict, runs=runs, replayed=replayed, state=watching.state()))
+    calls = watching.found() if needed else {}
+    return [found[number] for number in numbers], Fitted(calls=calls, replayed=replayed)
+
+
+def _name(stage: str, number: int) -> str:
+    return f"{RUN}{stage.replace(' ', '-')}-{number}"
+
+
+def _missing(
+    full: FullPrecision, batches: Sequence[Batch], steps: int, stage: str, found: Mapping[int, Reference | None]
+) -> Iterator[tuple[int, Batch, Callable[[], None]]]:
+    """Number, batch and progress of every run that is not found."""
+    missing = [number for number, each in found.items() if each is None]
+    runs = iterate([batches[number] for number in missing], stage, full.progress, steps)
+    for number, (batch, on_step) in zip(missing, runs, strict=True):
+        yield number, batch, on_step
+
+
+def write_quantized(full: FullPrecision, opened: Opened, fitted: Fitted, folder: Path) -> None:
+    """The quantized pipeline as a folder, which the main process writes.
+
+    Raises:
+        CemqError: What `quantize` raises.
+    """
+    settings, runner = full.settings, full.runner
+    runner.generations.replayed += fitted.replayed / runner.generations.calls_per_step
+    runner = quantize(runner, settings.quantization, fitted.calls)
+    if runner.processes.is_main:
+        restore_dtypes(runner.pipe, opened.dtypes, but_for={*DENOISERS, *settings.quantization.components})
+        write_pipeline(runner.pipe, folder, settings.source.folder)
 
 
 def quantize(runner: Runner, settings: QuantizationSettings, calls: Calls | ReplayError) -> Runner:
@@ -217,10 +395,23 @@ def quantize(runner: Runner, settings: QuantizationSettings, calls: Calls | Repl
     return replace(runner, quantized=True)
 
 
+def profile(runner: Runner, samples: Samples, originals: Originals, settings: BuildSettings) -> ErrorPrior:
+    """The error prior, of forced runs along the trajectories of full precision."""
+    return runner.profile(samples.profiled, originals.trajectories, scheme=settings.recipe.scheme, dtype=settings.dtype)
+
+
 def choose_plans(
-    runner: Runner, prior: ErrorPrior, samples: Samples, originals: Originals, settings: BuildSettings
+    runner: Runner,
+    prior: ErrorPrior,
+    samples: Samples,
+    originals: Originals,
+    settings: BuildSettings,
+    journal: Callable[[str], Journal] = lambda _: {},
 ) -> Plans:
     """The plan for the step count of the build, and for every other one that its prior carries over to.
+
+    Args:
+        journal: Of a step count, what `ClosedLoop` keeps of its runs.
 
     Raises:
         InfeasibleBudgetError: No schedule meets what the budget asks for.
@@ -228,7 +419,7 @@ def choose_plans(
     recipe = settings.recipe
     if settings.policy is not None:
         return _unplanned(prior, settings)
-    planned = _plan(runner, prior, samples, originals, settings)
+    planned = _plan(runner, prior, samples, originals, settings, journal)
     own = Plan(
         schedule=planned.schedule, sampler=prior.metadata.sampler, prior=planned.prior, correction=planned.correction,
         view=recipe.view, cache=recipe.cache, solver=recipe.solver, predictor=recipe.predictor,
@@ -239,7 +430,8 @@ def choose_plans(
         sampler = runner.processes.gather([references[0].sampler] if references else [])[0]
         carried = own.carried_over(sampler)
         if carried is not None:
-            others[count] = _plan(runner.at(count), carried.prior, samples, originals, settings, carried), sampler
+            there = runner.at(count)
+            others[count] = _plan(there, carried.prior, samples, originals, settings, journal, carried), sampler
         elif runner.processes.is_main:
             logging.getLogger(BUILD_LOG).info(
                 f"not planned for {count} steps: what was measured at {runner.steps} does not carry over with "
@@ -312,14 +504,9 @@ def describe(
     )
 
 
-def write_bundle(folder: Path, runner: Runner, settings: BuildSettings, plans: Plans, manifest: Manifest) -> None:
-    """All files of the bundle, cemq.json last."""
-    write_pipeline(runner.pipe, folder, settings.source.folder)
-    write_plans(folder, plans, manifest)
-
-
-def write_plans(folder: Path, plans: Plans, manifest: Manifest) -> None:
-    """What goes with the pipeline that the folder holds: prior, evidence, model card and, last, cemq.json."""
+def write_bundle(folder: Path, plans: Plans, manifest: Manifest) -> None:
+    """What makes a bundle of the pipeline that the folder holds: prior, evidence, model card and, last, cemq.json."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # of a build that was ended before the bundle was in its place
     plans.planned.prior.save(folder / PRIOR)
     others = [other.evidence | {"num_inference_steps": count} for count, (other, _) in plans.others.items()]
     evidence = plans.planned.evidence | {"other_runs": others, "generations": manifest.generations}
@@ -341,6 +528,7 @@ def _plan(
     samples: Samples,
     originals: Originals,
     settings: BuildSettings,
+    journal: Callable[[str], Journal],
     carried: Plan | None = None,
 ) -> Planned:
     """One step count's; ``carried`` is another's carried over, with the budget to plan and a schedule to try."""
@@ -359,7 +547,7 @@ def _plan(
     show(0.0)
     loop = ClosedLoop(
         runner=runner, prior=prior, batches=samples.planning, references=originals.planning[runner.steps],
-        cache=settings.recipe.cache, on_spent=show,
+        cache=settings.recipe.cache, on_spent=show, journal=journal(str(runner.steps)),
     )  # fmt: skip
     return plan(loop, planning, known=known)
 

@@ -1,5 +1,7 @@
 """Results of stages as files: JSON for what they hold, safetensors for their tensors and arrays, and no pickle.
 
+The JSON comes last and begins with checksums of both, so that a file is believed if it is whole and as it was written.
+
 A value may be made of None, numbers, texts, lists, tuples, dictionaries, tensors, arrays, dtypes and devices, and of
 the dataclasses that stages return. Tensors that are the same object are written once, and read as one.
 """
@@ -7,6 +9,7 @@ the dataclasses that stages return. Tensors that are the same object are written
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -16,9 +19,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from cemq.build.stages import Originals, Plans, Samples
+from cemq.build.stages import Opened, Plans, Reference, Samples
 from cemq.errors import BundleError, first_line
 from cemq.evaluation.compare import Fidelity
+from cemq.files import kept_whole, sha256
 from cemq.pipelines.batches import Batch
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.pipelines.trajectory import Trajectory
@@ -33,8 +37,8 @@ from cemq.search.choose import Planned
 _KNOWN = {
     kind.__name__: kind
     for kind in (
-        *(Batch, CacheSchedule, Call, Correction, ErrorPrior, Fidelity, Originals, Outcome, Plan, Planned, Plans),
-        *(PriorMetadata, SamplerFingerprint, Samples, Trajectory),
+        *(Batch, CacheSchedule, Call, Correction, ErrorPrior, Fidelity, Opened, Outcome, Plan, Planned, Plans),
+        *(PriorMetadata, Reference, SamplerFingerprint, Samples, Trajectory),
     )
 }
 _PLAIN = (bool, int, str, type(None))
@@ -45,6 +49,7 @@ def write(folder: Path, name: str, value: Any) -> None:
 
     Raises:
         BundleError: There is something in it that cannot be written so.
+        OSError, SafetensorError: The disk is full, or gone.
     """
     tensors: dict[str, torch.Tensor] = {}
     known: dict[int, str] = {}
@@ -52,7 +57,7 @@ def write(folder: Path, name: str, value: Any) -> None:
     def keep(tensor: torch.Tensor, of: Any) -> str:
         if id(of) not in known:
             known[id(of)] = str(len(known))
-            tensors[known[id(of)]] = tensor.detach().to("cpu", copy=True).contiguous()
+            tensors[known[id(of)]] = tensor.detach().to("cpu", copy=True)
         return known[id(of)]
 
     def encoded(each: Any) -> Any:
@@ -63,7 +68,9 @@ def write(folder: Path, name: str, value: Any) -> None:
         if isinstance(each, np.generic):
             return encoded(each.item())
         if type(each) in (torch.Tensor, torch.nn.Parameter):
-            return {"tensor": keep(each, each)}
+            key = keep(each, each)
+            strides = () if tensors[key].is_contiguous() else tensors[key].stride()
+            return {"tensor": [key, *strides]}
         if isinstance(each, np.ndarray):
             return {"array": keep(torch.from_numpy(np.array(each, order="C")), each)}  # a copy: it may be read-only
         if isinstance(each, (torch.dtype, torch.device)):
@@ -80,22 +87,32 @@ def write(folder: Path, name: str, value: Any) -> None:
         raise BundleError(f"stage '{name}' cannot be kept: it holds a {type(each).__name__}, which is no plain data")
 
     text = json.dumps(encoded(value))
-    save_file(tensors, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    with kept_whole(folder / f"{name}.safetensors") as partial:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+        checksum = sha256(partial)
+    with kept_whole(folder / f"{name}.json") as partial:
+        partial.write_text(f"{_digest(text)} {checksum}\n{text}\n", encoding="utf-8")
 
 
 def read(folder: Path, name: str) -> Any:
-    """What was written, equal in value and type.
+    """What was written, equal in value and type; tensors are laid out as they were, in memory of their own.
 
     Raises:
         BundleError: It is not there, or damaged.
     """
     try:
-        content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / f"{name}.safetensors")
-        return _decoded(content, tensors)
+        first, _, text = (folder / f"{name}.json").read_text(encoding="utf-8").partition("\n")
+        tensors = folder / f"{name}.safetensors"
+        if first.split() != [_digest(text[:-1]), sha256(tensors)]:
+            raise ValueError("it is not what was written")
+        # copied: kernels may depend on how memory is aligned, and a mapped file on a share may go away
+        return _decoded(json.loads(text), {key: tensor.clone() for key, tensor in load_file(tensors).items()})
     except Exception as error:  # whatever reading a damaged file raises, in four libraries
         raise BundleError(f"stage '{name}' in '{folder}' cannot be read: {first_line(error)}") from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _decoded(content: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -107,7 +124,10 @@ def _decoded(content: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if kind == "float":
         return float(held)
     if kind == "tensor":
-        return tensors[held]
+        key, *strides = held
+        if (found := tensors[key]).stride() != tuple(strides) and strides:
+            tensors[key] = torch.empty_strided(found.shape, strides, dtype=found.dtype).copy_(found)
+        return tensors[key]
     if kind == "array":
         return tensors[held].numpy()
     if kind == "dtype":

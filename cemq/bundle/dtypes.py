@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,18 @@ def as_loaded(opened: Dtypes, quantized: Dtypes) -> dict[str, ComponentDtypes]:
         for name, tensors in quantized.items()
         if tensors
     }
+
+
+def restore_dtypes(pipe: DiffusionPipeline, opened: Dtypes, *, but_for: Set[str]) -> None:
+    """Give every tensor the dtype with which it was opened, but for components that are quantized.
+
+    Some pipelines cast their autoencoder when they first decode: what is written shall not depend on who has run it.
+    """
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name not in but_for:
+            for tensor, values in _tensors(part):
+                kind = getattr(torch, opened[name].get(tensor, ""), values.dtype)
+                values.data = values.data.to(kind)
 
 
 def _summary(dtypes: Mapping[str, str]) -> ComponentDtypes:

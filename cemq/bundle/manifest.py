@@ -1,6 +1,6 @@
 """The saved form: a diffusers pipeline folder plus cemq.json, prior.safetensors and a model card.
 
-`docs/bundle-format.md` specifies it. Written under a temporary name and renamed, so a bundle is whole or absent.
+`docs/bundle-format.md` specifies it, and `staging` puts it in its place.
 """
 
 from __future__ import annotations
@@ -9,18 +9,15 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
-import shutil
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cemq.bundle.checksums import Listed, Verify, check_verify, find_faults
 from cemq.errors import BundleError, CemqError, choose, first_line
-from cemq.files import absolute, give_usual_permissions, sha256
+from cemq.files import sha256
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.pipelines.lora import FusedLora
 from cemq.pipelines.opening import DTYPES
@@ -170,64 +167,6 @@ def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
         "schedule": CacheSchedule.from_dict(fields["schedule"]),
         "sampler": SamplerFingerprint.from_dict(fields["sampler"]),
     }
-
-
-@contextmanager
-def staging(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh folder beside ``output`` that becomes ``output`` if the block ends well, and vanishes if it does not.
-
-    Enter it before long work: it finds out at once whether the output can be written. A symbolic link is followed, and
-    an empty folder taken.
-
-    Raises:
-        BundleError: The output exists (and is neither empty nor a bundle to overwrite) or cannot be written.
-    """
-    from safetensors import SafetensorError  # of a full disk; it is no OSError
-
-    key = secrets.token_hex(4)
-    made: list[Path] = []
-    partial = None
-    try:
-        target = Path(os.path.realpath(absolute(output)))
-        _check_free(target, output, overwrite)
-        partial = target.with_name(f".{target.name}.partial-{key}")
-        made = [folder for folder in partial.parents if not folder.exists()]
-        partial.mkdir(parents=True)
-        yield partial
-        give_usual_permissions(partial)
-        if target.exists():
-            replaced = target.with_name(f".{target.name}.replaced-{key}")
-            target.rename(replaced)
-            try:
-                partial.rename(target)
-            except BaseException:
-                replaced.rename(target)
-                raise
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise BundleError(f"output '{output}' cannot be written: {reason}") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        for folder in made:  # for nothing but the bundle; what holds it by now stays
-            with suppress(OSError):
-                folder.rmdir()
-
-
-def _check_free(target: Path, named: Path, overwrite: bool) -> None:
-    """Raises BundleError unless a bundle may take this place."""
-    if not os.path.lexists(target):
-        return
-    bundle = os.path.isfile(target / MANIFEST)
-    if not bundle and (not target.is_dir() or any(target.iterdir())):
-        raise BundleError(f"output '{named}' exists already and is not a cemq bundle: choose another name")
-    if bundle and not overwrite:
-        raise BundleError(f"output '{named}' exists already: choose another name, or pass --overwrite")
-    if target.is_mount() or target in (Path.cwd(), *Path.cwd().parents):
-        raise BundleError(f"output '{named}' cannot be replaced as a whole: name a new folder in it or beside it")
 
 
 def write_pipeline(

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from cemq.bundle.dtypes import differing, tensor_dtypes
-from cemq.bundle.manifest import MANIFEST, Manifest, seal, staging, write_pipeline
+from cemq.bundle.manifest import MANIFEST, Manifest, seal, write_pipeline
+from cemq.bundle.staging import staging
 from cemq.errors import BundleError
 from cemq.runtime.attach import find_hook
 from cemq.runtime.policy_names import describe_policy

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,17 +55,28 @@ class Generations:
     sample does, less than one where samples share them; the first references say both.
     """
 
+    KINDS: ClassVar[tuple[str, ...]] = ("full_precision", "quantized", "replayed")
+
     full_precision: float = 0.0
     quantized: float = 0.0
     replayed: float = 0.0
     steps: int | None = None
     calls_per_step: float = 1.0
 
+    @property
+    def counts(self) -> list[float]:
+        """Those of the ``KINDS``, in steps."""
+        return [getattr(self, kind) for kind in self.KINDS]
+
+    @counts.setter
+    def counts(self, counts: Sequence[float]) -> None:
+        for kind, count in zip(self.KINDS, counts, strict=True):
+            setattr(self, kind, count)
+
     def told(self, processes: Processes = ALONE) -> dict[str, float]:
         """In full generations of one sample, of all processes together."""
-        kinds = ("full_precision", "quantized", "replayed")
-        found = processes.gather([[getattr(self, kind) for kind in kinds]])
-        told = {kind: sum(each) / (self.steps or 1) for kind, each in zip(kinds, zip(*found, strict=True), strict=True)}
+        found = zip(*processes.gather([self.counts]), strict=True)
+        told = {kind: sum(each) / (self.steps or 1) for kind, each in zip(self.KINDS, found, strict=True)}
         return {kind: round(count, 2) for kind, count in (told | {"total": sum(told.values())}).items()}
 
 
@@ -114,7 +124,7 @@ class Runner:
             seconds = time.perf_counter() - started
         values, hook = as_array(images), find_hook(self.pipe)
         num_steps, full_steps = (end.num_steps, end.num_steps) if hook is None else hook.steps_run
-        self._count(full_steps * len(batch.seeds))
+        self.count(full_steps * len(batch.seeds))
         # DiT denoises its samples twice over, for guidance, and decodes the first half
         return Outcome(
             images=values, latents=end.sample[: len(values)], seconds=seconds, sampler=end.sampler,
@@ -131,23 +141,14 @@ class Runner:
         Raises:
             ModelError: As of `run_one`.
         """
-        return [trajectory for trajectory, _ in self.recorded(batches, stage)]
+        return [self.record_one(batch, on_step)[0] for batch, on_step in self._each(batches, stage)]
 
-    def recorded(
-        self,
-        batches: Sequence[Batch],
-        stage: str = "reference runs",
-        watch: Callable[[int], AbstractContextManager[Any]] = lambda _: nullcontext(),
-    ) -> Iterator[tuple[Trajectory, Outcome]]:
-        """What `run` gives, and the trajectories that led there; ``watch(number of the batch)`` is entered for each
-        run.
-        """
-        numbers = self.processes.share(range(len(batches)))
-        for number, (batch, on_step) in zip(numbers, self._each(batches, stage), strict=True):
-            with watch(number), record(self.pipe, measure_steps=True) as trajectory:
-                outcome = self.run_one(batch, on_step)
-            self.generations.steps = self.generations.steps or trajectory.num_steps
-            yield trajectory, outcome
+    def record_one(self, batch: Batch, on_step: Callable[[], None] | None = None) -> tuple[Trajectory, Outcome]:
+        """What `run_one` gives, and the trajectory that led there."""
+        with record(self.pipe, measure_steps=True) as trajectory:
+            outcome = self.run_one(batch, on_step)
+        self.generations.steps = self.generations.steps or trajectory.num_steps
+        return trajectory, outcome
 
     def force(self, batches: Sequence[Batch], references: Sequence[Trajectory]) -> Iterator[Trajectory]:
         """Run along the samples of ``references``, this process's share, and yield what is predicted there.
@@ -158,7 +159,7 @@ class Runner:
         for (batch, on_step), reference in zip(self._each(batches, "forced runs"), references, strict=True):
             with force(self.pipe, reference) as forced:
                 self._run(batch, on_step)
-            self._count(forced.num_steps * len(batch.seeds))
+            self.count(forced.num_steps * len(batch.seeds))
             if forced.num_steps != reference.num_steps:
                 raise PriorMismatchError(
                     f"the quantized run made {forced.num_steps} steps, its reference {reference.num_steps}: "
@@ -187,7 +188,8 @@ class Runner:
     def _each(self, batches: Sequence[Batch], stage: str) -> Iterator[tuple[Batch, Callable[[], None]]]:
         return iterate(self.processes.share(batches), stage, self.progress, self.steps)
 
-    def _count(self, steps: float) -> None:
+    def count(self, steps: float) -> None:
+        """Add to ``generations`` what was run: steps computed in full, summed over samples."""
         if self.quantized:
             self.generations.quantized += steps
         else:

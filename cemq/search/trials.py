@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import Correction
 from cemq.search.propagation import SAMPLE, Fit, fit_propagation
 from cemq.search.settings import SearchSettings
+
+if TYPE_CHECKING:
+    from cemq.runtime.attach import ScheduleHook
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +85,21 @@ class Trial:
         }
 
 
+class _Scores(NamedTuple):
+    """Of each sample of a batch its error and its PSNR; how many steps were computed, and how often the denoiser was
+    called."""
+
+    relative_l2: list[float]
+    psnr_db: list[float]
+    full_steps: float
+    evaluations: int
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The first three, one number a sample."""
+        return np.array(self.relative_l2), np.array(self.psnr_db), np.full(len(self.psnr_db), self.full_steps)
+
+
 @dataclass(kw_only=True, eq=False)
 class ClosedLoop:
     """Runs schedules on the planning samples and remembers every outcome.
@@ -92,6 +111,8 @@ class ClosedLoop:
         references: What the full-precision pipeline made of this process's share of them.
         cache: What skipped steps are predicted from; the prior's predictions are those of outputs all the same.
         on_spent: Told after each trial what has been spent so far.
+        journal: What this process's runs gave, by what was run, as plain data. The search follows from it alone, so
+            that one which is begun again with the journal of one that was broken off is soon where that was.
     """
 
     runner: Runner
@@ -100,6 +121,7 @@ class ClosedLoop:
     references: Sequence[Outcome]
     cache: str = "output"
     on_spent: Callable[[float], None] | None = None
+    journal: MutableMapping[str, Any] = field(default_factory=dict)
     spent: float = 0.0  # full generations of one sample
     calls_per_step: float = math.nan  # of the denoiser, in the latest run
     _trials: dict[Any, Trial] = field(default_factory=dict)
@@ -155,12 +177,15 @@ class ClosedLoop:
         sampler = self.prior.metadata.sampler
         followed = Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)
         with attached(self.runner.pipe, followed) as hook:
-            mine = {index: self._scores(index, references[index]) for index in missing if index in references}
-        evaluations = hook.full_evaluations + hook.skipped_evaluations if mine else 0
-        found = self.runner.processes.gather([(mine, evaluations)])
-        self.calls_per_step = max(evaluations for _, evaluations in found) / self.num_steps
-        scores = {index: each for theirs, _ in found for index, each in theirs.items()}
-        errors, qualities, counts = (np.concatenate(each) for each in zip(*(scores[i] for i in missing), strict=True))
+            mine = {
+                index: self._scores(index, references[index], key, hook) for index in missing if index in references
+            }
+        found = self.runner.processes.gather([mine])
+        self.calls_per_step = max(theirs[max(theirs)].evaluations for theirs in found if theirs) / self.num_steps
+        scores = {index: each for theirs in found for index, each in theirs.items()}
+        errors, qualities, counts = (
+            np.concatenate(each) for each in zip(*(scores[index].arrays for index in missing), strict=True)
+        )
         full_steps = float(counts.mean())
         self.spent += len(counts) * full_steps / self.num_steps
         if known:
@@ -181,11 +206,22 @@ class ClosedLoop:
             self.on_spent(self.spent)
         return trial
 
-    def _scores(self, index: int, reference: Outcome) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each sample its error, its PSNR, and how many steps were computed."""
+    def _scores(self, index: int, reference: Outcome, key: Any, hook: ScheduleHook) -> _Scores:
+        """Those of a batch, which is run unless the journal says what that gave."""
+        name = hashlib.sha256(repr((key, index)).encode()).hexdigest()[:24]
+        if name in self.journal:
+            scores = _Scores(*self.journal[name])
+            self.runner.count(scores.full_steps * len(self.batches[index].seeds))
+            return scores
         outcome = self.runner.run_one(self.batches[index])
-        quality = psnr_db(reference.images, outcome.images)
-        return relative_l2(reference.latents, outcome.latents), quality, np.full(len(quality), outcome.full_steps)
+        scores = _Scores(
+            relative_l2=relative_l2(reference.latents, outcome.latents).tolist(),
+            psnr_db=psnr_db(reference.images, outcome.images).tolist(),
+            full_steps=float(outcome.full_steps),
+            evaluations=hook.full_evaluations + hook.skipped_evaluations,
+        )
+        self.journal[name] = [*scores]
+        return scores
 
     def _batches_of(self, samples: int | None) -> int:
         """How many batches hold the first ``samples``; all if there are no more."""
