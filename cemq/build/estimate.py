@@ -58,11 +58,11 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a build takes: generations are exact where none are at most, bytes near but for activations, minutes rough.
+    """What a build takes: generations are exact where none are at most, disk near, minutes rough.
 
     ``memory_bytes`` is what its device must hold: all weights of the full-precision pipeline, and the activations of
     the largest model. What GPTQ replays and keeps of calls comes on top. ``host_memory_bytes`` is what the process
-    holds at most, ``disk_bytes`` what the bundle takes.
+    holds at the least, ``disk_bytes`` what the bundle takes.
     """
 
     stages: tuple[Stage, ...]
@@ -105,7 +105,7 @@ class Estimate:
             f"time: {_rounded(minutes / ROUGHLY):g} to {_rounded(minutes * ROUGHLY):g} minutes, roughly; a build says "
             "it anew once it has timed a step",
             f"device memory: {format_bytes(self.memory_bytes)} and what GPTQ keeps of calls",
-            f"host memory: about {format_bytes(self.host_memory_bytes)}",
+            f"host memory: at least {format_bytes(self.host_memory_bytes)}",
             f"disk: {format_bytes(self.disk_bytes)} for the bundle",
         ]
         return "\n".join(lines)

@@ -136,7 +136,7 @@ def host_memory_bytes(
     *,
     steps: int,
 ) -> int:
-    """What the build holds in host memory at most, with what this process holds already.
+    """What the build holds in host memory at its peak, at the least, with what this process holds already.
 
     The weights, which are opened there whatever the device; every recorded run; calls that are replayed. On a CPU also
     the activations of the largest model, what GPTQ sums up, and the layer that it rounds. A ``vram`` changes nothing.
