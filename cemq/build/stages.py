@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,10 @@ import torch
 from cemq import __version__
 from cemq.build.fitting import Calls, fitting
 from cemq.build.settings import BuildSettings
+from cemq.build.within import PieceByPiece, open_within
 from cemq.bundle.dtypes import Dtypes, as_loaded, restore_dtypes, tensor_dtypes
 from cemq.bundle.manifest import EVIDENCE, MANIFEST, PRIOR, Manifest, OtherRun, seal, write_pipeline
-from cemq.errors import ReplayError
+from cemq.errors import InputError, ReplayError
 from cemq.evaluation.compare import Fidelity, measure_fidelity
 from cemq.families import DENOISERS
 from cemq.memory.placement import format_bytes
@@ -53,7 +54,7 @@ from cemq.quantize import QuantizationSettings, quantize_pipeline
 from cemq.recipe import find_calibration, make_recipe
 from cemq.runtime import attached, cache_checked
 from cemq.runtime.policy_names import describe_policy
-from cemq.runtime.runner import Generations, Outcome, Runner, said_of_steps
+from cemq.runtime.runner import Outcome, Runner, said_of_steps
 from cemq.schedule import full_compute
 from cemq.schedule.plan import Plan
 from cemq.search.choose import Planned, check_correctable, plan, predicted
@@ -147,8 +148,13 @@ class FullPrecision:
             CemqError: As of `open_runner`.
         """
         if self._runner is None:
-            self._runner = open_runner(self.settings, self.progress, self.work.processes, self.work.generations)
+            self._runner = open_runner(self.settings, self.progress, self.work)
         return self._runner
+
+    @cached_property
+    def pieces(self) -> PieceByPiece | None:
+        """What writes the quantized pipeline where not all of it may be in memory."""
+        return PieceByPiece(self.settings, self.work.folder / "pieces") if self.settings.limit else None
 
     def describe(self) -> Opened:
         runner = self.runner
@@ -159,6 +165,7 @@ class FullPrecision:
 
     def let_go(self) -> None:
         self._runner = None
+        self.__dict__.pop("pieces", None)
         gc.collect()  # pipelines refer to themselves, and another takes their place
 
 
@@ -168,20 +175,20 @@ def agree(settings: BuildSettings, processes: Processes) -> None:
     processes.agree("settings", (settings.recipe.model_dump(), fused, library_versions(), torch.get_num_threads()))
 
 
-def open_runner(
-    settings: BuildSettings, progress: Progress | None, processes: Processes, generations: Generations | None = None
-) -> Runner:
+def open_runner(settings: BuildSettings, progress: Progress | None, work: Work) -> Runner:
     """The full-precision pipeline, with all of the settings checked against it.
-
-    Args:
-        generations: What counts its runs; None begins anew.
 
     Raises:
         CemqError: It cannot be opened or driven, or not as the settings ask for.
     """
-    recipe = settings.recipe
-    pipe = open_pipeline(settings.source.folder, dtype=settings.dtype, device=settings.device, variant=recipe.variant)
-    fuse_loras(pipe, settings.loras)
+    recipe, source = settings.recipe, settings.source.folder
+    if settings.limit:
+        if work.processes.count > 1:
+            raise InputError("vram: one process places weights for itself: leave it out, or the others")
+        pipe = open_within(settings, work.folder / "offloaded-original")
+    else:
+        pipe = open_pipeline(source, dtype=settings.dtype, device=settings.device, variant=recipe.variant)
+        fuse_loras(pipe, settings.loras)
     pipe.set_progress_bar_config(disable=True)
     steps = recipe.steps or default_steps(type(pipe))
     if settings.policy is None:
@@ -194,9 +201,8 @@ def open_runner(
         check_correctable(recipe.corrector, recipe.cache, pipe.scheduler, steps)
     settings.quantization.check_pipeline(pipe)
     return Runner(
-        pipe=pipe, steps=steps, call=call, progress=progress, processes=processes,
-        generations=generations or Generations(),
-    )  # fmt: skip
+        pipe=pipe, steps=steps, call=call, progress=progress, processes=work.processes, generations=work.generations
+    )
 
 
 def open_quantized(folder: Path, opened: Opened, full: FullPrecision) -> Runner:
@@ -207,7 +213,10 @@ def open_quantized(folder: Path, opened: Opened, full: FullPrecision) -> Runner:
     """
     full.let_go()
     settings, work = full.settings, full.work
-    pipe = open_pipeline(folder, dtype=settings.dtype, device=settings.device)
+    if settings.limit:
+        pipe = open_within(settings, work.folder / "offloaded-quantized", folder)
+    else:
+        pipe = open_pipeline(folder, dtype=settings.dtype, device=settings.device)
     pipe.set_progress_bar_config(disable=True)
     return Runner(
         pipe=pipe, steps=opened.steps, call=opened.call, progress=full.progress, processes=work.processes,
@@ -322,7 +331,7 @@ def _profiled(
     found = {number: work.kept(_name(stage, number)) if number in covered else None for number in numbers}
     watching, replayed = None, known["replayed"] if known else 0
     if needed:
-        watching = fitting(full.runner, full.settings.quantization, batches)
+        watching = fitting(full.runner, full.settings.quantization, batches, full.pieces)
         if known:
             watching.restore(known["state"])
 
@@ -363,7 +372,11 @@ def write_quantized(full: FullPrecision, opened: Opened, fitted: Fitted, folder:
     Raises:
         CemqError: What `quantize` raises.
     """
-    settings, runner = full.settings, full.runner
+    settings = full.settings
+    if full.pieces:
+        full.pieces.finish(folder, settings.quantization, fitted.calls, full.progress)
+        return
+    runner = full.runner
     runner.generations.replayed += fitted.replayed / runner.generations.calls_per_step
     runner = quantize(runner, settings.quantization, fitted.calls)
     if runner.processes.is_main:
