@@ -45,6 +45,7 @@ bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; takes hours
 	$(BIN)/python docs/benchmarks/quantization.py
 	$(BIN)/python docs/benchmarks/planning.py
 	$(BIN)/python docs/benchmarks/efforts.py
+	$(BIN)/python docs/benchmarks/estimate.py
 	$(BIN)/python docs/benchmarks/fidelity.py
 	$(BIN)/python docs/benchmarks/guidance.py
 	$(BIN)/python docs/benchmarks/teacache.py

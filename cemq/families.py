@@ -35,6 +35,9 @@ FAMILY_FULL_PRECISION = {
 # Modulation and time embedding see a handful of rows, so 4 bits would cost quality and buy no time: 8 bits in W4A8.
 EIGHT_BIT = ("*norm*.linear*", "*adaln*", "*modulation*", "*mod.*", "*time*embed*", "*time_proj*", "proj_out_1")
 
+# Layers that see the tokens of the text alone, where those of the picture have layers of their own.
+OF_TEXT = ("*context*", "*.add_[qkv]_proj", "*.to_add_out", "*txt_*")
+
 # Denoisers in the order they are looked for.
 DENOISERS = ("transformer", "transformer_2", "unet")
 

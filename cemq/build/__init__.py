@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cemq.build import stages
+from cemq.build.remaining import telling_what_is_left
 from cemq.build.settings import BuildSettings, resolve, resolve_recipe
 from cemq.build.work import Work, building
 from cemq.bundle.manifest import MANIFEST, Manifest
@@ -55,7 +56,7 @@ def quantize_and_schedule(
     """
     asked = resolve(model, recipe, device, settings)
     with building(Path(output), asked, overwrite=overwrite, fresh=fresh, processes=processes) as work:
-        return _build(asked, work, progress)
+        return _build(asked, work, telling_what_is_left(asked, progress) if processes.is_main else progress)
 
 
 def _build(asked: BuildSettings, work: Work, progress: Progress | None) -> Manifest:

@@ -48,10 +48,13 @@ def fitting(
     return _Observed(runner, quantization, batches, pieces)
 
 
-def _every(runner: Runner, batches: Sequence[Batch]) -> int:
-    """Of how many calls one is taken; odd, so that of two calls a step (guidance) both are taken alike."""
-    total = sum(len(batch.seeds) for batch in batches) * runner.steps
+def calls_apart(total: int) -> int:
+    """Of how many of all calls one is taken; odd, so that of two calls a step (guidance) both are taken alike."""
     return max(1, total // CALIBRATION_CALLS) | 1
+
+
+def _every(runner: Runner, batches: Sequence[Batch]) -> int:
+    return calls_apart(sum(len(batch.seeds) for batch in batches) * runner.steps)
 
 
 def _first(number: int, steps: int, every: int) -> int:

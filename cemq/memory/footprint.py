@@ -31,7 +31,7 @@ from cemq.memory.placement import (
 _ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 ANY_FLOAT = "any"  # stored, for what is not quantized: whatever float a file holds is loaded in one dtype
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_FEW_ROWS = (*EIGHT_BIT, "*embed*", "*shared*", "*head*", "*pooler*")  # layers that do not see every token
+FEW_ROWS = (*EIGHT_BIT, "*embed*", "*shared*", "*head*", "*pooler*")  # layers that do not see every token
 _MULTIPLY_IN_FLOATS = ("a16", "a16-fp4")
 _DEFAULT_SIZE = 1024  # pixels, where neither the call nor the pipeline says
 _TEXT_TOKENS = 512
@@ -39,6 +39,11 @@ _CLIP_TOKENS = 77  # beside those of a second encoder (SD3)
 _CHANNELS = (128, 256, 512, 512)  # of an autoencoder whose config says nothing cemq knows
 _TILE = 512
 _FRAMES_PER_LATENT = 4
+
+
+def itemsize_of(dtype: str) -> int:
+    """Bytes of a number, for the name of a float dtype."""
+    return _ITEMSIZE[DTYPES[dtype]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,54 @@ class Picture:
         return 1 + (self.frames - 1) // (vae.get("scale_factor_temporal") or _FRAMES_PER_LATENT)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Headers:
+    """A pipeline folder by its configs and the headers of its weights, and what is drawn with it.
+
+    Args:
+        pipeline: The class of it; None where the installed diffusers has none of that name.
+        classes: Library and class of every component that has weights, by name.
+        tensors: What its files hold, by the same names.
+        configs: Their config.json.
+    """
+
+    pipeline: Any
+    classes: Mapping[str, tuple[str, str]]
+    tensors: Mapping[str, tuple[Tensor, ...]]
+    configs: Mapping[str, dict[str, Any]]
+    picture: Picture
+
+    def role(self, name: str) -> Role:
+        return "denoiser" if name in DENOISERS else "vae" if name.startswith("vae") else "other"
+
+    def rows(self, name: str) -> int:
+        """Tokens that a component sees, of all samples and branches of guidance; text encoders see the text."""
+        return _rows(self.role(name), self.configs, name, self.picture)
+
+
+def read_headers(folder: Path, *, call: Mapping[str, Any], samples: int = 1) -> Headers:
+    """What `Headers` holds, for a call of the pipeline that draws so many samples at once.
+
+    Raises:
+        ModelError: The folder is not a pipeline's.
+        BundleError: A file of weights is damaged.
+    """
+    index = _json(folder / "model_index.json")
+    kinds = {name: tuple(kind) for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2}
+    tensors = {name: found for name, kind in kinds.items() if all(kind) and (found := tuple(tensors_of(folder / name)))}
+    configs = {name: _json(folder / name / "config.json") for name in tensors}
+    if not set(tensors) & set(DENOISERS):
+        raise ModelError(f"'{folder}' holds no {' or '.join(DENOISERS)}: cemq cannot plan its memory")
+    pipeline = _diffusers_class(index.get("_class_name"))
+    return Headers(
+        pipeline=pipeline,
+        classes={name: kinds[name] for name in tensors},
+        tensors=tensors,
+        configs=configs,
+        picture=_picture(pipeline, configs, call, samples),
+    )
+
+
 def read_footprint(
     folder: Path,
     *,
@@ -95,28 +148,22 @@ def read_footprint(
         ModelError: The folder is not a pipeline's.
         BundleError: A file of weights is damaged.
     """
-    index = _json(folder / "model_index.json")
-    pipeline = _diffusers_class(index.get("_class_name"))
-    kinds = {name: kind for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2 and all(kind)}
-    weights = {name: tensors for name in kinds if (tensors := tuple(tensors_of(folder / name)))}
-    configs = {name: _json(folder / name / "config.json") for name in weights}
-    if not set(weights) & set(DENOISERS):
-        raise ModelError(f"'{folder}' holds no {' or '.join(DENOISERS)}: cemq cannot plan its memory")
-    first = next(name for name in DENOISERS if name in weights)
-    picture = _picture(pipeline, configs, call, samples)
-    sequence = (getattr(pipeline, "model_cpu_offload_seq", None) or "").split("->")
-    excluded = getattr(pipeline, "_exclude_from_cpu_offload", ())
+    headers = read_headers(folder, call=call, samples=samples)
+    configs, picture = headers.configs, headers.picture
+    first = next(name for name in DENOISERS if name in configs)
+    sequence = (getattr(headers.pipeline, "model_cpu_offload_seq", None) or "").split("->")
+    excluded = getattr(headers.pipeline, "_exclude_from_cpu_offload", ())
 
     found = []
-    for name, tensors in weights.items():
-        role: Role = "denoiser" if name in DENOISERS else "vae" if name.startswith("vae") else "other"
-        known = _diffusers_class(kinds[name][1]) if kinds[name][0] == "diffusers" else None
+    for name, tensors in headers.tensors.items():
+        role, (library, kind) = headers.role(name), headers.classes[name]
+        known = _diffusers_class(kind) if library == "diffusers" else None
         loaded = [_as_loaded(tensor, stored_dtype or dtype, dtype) for tensor in tensors]
         whole, *reduced = _activations(role, tensors, configs, name, picture, dtype)
         kept = 0
         if name == first:  # a second denoiser (Wan 2.2) goes on with what the first one left
-            features = _output_features(configs[name]) if cache == "output" else _widths(tensors)[0]
-            rows, itemsize = _rows(role, configs, name, picture), _ITEMSIZE[DTYPES[dtype]]
+            features = output_features(configs[name]) if cache == "output" else widths(tensors)[0]
+            rows, itemsize = headers.rows(name), itemsize_of(dtype)
             kept = kept_steps * _cached_tensors(cache, loaded) * features * rows * itemsize
         found.append(
             ComponentMemory(
@@ -195,7 +242,7 @@ def _cached_tensors(cache: str, tensors: list[Tensor]) -> int:
     return sum(len(cached_modules(children)) for children in blocks.values())
 
 
-def _output_features(config: Mapping[str, Any]) -> int:
+def output_features(config: Mapping[str, Any]) -> int:
     """Values of the denoiser's output for each of its tokens."""
     patch = config.get("patch_size") or 1
     size = prod(patch) if isinstance(patch, (list, tuple)) else patch**2
@@ -273,7 +320,7 @@ def _activations(
     role: Role, tensors: tuple[Tensor, ...], configs: Mapping[str, dict], name: str, picture: Picture, dtype: str
 ) -> tuple[int, ...]:
     """Bytes that a model works on; of an autoencoder also how few they get, see `_vae_activations`."""
-    itemsize = _ITEMSIZE[DTYPES[dtype]]
+    itemsize = itemsize_of(dtype)
     if role == "vae":
         return _vae_activations(configs[name], picture, dtype)
     if name == "unet":
@@ -283,7 +330,7 @@ def _activations(
 
 def _vae_activations(vae: Mapping[str, Any], picture: Picture, dtype: str) -> tuple[int, int, int]:
     """Of the whole batch at once, sample by sample, and in tiles."""
-    itemsize = 4 if vae.get("force_upcast") and dtype == "float16" else _ITEMSIZE[DTYPES[dtype]]
+    itemsize = 4 if vae.get("force_upcast") and dtype == "float16" else itemsize_of(dtype)
     channels, frames = _channels(vae), picture.frames
 
     def decode(samples: int, height: int, width: int) -> int:
@@ -308,7 +355,7 @@ def _transformer_activations(
     picture: Picture,
     itemsize: int,
 ) -> int:
-    hidden, widest = _widths(tensors)
+    hidden, widest = widths(tensors)
     if not hidden:
         return 0
     scheme = str((configs[name].get("quantization_config") or {}).get("scheme", ""))
@@ -327,14 +374,14 @@ def _transformer_activations(
     )
 
 
-def _widths(tensors: tuple[Tensor, ...]) -> tuple[int, int]:
+def widths(tensors: tuple[Tensor, ...]) -> tuple[int, int]:
     """Of a transformer's stream of tokens, and of the widest layer that sees it; zeros if none does."""
     layers = [
         tensor
         for tensor in tensors
         if len(tensor.shape) in (2, 3)
         and tensor.name.endswith(".weight")
-        and not any(fnmatchcase(tensor.name.removesuffix(".weight"), pattern) for pattern in _FEW_ROWS)
+        and not any(fnmatchcase(tensor.name.removesuffix(".weight"), pattern) for pattern in FEW_ROWS)
     ]
     if not layers:
         return 0, 0

@@ -16,7 +16,7 @@ from cemq.prior.error_prior import ErrorPrior, PriorMetadata
 
 _CHUNK = 1 << 20  # latent elements turned to float64 at a time
 _LEAST_STEP = 1e-3  # of the largest: a step of no size moves nothing, however sensitive
-_LARGEST_CHANNEL_GRAMS = 1 << 18  # numbers; 16 channels at 128 steps
+LARGEST_CHANNEL_GRAMS = 1 << 18  # numbers; 16 channels at 128 steps
 
 
 def profiled(
@@ -85,7 +85,7 @@ def _statistics(q: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> dict[st
         "token_cosines": np.stack([cosines[steps:, steps:], cosines[:steps, :steps], cosines[:steps, steps:]]),
         "channel_means": tokens.double().mean((1, 3)).numpy().reshape(2, steps, channels),
     }
-    if channels * steps**2 <= _LARGEST_CHANNEL_GRAMS:
+    if channels * steps**2 <= LARGEST_CHANNEL_GRAMS:
         by_channel = tokens.permute(2, 0, 1, 3).flatten(2)
         grams = torch.stack([(each[:steps].double() @ each.double().T) / each.shape[1] for each in by_channel]).numpy()
         statistics["channel_grams"] = np.stack([grams[:, :, :steps], grams[:, :, steps:]])

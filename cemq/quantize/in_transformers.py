@@ -52,7 +52,7 @@ def quantize_text_encoder(model: nn.Module, config: CemqConfig) -> int:
         SchemeError: The patterns leave nothing to quantize.
     """
     replaced = 0
-    for name, linear, layer, scheme in _quantizable(model, config):
+    for name, linear, layer, scheme in quantizable_layers(model, config):
         _put(model, name, layer.from_linear(linear, scheme))
         replaced += 1
     if not replaced:
@@ -64,7 +64,7 @@ def quantize_text_encoder(model: nn.Module, config: CemqConfig) -> int:
     return replaced
 
 
-def _quantizable(
+def quantizable_layers(
     model: nn.Module, config: CemqConfig
 ) -> Iterator[tuple[str, nn.Linear, type[QuantizedLinear], Scheme]]:
     """Name, layer, class to be and scheme of every linear layer that the config quantizes."""
@@ -121,7 +121,7 @@ class TextEncoderQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
-        for name, linear, layer, scheme in _quantizable(model, self.quantization_config):
+        for name, linear, layer, scheme in quantizable_layers(model, self.quantization_config):
             sizes, bias, dtype = (linear.in_features, linear.out_features), linear.bias is not None, linear.weight.dtype
             if dtype == torch.float16 and _kept_in_float32(model, name):
                 dtype = torch.float32
