@@ -244,8 +244,9 @@ def test_a_build_within_a_limit_gives_the_bundle_of_one_without(flux, tmp_path, 
     vram = needed(flux, MAPPED, **settings)
     with caplog.at_level("INFO", "cemq.build"):
         cemq.quantize_and_schedule(str(flux), tmp_path / "within", device="cpu", vram=vram, **RUN | settings)
-    said = [message for message in caplog.messages if "in the model's files" in message]
-    assert [message.partition(":")[0] for message in said] == ["full-precision pipeline", "quantized pipeline"]
+    said = [message.split(": ")[:2] for message in caplog.messages if " pipeline: " in message]
+    assert [name for name, _ in said] == ["full-precision pipeline", "quantized pipeline"]
+    assert said[0][1] == "in the model's files"
     cemq.quantize_and_schedule(str(flux), tmp_path / "whole", device="cpu", **RUN | settings)
     within, whole = (read_bundle(tmp_path / name, verify="always") for name in ("within", "whole"))
     assert within.generations == whole.generations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -18,9 +18,16 @@ from cemq.bundle.manifest import complete_index
 from cemq.bundle.plan_memory import RESERVE
 from cemq.errors import PlacementError
 from cemq.families import DENOISERS
-from cemq.memory.footprint import ANY_FLOAT, DTYPES, read_footprint, tensors_of
+from cemq.memory.footprint import (
+    ANY_FLOAT,
+    DTYPES,
+    quantized_activation_bytes,
+    read_footprint,
+    read_headers,
+    tensors_of,
+)
 from cemq.memory.offload import free_host_memory, place
-from cemq.memory.placement import MAPPED, ON_DEVICE, PLACEMENTS, MemoryPlan, plan_placement
+from cemq.memory.placement import MAPPED, ON_DEVICE, PLACEMENTS, ComponentMemory, MemoryPlan, plan_placement
 from cemq.pipelines.batches import BUILD_LOG, Progress, default_steps
 from cemq.pipelines.opening import class_of_folder, denoisers, open_pipeline
 from cemq.quantize import CemqConfig, Observer, QuantizationSettings, ShardWriter, quantize_pipeline, quantized_layers
@@ -54,6 +61,8 @@ def plan_build(settings: BuildSettings, quantized: Path | None = None) -> Memory
         cache=settings.cache,
         kept_steps=_LOOKED_BACK,  # full precision keeps none, but what it becomes shall fit as well
     )
+    if not quantized:
+        components = _as_quantized(components, settings)
     kind = torch.device(settings.device).type
     reserve = RESERVE.get(kind, 0)
     if not quantized:
@@ -74,6 +83,20 @@ def plan_build(settings: BuildSettings, quantized: Path | None = None) -> Memory
             f"memory first: give --dtype {found}, or allow more memory"
         )
     return plan
+
+
+def _as_quantized(components: Sequence[ComponentMemory], settings: BuildSettings) -> list[ComponentMemory]:
+    """Denoisers with the activations that they will have, where these are more: what is made shall fit as well."""
+    headers = read_headers(settings.source.folder, call=settings.recipe.call, samples=settings.recipe.batch_size)
+    options = {"scheme": settings.recipe.scheme, "dtype": settings.dtype}
+    return [
+        replace(
+            each, activation_bytes=max(each.activation_bytes, quantized_activation_bytes(headers, each.name, **options))
+        )
+        if each.role == "denoiser" and settings.quantization.quantizes(each.name)
+        else each
+        for each in components
+    ]
 
 
 def _quantization_bytes(folder: Path, limit: Limit, quantization: QuantizationSettings, kind: str) -> int:
