@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,3 +287,25 @@ def test_an_interrupted_build_within_a_limit_goes_on(flux, tmp_path):
     assert limit > 10
     same_weights(tmp_path / "at once", tmp_path / "in parts")
     assert (tmp_path / "at once" / PRIOR).read_bytes() == (tmp_path / "in parts" / PRIOR).read_bytes()
+
+
+# --- memory that the kernel grants
+
+BUILDING = Path(__file__).parents[1] / "docs" / "benchmarks" / "building.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory control groups are Linux's")
+def test_a_kernel_that_grants_just_the_limit_kills_only_the_build_without_one(tmp_path):
+    """A pipeline of 640 MiB in a control group of 400, as docs/benchmarks/building.py builds it."""
+    done = subprocess.run(
+        [sys.executable, BUILDING, "--folder", tmp_path, "--quick"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if not rows[0]["enforced"]:
+        pytest.skip("no memory control group can be made here: that takes root and a cgroup file system to write to")
+    assert [(row["stage"], row["ended"]) for row in rows] == [
+        ("build", "finished"), ("build, no --vram", "killed"), ("draw", "finished"),
+    ]  # fmt: skip
+    assert rows[0]["original_bytes"] > 1.5 * rows[0]["vram"]
