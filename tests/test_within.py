@@ -242,7 +242,9 @@ def same_weights(one, other):
         assert all(torch.equal(tensor, right[name]) for name, tensor in left.items()), part
 
 
-@pytest.mark.parametrize("settings", [{"rounding": "nearest"}, {"scheme": "w4a8"}], ids=["rounded", "fitted"])
+@pytest.mark.parametrize(
+    "settings", [{"rounding": "nearest"}, {"scheme": "w4a8", "rounding": "gptq"}], ids=["rounded", "fitted"]
+)
 def test_a_build_within_a_limit_gives_the_bundle_of_one_without(flux, tmp_path, caplog, settings):
     """On a CPU weights are mapped, and lie where the file has them: the last bits of what is computed may differ."""
     vram = needed(flux, MAPPED, **settings)
@@ -270,7 +272,7 @@ def test_a_build_within_a_limit_gives_the_bundle_of_one_without(flux, tmp_path, 
 
 def test_an_interrupted_build_within_a_limit_goes_on(flux, tmp_path):
     settings = RUN | {"scheme": "w4a8", "samples": 3}
-    vram = needed(flux, MAPPED, scheme="w4a8")
+    vram = needed(flux, MAPPED, scheme="w4a8", rounding="gptq")
     cemq.quantize_and_schedule(str(flux), tmp_path / "at once", device="cpu", vram=vram, **settings)
     for limit in itertools.count(2, 4):
         told = itertools.count()

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from cemq.bench.machine import describe_machine
-from cemq.build import stages
+from cemq.build import references, stages
 from cemq.build.settings import BuildSettings, resolve
 from cemq.build.work import Work
 from cemq.metrics import psnr_db
@@ -91,10 +91,10 @@ def measure(evaluation: Evaluation, scheme: str, effort: str, seed: int) -> Iter
     asked = {"scheme": scheme, "effort": effort, "seed": seed, "dtype": "float32", "also_steps": []}
     settings = resolve(f"builtin:{evaluation.model}", None, "cpu", asked)
     with tempfile.TemporaryDirectory() as scratch:
-        full = stages.FullPrecision(settings, None, Work(Path(scratch), keeps=False))
+        full = references.FullPrecision(settings, None, Work(Path(scratch), keeps=False))
         with counted(full.runner.pipe) as rows:
-            samples = stages.draw_samples(full.runner, settings)
-            originals, fitted = stages.run_originals(full, full.describe(), samples)
+            samples = references.draw_samples(full.runner, settings)
+            originals, fitted = references.run_originals(full, full.describe(), samples)
             quantized = stages.quantize(full.runner, settings.quantization, fitted.calls)
     with counted(quantized.pipe) as forced:
         prior = quantized.profile(samples.profiled, originals.trajectories, scheme=scheme, dtype="float32")
