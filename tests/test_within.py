@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +18,23 @@ from support.comparing import identical
 from support.models import Toy, toy_calls
 from support.pipelines import make_denoiser, make_dit, make_flux
 
-from cemq.build.within import Limit, PieceByPiece, open_within, plan_build
-from cemq.errors import PlacementError, SchemeError
+import cemq
+from cemq.build.settings import resolve
+from cemq.build.within import PieceByPiece, open_within, plan_build
+from cemq.bundle.manifest import PRIOR, read_bundle, write_pipeline
+from cemq.errors import InputError, PlacementError, SchemeError
 from cemq.memory.placement import MAPPED, ON_DEVICE
 from cemq.pipelines.opening import open_pipeline
-from cemq.quantize import CemqConfig, Observer, QuantizationSettings, ShardWriter, quantize_in_place, quantized_layers
+from cemq.quantize import (
+    CemqConfig,
+    Observer,
+    QuantizationSettings,
+    ShardWriter,
+    quantize_in_place,
+    quantize_pipeline,
+    quantized_layers,
+)
 
-W4A8 = QuantizationSettings(scheme="w4a8")
 NEAREST = QuantizationSettings(scheme="w8a8", gptq=False)
 
 
@@ -110,11 +126,9 @@ def same_pipelines(one, other):
     ids=["denoiser", "nothing", "text encoder", "both"],
 )
 def test_a_pipeline_written_piece_by_piece_is_the_one_quantized_in_memory(flux, tmp_path, settings):
-    from cemq.bundle.manifest import write_pipeline
-    from cemq.quantize import quantize_pipeline
-
-    pieces = PieceByPiece(flux, tmp_path / "pieces", Limit(vram=200_000), dtype="float32", device="cpu")
-    pieces.finish(settings, {})
+    (tmp_path / "pieces").mkdir()
+    pieces = PieceByPiece(asked(flux, 200_000), tmp_path / "waiting")
+    pieces.finish(tmp_path / "pieces", settings, {})
     whole = open_pipeline(flux, dtype="float32", device="cpu")
     quantize_pipeline(whole, settings, {})
     write_pipeline(whole, tmp_path / "whole", flux)
@@ -142,33 +156,37 @@ def test_a_denoiser_that_is_observed_is_written_piece_by_piece(tmp_path):
 
 def test_nothing_to_quantize_is_refused(tmp_path):
     make_dit().save_pretrained(tmp_path / "dit")
-    pieces = PieceByPiece(tmp_path / "dit", tmp_path / "pieces", Limit(vram=1 << 20), dtype="float32", device="cpu")
+    pieces = PieceByPiece(asked(tmp_path / "dit", "1MiB", call={}), tmp_path / "waiting")
     with pytest.raises(SchemeError, match="nothing to quantize"):
-        pieces.finish(replace(NEAREST, full_precision=("*",)), {})
+        pieces.finish(tmp_path / "pieces", replace(NEAREST, full_precision=("*",)), {})
 
 
 # --- where weights lie
 
-
-def run_of(folder):
-    return {"call": {"height": 32, "width": 32}, "full_steps": 4, "samples": 1, "cache": "output"}
+RUN = {"steps": 4, "budget": 2, "effort": "instant", "call": {"height": 32, "width": 32}, "dtype": "float32"}
 
 
-def plan(folder, vram, **others):
-    return plan_build(
-        folder, Limit(vram=vram), **{"device": "cpu", "dtype": "float32", "original": True, "quantization": NEAREST}
-        | run_of(folder) | others,
-    )  # fmt: skip
+def asked(folder, vram, **others):
+    return resolve(str(folder), None, "cpu", RUN | {"rounding": "nearest", "vram": vram} | others)
+
+
+def needed(folder, placement, **others):
+    """The least that a build needs with the weights there, bytes; what quantizing takes grows with what is given."""
+    least = 20 << 20
+    while least < 1 << 30:
+        with suppress(PlacementError):
+            if plan_build(asked(folder, least, **others)).chosen.placement is placement:
+                return least
+        least += 200_000
+    raise AssertionError(f"no limit gives '{placement.name}'")
 
 
 def test_weights_stay_in_their_files_where_memory_does_not_suffice(flux, tmp_path):
-    large = plan(flux, 1 << 30)
+    large = plan_build(asked(flux, "1GiB"))
     assert large.chosen.placement is ON_DEVICE
-    needed = large.chosen.device_bytes + large.reserve_bytes
-    mapped = plan(flux, needed - 100_000)
-    assert mapped.chosen.placement is MAPPED
-    assert mapped.summary().startswith("in the model's files: ")
-    pipe = open_within(flux, mapped, dtype="float32", device="cpu", offload_folder=tmp_path / "none")
+    settings = asked(flux, needed(flux, MAPPED))
+    assert plan_build(settings).summary().startswith("in the model's files: ")
+    pipe = open_within(settings, tmp_path / "none")
     whole = open_pipeline(flux, dtype="float32", device="cpu")
     pictures = [
         each(
@@ -180,12 +198,116 @@ def test_weights_stay_in_their_files_where_memory_does_not_suffice(flux, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
+def test_fitting_weights_takes_more_memory_than_rounding_them(flux):
+    rounded, fitted = (plan_build(asked(flux, "1GiB", rounding=each)).reserve_bytes for each in ("nearest", "gptq"))
+    nothing = plan_build(asked(flux, "1GiB", rounding="nearest", scheme="none")).reserve_bytes
+    assert nothing < rounded < fitted
+
+
 def test_a_limit_that_is_too_small_is_refused_with_what_is_needed(flux):
     with pytest.raises(PlacementError, match=r"vram=1000 B: nothing fits. The least is in the model's files, "):
-        plan(flux, 1000)
+        plan_build(asked(flux, 1000))
 
 
 def test_weights_that_would_be_converted_in_memory_are_refused_with_the_dtype_to_take(flux):
-    large = plan(flux, 1 << 30, dtype="bfloat16")
+    vram = needed(flux, ON_DEVICE, dtype="bfloat16") - 200_000
     with pytest.raises(PlacementError, match="they are float32, and dtype=bfloat16 converts all of them in memory"):
-        plan(flux, large.chosen.device_bytes + large.reserve_bytes - 100_000, dtype="bfloat16")
+        plan_build(asked(flux, vram, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vram": "much"}, "memory 'much': write a size such as 8GiB"),
+        ({"host_memory": "8GiB"}, "host_memory=8GiB: only with vram does a build limit memory: give both"),
+        ({"vram": "8GiB", "scheme": "w4a8", "bits_budget": 6.0}, "vram: a bits budget tries layers in the whole model"),
+        ({"vram": "8GiB", "lora": ["some/lora"]}, "vram: fused LoRAs are in memory as a whole"),
+    ],
+)
+def test_what_cannot_be_built_within_a_limit_is_refused(flux, settings, message):
+    with pytest.raises(InputError, match=message):
+        resolve(str(flux), None, "cpu", RUN | settings)
+
+
+# --- whole builds
+
+
+def same_weights(one, other):
+    for part in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        left, right = (
+            {name: tensor for path in (folder / part).glob("*.safetensors") for name, tensor in load_file(path).items()}
+            for folder in (one, other)
+        )
+        assert left.keys() == right.keys()
+        assert all(torch.equal(tensor, right[name]) for name, tensor in left.items()), part
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rounding": "nearest"}, {"scheme": "w4a8", "rounding": "gptq"}], ids=["rounded", "fitted"]
+)
+def test_a_build_within_a_limit_gives_the_bundle_of_one_without(flux, tmp_path, caplog, settings):
+    """On a CPU weights are mapped, and lie where the file has them: the last bits of what is computed may differ."""
+    vram = needed(flux, MAPPED, **settings)
+    with caplog.at_level("INFO", "cemq.build"):
+        cemq.quantize_and_schedule(str(flux), tmp_path / "within", device="cpu", vram=vram, **RUN | settings)
+    said = [message.split(": ")[:2] for message in caplog.messages if " pipeline: " in message]
+    assert [name for name, _ in said] == ["full-precision pipeline", "quantized pipeline"]
+    assert said[0][1] == "in the model's files"
+    cemq.quantize_and_schedule(str(flux), tmp_path / "whole", device="cpu", **RUN | settings)
+    within, whole = (read_bundle(tmp_path / name, verify="always") for name in ("within", "whole"))
+    assert within.generations == whole.generations
+    assert (within.model_bytes, within.reference_bytes) == (whole.model_bytes, whole.reference_bytes)
+    assert within.dtypes == whole.dtypes
+    if settings == {"rounding": "nearest"}:
+        same_weights(tmp_path / "within", tmp_path / "whole")
+    pictures = [
+        cemq.from_pretrained(tmp_path / name, device="cpu")(
+            "a cat", height=32, width=32, num_inference_steps=4, generator=torch.manual_seed(0), output_type="pt"
+        ).images
+        for name in ("within", "whole")
+    ]
+    assert (pictures[0] - pictures[1]).abs().mean() < 0.02
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole", "within"]
+
+
+def test_an_interrupted_build_within_a_limit_goes_on(flux, tmp_path):
+    settings = RUN | {"scheme": "w4a8", "samples": 3}
+    vram = needed(flux, MAPPED, scheme="w4a8", rounding="gptq")
+    cemq.quantize_and_schedule(str(flux), tmp_path / "at once", device="cpu", vram=vram, **settings)
+    for limit in itertools.count(2, 4):
+        told = itertools.count()
+
+        def stop(stage, share, limit=limit, told=told):
+            if next(told) > limit:
+                raise KeyboardInterrupt
+
+        with suppress(KeyboardInterrupt):
+            cemq.quantize_and_schedule(
+                str(flux), tmp_path / "in parts", device="cpu", vram=vram, progress=stop, **settings
+            )
+            break
+    assert limit > 10
+    same_weights(tmp_path / "at once", tmp_path / "in parts")
+    assert (tmp_path / "at once" / PRIOR).read_bytes() == (tmp_path / "in parts" / PRIOR).read_bytes()
+
+
+# --- memory that the kernel grants
+
+BUILDING = Path(__file__).parents[1] / "docs" / "benchmarks" / "building.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory control groups are Linux's")
+def test_a_kernel_that_grants_just_the_limit_kills_only_the_build_without_one(tmp_path):
+    """A pipeline of 640 MiB in a control group of 400, as docs/benchmarks/building.py builds it."""
+    done = subprocess.run(
+        [sys.executable, BUILDING, "--folder", tmp_path, "--quick"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if not rows[0]["enforced"]:
+        pytest.skip("no memory control group can be made here: that takes root and a cgroup file system to write to")
+    assert [(row["stage"], row["ended"]) for row in rows] == [
+        ("build", "finished"), ("build, no --vram", "killed"), ("draw", "finished"),
+    ]  # fmt: skip
+    assert rows[0]["original_bytes"] > 1.5 * rows[0]["vram"]

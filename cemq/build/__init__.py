@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cemq.build import stages
+from cemq.build import references, stages
 from cemq.build.remaining import telling_what_is_left
 from cemq.build.settings import BuildSettings, resolve, resolve_recipe
 from cemq.build.work import Work, building
@@ -61,14 +61,14 @@ def quantize_and_schedule(
 
 def _build(asked: BuildSettings, work: Work, progress: Progress | None) -> Manifest:
     """Every stage in its turn; what was kept of one is not run again."""
-    full = stages.FullPrecision(asked, progress, work)
+    full = references.FullPrecision(asked, progress, work)
     opened = work.keep("opened", full.describe)
-    samples = work.keep("samples", lambda: stages.draw_samples(full.runner, asked))
-    work.say_what_is_kept(runs=stages.count_references(samples, opened, asked))
-    originals, fitted = stages.run_originals(full, opened, samples)
-    folder = work.keep_folder(stages.PIPELINE, partial(stages.write_quantized, full, opened, fitted))
+    samples = work.keep("samples", lambda: references.draw_samples(full.runner, asked))
+    work.say_what_is_kept(runs=references.count_references(samples, opened, asked))
+    originals, fitted = references.run_originals(full, opened, samples)
+    folder = work.keep_folder(references.PIPELINE, partial(stages.write_quantized, full, opened, fitted))
     del fitted  # it may be gigabytes
-    work.forget(stages.FITTED)
+    work.forget(references.FITTED)
     runner = stages.open_quantized(folder, opened, full)
     prior = work.keep("prior", lambda: stages.profile(runner, samples, originals, asked))
     plans = work.keep("plans", lambda: stages.choose_plans(runner, prior, samples, originals, asked, work.journal))

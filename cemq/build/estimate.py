@@ -13,9 +13,10 @@ from cemq.build.arithmetic import Arithmetic, RunArithmetic, run_arithmetic
 from cemq.build.pace import Pace, measure_pace
 from cemq.build.settings import BuildSettings
 from cemq.build.sizes import Sketch, bundle_bytes, fitted_calls, host_memory_bytes, sketch
+from cemq.build.within import plan_build
 from cemq.families import DENOISERS
 from cemq.memory.footprint import ANY_FLOAT, read_footprint, read_headers
-from cemq.memory.placement import format_bytes
+from cemq.memory.placement import MemoryPlan, format_bytes
 from cemq.pipelines.batches import default_steps
 from cemq.pipelines.opening import class_of_folder
 from cemq.quantize.allocate import MEASURED_CALLS
@@ -61,14 +62,15 @@ class Estimate:
     """What a build takes: generations are exact where none are at most, disk near, minutes rough.
 
     ``memory_bytes`` is what its device must hold: all weights of the full-precision pipeline, and the activations of
-    the largest model. What GPTQ replays and keeps of calls comes on top. ``host_memory_bytes`` is what the process
-    holds at the least, ``disk_bytes`` what the bundle takes.
+    the largest model. What GPTQ keeps comes on top. ``host_memory_bytes`` is what the process holds at the least,
+    ``disk_bytes`` what the bundle takes. Within a limit, ``placement`` is where the weights are instead.
     """
 
     stages: tuple[Stage, ...]
     memory_bytes: int
     host_memory_bytes: int
     disk_bytes: int
+    placement: MemoryPlan | None = None
 
     @property
     def generations(self) -> dict[str, float]:
@@ -86,6 +88,7 @@ class Estimate:
             "memory_bytes": self.memory_bytes,
             "host_memory_bytes": self.host_memory_bytes,
             "disk_bytes": self.disk_bytes,
+            "placement": self.placement and self.placement.to_dict(),
         }
 
     def summary(self) -> str:
@@ -104,7 +107,9 @@ class Estimate:
             f"{'in all':<{width}}{counts}",
             f"time: {_rounded(minutes / ROUGHLY):g} to {_rounded(minutes * ROUGHLY):g} minutes, roughly; a build says "
             "it anew once it has timed a step",
-            f"device memory: {format_bytes(self.memory_bytes)} and what GPTQ keeps of calls",
+            f"device memory: {self.placement.summary()}"
+            if self.placement
+            else f"device memory: {format_bytes(self.memory_bytes)} and what GPTQ keeps",
             f"host memory: at least {format_bytes(self.host_memory_bytes)}",
             f"disk: {format_bytes(self.disk_bytes)} for the bundle",
         ]
@@ -141,6 +146,7 @@ def estimate(settings: BuildSettings, *, clock: Callable[[], float] = time.perf_
         memory_bytes=sum(each.weight_bytes for each in components) + max(each.activation_bytes for each in components),
         host_memory_bytes=host_memory_bytes(settings, headers, **sizes),
         disk_bytes=bundle_bytes(settings, headers, runs=trials, **sizes),
+        placement=plan_build(settings) if settings.limit else None,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
+from cemq.build.within import PieceByPiece
 from cemq.errors import ReplayError
 from cemq.pipelines.batches import Batch
 from cemq.pipelines.opening import denoisers
@@ -33,13 +34,18 @@ class Fitting(Protocol):
         """Go on from what was known in an interrupted build."""
 
 
-def fitting(runner: Runner, quantization: QuantizationSettings, batches: Sequence[Batch]) -> Fitting:
+def fitting(
+    runner: Runner, quantization: QuantizationSettings, batches: Sequence[Batch], pieces: PieceByPiece | None = None
+) -> Fitting:
     """Inputs are summed up while full precision runs; calls are replayed for those sums only where they have to be
     anyway, for a bits budget, or where every process has but a share of the runs.
+
+    Args:
+        pieces: Where the quantized pipeline is written piece by piece.
     """
     if runner.processes.count > 1 or quantization.bits_budget is not None:
         return _Recorded(runner, quantization, batches)
-    return _Observed(runner, quantization, batches)
+    return _Observed(runner, quantization, batches, pieces)
 
 
 def calls_apart(total: int) -> int:
@@ -59,10 +65,18 @@ def _first(number: int, steps: int, every: int) -> int:
 class _Observed:
     """Has every denoiser's layers observed while full precision runs."""
 
-    def __init__(self, runner: Runner, quantization: QuantizationSettings, batches: Sequence[Batch]):
-        self._steps, self._every = runner.steps, _every(runner, batches)
+    def __init__(
+        self,
+        runner: Runner,
+        quantization: QuantizationSettings,
+        batches: Sequence[Batch],
+        pieces: PieceByPiece | None,
+    ):
+        self._steps, self._every, self._pieces = runner.steps, _every(runner, batches), pieces
         self._observers = {
-            name: quantization.observer(denoiser, runs=len(batches), every=self._every)
+            name: quantization.observer(
+                denoiser, runs=len(batches), every=self._every, **pieces.observed(name) if pieces else {}
+            )
             for name, denoiser in denoisers(runner.pipe)
             if quantization.is_fitted(denoiser)
         }
@@ -78,11 +92,14 @@ class _Observed:
         return self._observers
 
     def state(self) -> dict[str, Any]:
-        return {name: observer.state() for name, observer in self._observers.items()}
+        observers = {name: observer.state() for name, observer in self._observers.items()}
+        return {"observers": observers, "pieces": self._pieces.state() if self._pieces else None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        if self._pieces:
+            self._pieces.restore(state["pieces"])
         for name, observer in self._observers.items():
-            observer.restore(state[name])
+            observer.restore(state["observers"][name])
 
 
 class _Recorded:

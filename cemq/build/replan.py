@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from cemq.build import stages
+from cemq.build import references, stages
 from cemq.build.settings import BuildSettings, check_recipe, merged
 from cemq.build.work import Work
 from cemq.bundle.hub import find_bundle
@@ -72,12 +72,12 @@ def replan(
     made = read_bundle(folder, verify="once")
     asked = resolve_again(folder, made, model, device, settings)
     with staging(Path(output), overwrite=overwrite) if processes.is_main else nullcontext() as staged:
-        stages.agree(asked, processes)
+        references.agree(asked, processes)
         open_quantized(folder, made, dtype=made.dtype, device="cpu", aligned=False)  # or it is refused hours later
-        full = stages.FullPrecision(asked, progress, Work(None, processes, keeps=False))
+        full = references.FullPrecision(asked, progress, Work(None, processes, keeps=False))
         _check_same(full.runner.pipe, folder, asked)
-        opened, samples = full.describe(), stages.draw_samples(full.runner, asked)
-        originals, _ = stages.run_originals(full, opened, samples, fits=False)
+        opened, samples = full.describe(), references.draw_samples(full.runner, asked)
+        originals, _ = references.run_originals(full, opened, samples, fits=False)
         runner = _reopened(full.runner, folder, made, asked)
         prior = runner.profile(samples.profiled, originals.trajectories, scheme=made.scheme, dtype=made.dtype)
         plans = stages.choose_plans(runner, prior, samples, originals, asked)

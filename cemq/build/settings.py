@@ -175,6 +175,8 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
     limit = Limit.of(**{name: settings.get(name) for name in _OF_MEMORY})
     if limit and settled.bits_budget is not None:
         raise InputError("vram: a bits budget tries layers in the whole model in memory: leave one of them out")
+    if limit and settled.lora:
+        raise InputError("vram: fused LoRAs are in memory as a whole: fuse them, save the pipeline, and build that")
     asked = [read_lora(text) for text in settled.lora or ()]
     place = device or default_device()
     check_device(place)

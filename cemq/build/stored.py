@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from cemq.build.stages import Opened, Plans, Reference, Samples
+from cemq.build.references import Opened, Reference, Samples
+from cemq.build.stages import Plans
 from cemq.errors import BundleError, first_line
 from cemq.evaluation.compare import Fidelity
 from cemq.files import kept_whole, sha256

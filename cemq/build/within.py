@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -10,18 +11,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from cemq.build.settings import Limit
-from cemq.bundle.manifest import write_pipeline
+from cemq.build.settings import BuildSettings, Limit
+from cemq.bundle.manifest import complete_index
 from cemq.bundle.plan_memory import RESERVE
 from cemq.errors import PlacementError
 from cemq.families import DENOISERS
-from cemq.memory.footprint import ANY_FLOAT, DTYPES, read_footprint, tensors_of
+from cemq.memory.footprint import (
+    ANY_FLOAT,
+    DTYPES,
+    quantized_activation_bytes,
+    read_footprint,
+    read_headers,
+    tensors_of,
+)
 from cemq.memory.offload import free_host_memory, place
-from cemq.memory.placement import MAPPED, PLACEMENTS, MemoryPlan, plan_placement
-from cemq.pipelines.batches import Progress
-from cemq.pipelines.opening import denoisers, open_pipeline
-from cemq.quantize import Observer, QuantizationSettings, ShardWriter, quantize_pipeline, quantized_layers
+from cemq.memory.placement import MAPPED, ON_DEVICE, PLACEMENTS, ComponentMemory, MemoryPlan, plan_placement
+from cemq.pipelines.batches import BUILD_LOG, Progress, default_steps
+from cemq.pipelines.opening import class_of_folder, denoisers, open_pipeline
+from cemq.quantize import CemqConfig, Observer, QuantizationSettings, ShardWriter, quantize_pipeline, quantized_layers
+from cemq.quantize.in_diffusers import quantizable
 from cemq.reclaim import map_large_allocations
 
 if TYPE_CHECKING:
@@ -32,40 +42,38 @@ _FLOAT_COPIES = 3  # of a weight in float32, while it is quantized
 _LOOKED_BACK = 3  # full-compute steps, by taylor2
 
 
-def plan_build(
-    folder: Path,
-    limit: Limit,
-    *,
-    device: str,
-    dtype: str,
-    original: bool,
-    quantization: QuantizationSettings,
-    **run: Any,
-) -> MemoryPlan:
-    """Where the weights of a pipeline folder lie while a build runs it.
-
-    Args:
-        original: Whether it is the full-precision pipeline, which is quantized beside running, or what became of it.
-        run: Of `read_footprint`: call, full_steps, samples, cache.
+def plan_build(settings: BuildSettings, quantized: Path | None = None) -> MemoryPlan:
+    """Where the weights of a pipeline lie while a build runs it: of the full-precision one, which is quantized beside
+    running, or of what was ``quantized``, in this folder.
 
     Raises:
         PlacementError: Nothing fits, or weights would be converted on their way from disk.
     """
+    recipe, limit, dtype = settings.recipe, settings.limit, settings.dtype
+    folder = quantized or settings.source.folder
     components = read_footprint(
-        folder, dtype=dtype, stored_dtype=ANY_FLOAT if original else dtype,
-        kept_steps=0 if original else _LOOKED_BACK, **run,
-    )  # fmt: skip
-    kind = torch.device(device).type
+        folder,
+        dtype=dtype,
+        stored_dtype=dtype if quantized else ANY_FLOAT,
+        call=recipe.call,
+        full_steps=recipe.steps or default_steps(class_of_folder(folder)),
+        samples=recipe.batch_size,
+        cache=settings.cache,
+        kept_steps=_LOOKED_BACK,  # full precision keeps none, but what it becomes shall fit as well
+    )
+    if not quantized:
+        components = _as_quantized(components, settings)
+    kind = torch.device(settings.device).type
     reserve = RESERVE.get(kind, 0)
-    if original:
-        reserve += _quantization_bytes(folder, limit, quantization, kind)
+    if not quantized:
+        reserve += _quantization_bytes(folder, limit, settings.quantization, kind)
     plan = plan_placement(
         components,
         limit.vram,
         device=kind,
         reserve_bytes=reserve,
         host_limit=free_host_memory() if limit.host_memory is None else limit.host_memory,
-        samples=run.get("samples", 1),
+        samples=recipe.batch_size,
         placements=(PLACEMENTS[0], MAPPED) if kind == "cpu" else PLACEMENTS,
     )
     found = _other_floats(folder, dtype) if plan.chosen.placement.disk else None
@@ -75,6 +83,20 @@ def plan_build(
             f"memory first: give --dtype {found}, or allow more memory"
         )
     return plan
+
+
+def _as_quantized(components: Sequence[ComponentMemory], settings: BuildSettings) -> list[ComponentMemory]:
+    """Denoisers with the activations that they will have, where these are more: what is made shall fit as well."""
+    headers = read_headers(settings.source.folder, call=settings.recipe.call, samples=settings.recipe.batch_size)
+    options = {"scheme": settings.recipe.scheme, "dtype": settings.dtype}
+    return [
+        replace(
+            each, activation_bytes=max(each.activation_bytes, quantized_activation_bytes(headers, each.name, **options))
+        )
+        if each.role == "denoiser" and settings.quantization.quantizes(each.name)
+        else each
+        for each in components
+    ]
 
 
 def _quantization_bytes(folder: Path, limit: Limit, quantization: QuantizationSettings, kind: str) -> int:
@@ -108,23 +130,27 @@ def _other_floats(folder: Path, dtype: str) -> str | None:
     return most if most != dtype else None
 
 
-def open_within(
-    folder: Path, plan: MemoryPlan, *, dtype: str, device: str, offload_folder: Path, variant: str | None = None
-) -> DiffusionPipeline:
-    """The pipeline with its weights where the plan wants them.
+def open_within(settings: BuildSettings, offload_folder: Path, quantized: Path | None = None) -> DiffusionPipeline:
+    """The pipeline of `plan_build`, with its weights where that says.
 
     Args:
-        offload_folder: Empty or not there, for weights that rest on disk; it belongs to this pipeline alone.
+        offload_folder: For weights that rest on disk; it belongs to this pipeline alone.
 
     Raises:
         ModelError: It cannot be loaded.
-        PlacementError: It has parts that the placement's offloading cannot follow.
+        PlacementError: As of `plan_build`, or it has parts that the placement's offloading cannot follow.
     """
-    stays = plan.chosen.placement.unit == "nothing"
-    if plan.chosen.placement.disk and torch.device(device).type == "cpu":
+    plan = plan_build(settings, quantized)
+    logging.getLogger(BUILD_LOG).info("%s pipeline: %s", "quantized" if quantized else "full-precision", plan.summary())
+    placement, device = plan.chosen.placement, torch.device(settings.device)
+    if placement.disk and device.type == "cpu":
         map_large_allocations()  # before diffusers takes memory for every weight of the models that it is to fill
-    pipe = open_pipeline(folder, dtype=dtype, device=device if stays else "cpu", aligned=stays, variant=variant)
-    place(pipe, plan, device=torch.device(device), offload_folder=offload_folder)
+    stays = placement is ON_DEVICE
+    pipe = open_pipeline(
+        quantized or settings.source.folder, dtype=settings.dtype, device=settings.device if stays else "cpu",
+        aligned=stays, variant=None if quantized else settings.recipe.variant,
+    )  # fmt: skip
+    place(pipe, plan, device=device, offload_folder=offload_folder)
     return pipe
 
 
@@ -132,52 +158,76 @@ class PieceByPiece:
     """The quantized pipeline, written from the full-precision files and from layers that come one by one.
 
     Args:
-        source: The full-precision pipeline's folder.
-        folder: To write to; it must not hold the denoiser yet.
+        folder: Where layers wait for the rest.
     """
 
-    def __init__(
-        self, source: Path, folder: Path, limit: Limit, *, dtype: str, device: str, variant: str | None = None
-    ):
-        self._from, self._to, self._limit = source, folder, limit
-        self._device = torch.device(device)
-        self._pipe = open_pipeline(
-            source, dtype=dtype, device="cpu", aligned=False, variant=variant
-        )  # mapped, not read
+    def __init__(self, settings: BuildSettings, folder: Path):
+        self._settings, self._limit, self._folder = settings, settings.limit, folder
+        source = settings.source.folder
+        self._pipe = open_pipeline(  # mapped, not read
+            source, dtype=settings.dtype, device="cpu", aligned=False, variant=settings.recipe.variant
+        )
+        self._states: dict[str, Any] = {}
         self._writers: dict[str, ShardWriter] = {}
 
     def observed(self, name: str) -> dict[str, Any]:
         """How a denoiser's `Observer` gets at float weights, gets rid of quantized ones, and what it may hold."""
         return {
             "weights": getattr(self._pipe, name),
-            "put": self._writer(name).add,
+            "put": lambda layer, quantized: self._writer(name).add(layer, quantized),
             "limit_bytes": self._limit.hessian_bytes,
         }
 
+    def state(self) -> dict[str, Any]:
+        """What is written by now, for `restore`; plain values."""
+        return self._states | {name: writer.state() for name, writer in self._writers.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what another had written in this folder."""
+        self._states = dict(state)
+
     def finish(
-        self, quantization: QuantizationSettings, observers: Mapping[str, Observer], progress: Progress | None = None
+        self,
+        folder: Path,
+        quantization: QuantizationSettings,
+        observers: Mapping[str, Observer],
+        progress: Progress | None = None,
     ) -> None:
-        """All that is not written yet.
+        """The whole pipeline in a folder.
 
         Raises:
             SchemeError: There is nothing to quantize in a component.
         """
         streamed = [name for name, _ in denoisers(self._pipe) if quantization.quantizes(name)]
         for name in streamed:
-            model, writer = getattr(self._pipe, name), self._writer(name)
+            model = getattr(self._pipe, name)
             if name in observers:
                 config = observers[name].finish(partial(progress, "quantization") if progress else None)
             else:
-                config = quantization.config(model)
-                for layer, quantized in quantized_layers(model, config, device=self._device):
-                    writer.add(layer, quantized)
-            writer.finish(model, config)
+                config = self._round(name, model, quantization.config(model), progress)
+            self._writer(name).finish(model, config)
+            (self._folder / name).rename(folder / name)
             self._pipe.register_modules(**{name: None})
         if others := [name for name in quantization.components if name not in DENOISERS]:
             quantize_pipeline(self._pipe, replace(quantization, components=others), {}, progress)
-        write_pipeline(self._pipe, self._to, self._from, but_for=streamed, max_shard_size=self._limit.shard_bytes)
+        sharded = {"max_shard_size": self._limit.shard_bytes, "safe_serialization": True}
+        for name, part in self._pipe.components.items():
+            if part is not None:
+                part.save_pretrained(folder / name, **sharded if isinstance(part, nn.Module) else {})
+        self._pipe.save_config(folder)
+        complete_index(folder, self._settings.source.folder, absent=streamed)
+
+    def _round(self, name: str, model: nn.Module, config: CemqConfig, progress: Progress | None) -> CemqConfig:
+        total = sum(1 for _ in quantizable(model, config))
+        layers = quantized_layers(model, config, device=torch.device(self._settings.device))
+        for done, (layer, quantized) in enumerate(layers, start=1):
+            self._writer(name).add(layer, quantized)
+            if progress:
+                progress("quantization", done / total)
+        return config
 
     def _writer(self, name: str) -> ShardWriter:
         if name not in self._writers:
-            self._writers[name] = ShardWriter(self._to / name, self._limit.shard_bytes)
+            folder, state = self._folder / name, self._states.get(name)
+            self._writers[name] = ShardWriter(folder, self._limit.shard_bytes, state)
         return self._writers[name]

@@ -19,8 +19,8 @@ import torch
 
 from cemq import __version__
 from cemq.build import stored
+from cemq.build.references import PIPELINE, RUN, agree, library_versions
 from cemq.build.settings import BuildSettings
-from cemq.build.stages import PIPELINE, RUN, agree, library_versions
 from cemq.bundle.staging import Place, claimed
 from cemq.errors import BundleError, ProcessError
 from cemq.files import flush, kept_whole, sha256

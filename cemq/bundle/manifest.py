@@ -169,20 +169,19 @@ def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_pipeline(
-    pipe: DiffusionPipeline, folder: Path, source: Path, *, but_for: Collection[str] = (), **options: Any
-) -> None:
-    """``save_pretrained``, plus what it forgets: plain entries of the source's model_index.json (DiT's id2label).
+def write_pipeline(pipe: DiffusionPipeline, folder: Path, source: Path) -> None:
+    """``save_pretrained``, plus what it forgets."""
+    type(pipe).save_pretrained(pipe, folder, safe_serialization=True)  # a loaded bundle's own writes a bundle
+    complete_index(folder, source)
 
-    Args:
-        but_for: Components that the pipeline has no more, for they are written already.
-        options: Of ``save_pretrained``.
-    """
-    type(pipe).save_pretrained(pipe, folder, safe_serialization=True, **options)  # a loaded bundle's own writes one
+
+def complete_index(folder: Path, source: Path, *, absent: Collection[str] = ()) -> None:
+    """Put into model_index.json what a pipeline does not write of the one it was loaded from: plain entries (DiT's
+    id2label), and components that it has no more, for they are ``absent``."""
     index = folder / "model_index.json"
     written, original = (json.loads((f / index.name).read_text(encoding="utf-8")) for f in (folder, source))
     forgotten = {name: value for name, value in original.items() if name not in written and not name.startswith("_")}
-    forgotten |= {name: original[name] for name in but_for}
+    forgotten |= {name: original[name] for name in absent}
     index.write_text(json.dumps(written | forgotten, indent=2) + "\n", encoding="utf-8")
     forget_paths(folder)
 

@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -360,18 +360,34 @@ def _transformer_activations(
         return 0
     scheme = str((configs[name].get("quantization_config") or {}).get("scheme", ""))
     quantized = [prod(t.shape) * (2 if t.dtype == "U8" else 1) for t in tensors if t.dtype in ("I8", "U8")]
-    expanded = 0  # the largest weight, as it is multiplied
-    if quantized and scheme.endswith(_MULTIPLY_IN_FLOATS):
-        expanded = max(quantized) * (5 + itemsize)
-    elif quantized and any(t.dtype == "U8" for t in tensors):
-        expanded = max(quantized)
-    return expanded + transformer_activation_bytes(
+    packed = any(t.dtype == "U8" for t in tensors)
+    return _expanded_bytes(scheme, quantized, packed=packed, itemsize=itemsize) + transformer_activation_bytes(
         rows=_rows(role, configs, name, picture),
         hidden=hidden,
         widest=widest,
         itemsize=itemsize,
         integer_activations=scheme.endswith("a8"),
     )
+
+
+def _expanded_bytes(scheme: str, sizes: Sequence[int], *, packed: bool, itemsize: int) -> int:
+    """Of the largest of the quantized weights, of so many numbers, as it is multiplied."""
+    if sizes and scheme.endswith(_MULTIPLY_IN_FLOATS):
+        return max(sizes) * (5 + itemsize)
+    return max(sizes) if sizes and packed else 0
+
+
+def quantized_activation_bytes(headers: Headers, name: str, *, scheme: str, dtype: str) -> int:
+    """Bytes that a denoiser works on which is in full precision yet, once it is quantized to a scheme."""
+    tensors, itemsize = headers.tensors[name], itemsize_of(dtype)
+    hidden, widest = widths(tensors)
+    sizes = [prod(tensor.shape) for tensor in tensors if len(tensor.shape) == 2]
+    return _expanded_bytes(scheme, sizes, packed=scheme.startswith("w4"), itemsize=itemsize) + (
+        transformer_activation_bytes(
+            rows=headers.rows(name), hidden=hidden, widest=widest, itemsize=itemsize,
+            integer_activations=scheme.endswith("a8"),
+        )
+    )  # fmt: skip
 
 
 def widths(tensors: tuple[Tensor, ...]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from cemq.errors import InputError, PlacementError
@@ -314,7 +315,7 @@ def parse_bytes(text: str | int) -> int:
     (1610612736, 2000000000, 4096)
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)?", str(text).strip(), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
+    size = int(Decimal(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
     if size < 1:
         raise InputError(f"memory {str(text)!r}: write a size such as 8GiB, 500MB or a number of bytes")
     return size

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from cemq.bench.machine import describe_machine
-from cemq.build import stages
+from cemq.build import references, stages
 from cemq.build.settings import BuildSettings, resolve
+from cemq.build.work import Work
 from cemq.metrics import psnr_db
-from cemq.parallel import ALONE
 from cemq.pipelines.batches import (
     EVALUATION_SEED_OFFSET,
     check_conditions,
@@ -89,13 +90,15 @@ def measure(evaluation: Evaluation, scheme: str, effort: str, seed: int) -> Iter
     """A build for every budget, told in its stages; what comes before planning is the same for all, and run once."""
     asked = {"scheme": scheme, "effort": effort, "seed": seed, "dtype": "float32", "also_steps": []}
     settings = resolve(f"builtin:{evaluation.model}", None, "cpu", asked)
-    runner = stages.open_runner(settings, None, ALONE)
-    with counted(runner.pipe) as rows:
-        samples = stages.draw_samples(runner, settings)
-        originals, calls = stages.run_originals(runner, samples, settings)
-        quantized = stages.quantize(runner, settings.quantization, calls)
+    with tempfile.TemporaryDirectory() as scratch:
+        full = references.FullPrecision(settings, None, Work(Path(scratch), keeps=False))
+        with counted(full.runner.pipe) as rows:
+            samples = references.draw_samples(full.runner, settings)
+            originals, fitted = references.run_originals(full, full.describe(), samples)
+            quantized = stages.quantize(full.runner, settings.quantization, fitted.calls)
+    with counted(quantized.pipe) as forced:
         prior = quantized.profile(samples.profiled, originals.trajectories, scheme=scheme, dtype="float32")
-    before, each = sum(rows), 2 * STEPS  # both branches of guidance in one call
+    before, each = sum(rows) + sum(forced), 2 * STEPS  # both branches of guidance in one call
     for budget in BUDGETS:
         own: BuildSettings = replace(settings, recipe=settings.recipe.model_copy(update={"budget": budget}))
         with counted(quantized.pipe) as rows:
