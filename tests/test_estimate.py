@@ -285,7 +285,7 @@ def test_a_dry_run_tells_minutes_memory_and_disk():
     said = CliRunner().invoke(app, arguments).stdout.splitlines()
     told = estimate(resolve("builtin:dit-digits", None, "cpu", {"effort": "quick"})).to_dict()
     assert set(told) == {
-        "generations", "stages", "minutes", "memory_bytes", "host_memory_bytes", "disk_bytes",
+        "generations", "stages", "minutes", "memory_bytes", "host_memory_bytes", "disk_bytes", "placement",
     }  # fmt: skip
     assert sum(stage["minutes"] for stage in told["stages"]) == pytest.approx(told["minutes"], rel=0.2)
     heads = [line.partition(":")[0] for line in said]
