@@ -21,7 +21,7 @@ SAID = "# A build takes at most "  # of a recipe
 
 
 def generations(name: str, effort: str) -> float:
-    """Of one sample, in full, at the steps of the recipe: the most that a build takes, beside what GPTQ replays."""
+    """Of one sample, in full, at the steps of the recipe: the most that a build takes."""
     recipe = load_recipe(name)
     nothing = ModelSource(name=str(recipe.model), folder=Path())
     settled = recipe.model_copy(update={"effort": effort})

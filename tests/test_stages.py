@@ -88,6 +88,21 @@ def test_values_come_back_as_they_were(tmp_path):
     assert found["call"].arguments[0].stride() == shared.stride()  # kernels may depend on it
 
 
+def test_tensors_are_written_from_where_they_lie_but_for_those_that_share_memory(tmp_path, monkeypatch):
+    """Hessians are gigabytes, and kept after every reference run."""
+    written, save = {}, stored.save_file
+
+    def spy(tensors, path):
+        written.update(tensors)
+        save(tensors, path)
+
+    monkeypatch.setattr(stored, "save_file", spy)
+    whole, other = torch.arange(12.0).reshape(3, 4), torch.ones(5)
+    stored.write(tmp_path, "value", [whole, other, whole[:2]])
+    assert [each.data_ptr() for each in written.values()][:2] == [whole.data_ptr(), other.data_ptr()]
+    same(stored.read(tmp_path, "value"), [whole, other, whole[:2]])
+
+
 def test_what_is_no_plain_data_is_refused_and_leaves_no_file(tmp_path):
     with pytest.raises(BundleError, match="stage 'calls' cannot be kept: it holds a Generator, which is no plain data"):
         stored.write(tmp_path, "calls", [torch.Generator()])

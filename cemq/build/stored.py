@@ -54,11 +54,15 @@ def write(folder: Path, name: str, value: Any) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     known: dict[int, str] = {}
+    memory: set[int] = set()  # of the tensors that are written as they are: they may be gigabytes
 
     def keep(tensor: torch.Tensor, of: Any) -> str:
         if id(of) not in known:
             known[id(of)] = str(len(known))
-            tensors[known[id(of)]] = tensor.detach().to("cpu", copy=True)
+            found = tensor.detach().to("cpu")
+            shared = found.untyped_storage().data_ptr() in memory  # which safetensors does not write
+            memory.add(found.untyped_storage().data_ptr())
+            tensors[known[id(of)]] = found.clone() if shared else found
         return known[id(of)]
 
     def encoded(each: Any) -> Any:

@@ -287,6 +287,9 @@ def main() -> None:
 
 
 def page(content: dict[str, Any]) -> str:
+    from cemq.bench.machine import one_line
+
+    machine = content["machine"]
     lines = [
         f"| {row['pipeline']} | {row['original_bytes'] / GIB:.2f} | {row['vram'] / GIB:.2f} | {row['stage']} | "
         f"{row['ended'] if row['enforced'] else 'no control group'} | {row.get('seconds', 0):.0f} | "
@@ -295,8 +298,10 @@ def page(content: dict[str, Any]) -> str:
     ]
     return f"""# Builds within a limit
 
-{content["machine"]}. Pipelines of FLUX's kind with random bfloat16 weights, W4A8 to nearest, effort `instant`,
-{STEPS} steps at {SIZE} x {SIZE}; `flux` has FLUX.1-dev's shapes. Each stage is a process of its own, in a memory
+{machine["date"][:10]}, {one_line(machine)}.
+
+Pipelines of FLUX's kind with random bfloat16 weights, W4A8 to nearest, effort `instant`, {STEPS} steps at {SIZE} x
+{SIZE}; `flux` has FLUX.1-dev's shapes. Each stage is a process of its own, in a memory
 control group of exactly the bytes given as `--vram`, which it joins when its libraries are loaded; files count when
 they are read. The peak is of the process, and its libraries are in it. GiB.
 
