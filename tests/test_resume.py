@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.attention import BasicTransformerBlock
+from support.counting import counted_rows
 from support.pipelines import make_dit
 from typer.testing import CliRunner
 
@@ -70,26 +69,10 @@ def work_of(folder):
     return found
 
 
-@contextmanager
-def counted():
-    """Rows that every block of every transformer was called with."""
-    rows = []
-
-    def note(module, args):
-        if isinstance(module, BasicTransformerBlock):
-            rows.append(len(args[0]))
-
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
-    try:
-        yield lambda: sum(rows)
-    finally:
-        handle.remove()
-
-
 @pytest.fixture(scope="module")
 def whole(root):
     """The bundle of a build that nobody disturbed, and what that ran."""
-    with counted() as rows:
+    with counted_rows() as rows:
         build(root, root / "whole")
     assert names(root) == ["labels.txt", "pipeline", "whole"]
     return content(root / "whole"), rows()
@@ -136,7 +119,7 @@ def test_a_build_that_is_ended_after_every_single_stage_runs_none_again(ends, wh
         # before a run has ended nothing is worth keeping; and what weights are fitted to is kept after its run
         return name.startswith(("fitted-", "p", "check")) or (name.startswith("run-") and "reference" not in name)
 
-    with counted() as rows:
+    with counted_rows() as rows:
         for _ in range(len(REFERENCES) + 4):
             assert ends(any_stage)
             assert not (tmp_path / "out").exists()
@@ -149,7 +132,7 @@ def test_a_build_that_is_ended_after_every_single_stage_runs_none_again(ends, wh
 
 
 def test_at_most_one_run_is_repeated(ends, whole, tmp_path, said):
-    with counted() as rows:
+    with counted_rows() as rows:
         assert ends(lambda name: name == "run-reference-runs-1")  # what weights are fitted to is not kept yet
         repeated = rows() // 2  # of two
         assert ends(lambda name: name == "pipeline")
@@ -169,7 +152,7 @@ def test_runs_of_schedules_are_not_repeated_either(root, whole, tmp_path, monkey
         if len(self) == 4:
             raise Ended
 
-    with counted() as rows:
+    with counted_rows() as rows:
         with monkeypatch.context() as patched, pytest.raises(Ended):
             patched.setattr(work.Journal, "__setitem__", noted)
             build(root, tmp_path / "out")
@@ -279,7 +262,7 @@ def test_a_damaged_line_of_a_journal_is_run_again(root, ends, whole, tmp_path, d
     (work_of(tmp_path) / "plans.json").unlink()
     for file in work_of(tmp_path).glob("schedules-*"):
         damage(file)
-    with counted() as rows:
+    with counted_rows() as rows:
         build(root, tmp_path / "out")
     assert content(tmp_path / "out") == whole[0]
     assert 0 < rows() < whole[1] / 2
@@ -318,7 +301,7 @@ def test_work_with_other_settings_stays_until_a_bundle_is_written(root, ends, wh
     assert len(names(tmp_path / ".out.building")) == 3
     (kept,) = said.messages
     assert "of an unfinished build of 'out' with other settings (seed 0 instead of 9), until a bundle" in kept
-    with counted() as rows:
+    with counted_rows() as rows:
         build(root, tmp_path / "out")
     assert rows() < 0.7 * whole[1]
     assert content(tmp_path / "out") == whole[0]
@@ -329,7 +312,7 @@ def test_fresh_begins_anew(root, ends, whole, tmp_path, said):
     assert ends(lambda name: name == "pipeline", seed=9)
     assert ends(lambda name: name == "pipeline")
     said.clear()
-    with counted() as rows:
+    with counted_rows() as rows:
         build(root, tmp_path / "out", fresh=True)
     assert rows() == whole[1]
     assert said.messages == []
@@ -426,7 +409,7 @@ def test_a_disk_that_is_full_is_one_line_and_keeps_what_was_finished(root, whole
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert len(str(raised.value).splitlines()) == 1
     assert (tmp_path / "out" / MANIFEST).read_text() == "old"
-    with counted() as rows:
+    with counted_rows() as rows:
         build(root, tmp_path / "out", overwrite=True)
     assert (rows() < whole[1]) == (files > 3)
     assert content(tmp_path / "out") == whole[0]

@@ -19,6 +19,7 @@ from support.models import Toy, toy_calls
 from support.pipelines import make_denoiser, make_dit, make_flux
 
 import cemq
+from cemq.build.estimate import estimate
 from cemq.build.settings import resolve
 from cemq.build.within import PieceByPiece, open_within, plan_build
 from cemq.bundle.manifest import PRIOR, read_bundle, write_pipeline
@@ -196,6 +197,15 @@ def test_weights_stay_in_their_files_where_memory_does_not_suffice(flux, tmp_pat
     ]
     assert torch.allclose(*pictures, atol=1e-5)
     assert not (tmp_path / "none").exists()
+
+
+def test_arguments_of_the_call_may_be_text_as_the_command_line_gives_them(flux):
+    settings = asked(flux, "1GiB", call={"height": "64", "width": "64"})
+    assert (
+        plan_build(settings).components[-1].activation_bytes
+        > plan_build(asked(flux, "1GiB")).components[-1].activation_bytes
+    )
+    assert estimate(settings).placement == plan_build(settings)
 
 
 def test_fitting_weights_takes_more_memory_than_rounding_them(flux):

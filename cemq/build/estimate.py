@@ -125,9 +125,9 @@ def estimate(settings: BuildSettings, *, clock: Callable[[], float] = time.perf_
     recipe, folder = settings.recipe, settings.source.folder
     steps = recipe.steps or default_steps(class_of_folder(folder))
     stages = planned_stages(settings, steps)
-    headers = read_headers(folder, call=recipe.call, samples=recipe.batch_size)
+    headers = read_headers(folder, call=settings.call, samples=recipe.batch_size)
     components = read_footprint(
-        folder, dtype=settings.dtype, stored_dtype=ANY_FLOAT, call=recipe.call, full_steps=steps,
+        folder, dtype=settings.dtype, stored_dtype=ANY_FLOAT, call=settings.call, full_steps=steps,
         samples=recipe.batch_size,
     )  # fmt: skip
     work, device, dtype = run_arithmetic(headers), settings.device, settings.dtype

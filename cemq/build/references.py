@@ -25,7 +25,6 @@ from cemq.pipelines.batches import (
     BUILD_LOG,
     Batch,
     Progress,
-    check_call,
     check_conditions,
     check_drivable,
     check_steps,
@@ -33,7 +32,6 @@ from cemq.pipelines.batches import (
     default_steps,
     iterate,
     make_batches,
-    read_call,
     read_conditions,
     run,
     split_conditions,
@@ -41,7 +39,7 @@ from cemq.pipelines.batches import (
 from cemq.pipelines.lora import fuse_loras
 from cemq.pipelines.opening import denoisers, open_pipeline, weight_bytes
 from cemq.pipelines.trajectory import Trajectory
-from cemq.recipe import find_calibration, make_recipe
+from cemq.recipe import find_calibration
 from cemq.runtime import cache_checked
 from cemq.runtime.runner import Outcome, Runner
 from cemq.search.choose import check_correctable
@@ -155,7 +153,7 @@ def open_runner(settings: BuildSettings, progress: Progress | None, work: Work) 
     Raises:
         CemqError: It cannot be opened or driven, or not as the settings ask for.
     """
-    recipe, source = settings.recipe, settings.source.folder
+    recipe, source, call = settings.recipe, settings.source.folder, settings.call
     if settings.limit:
         if work.processes.count > 1:
             raise InputError("vram: one process places weights for itself: leave it out, or the others")
@@ -167,8 +165,6 @@ def open_runner(settings: BuildSettings, progress: Progress | None, work: Work) 
     steps = recipe.steps or default_steps(type(pipe))
     if settings.policy is None:
         settings.planning.check(steps)
-    check_call(type(pipe), recipe.call)
-    call = make_recipe({"call": read_call(type(pipe), recipe.call)}).call
     check_drivable(pipe)
     check_steps(pipe, steps, *settings.other_steps(steps))
     if settings.policy is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from cemq.build.estimate import QUANTIZATION, ROUGHLY, Estimate, Stage, estimate
 from cemq.build.settings import BuildSettings
-from cemq.errors import CemqError
+from cemq.errors import first_line
 from cemq.pipelines.batches import BUILD_LOG, Progress
 
 _LEAST_SECONDS = 1.0  # of steps that are timed before anything is said: those of small models take milliseconds
@@ -118,8 +118,8 @@ def telling_what_is_left(
     log = logging.getLogger(BUILD_LOG)
     try:
         told = estimate(settings)
-    except CemqError as error:  # the build goes on, and fails by itself if that is more than the estimate's trouble
-        log.info(f"how long this will take cannot be told: {error}")
+    except Exception as error:  # no guess is worth a build, which fails by itself where more than the guess does
+        log.info(f"how long this will take cannot be told: {first_line(error)}")
         return progress
     if 60 * told.minutes >= _WORTH_SAYING:
         log.info(

@@ -9,7 +9,7 @@ from typing import Any
 from cemq.bundle.manifest import MANIFEST
 from cemq.errors import InputError, ModelError, choose
 from cemq.memory.placement import parse_bytes
-from cemq.pipelines.batches import read_conditions
+from cemq.pipelines.batches import check_call, read_call, read_conditions
 from cemq.pipelines.lora import Lora, check_fusing, locate_lora, read_lora
 from cemq.pipelines.opening import (
     ModelSource,
@@ -86,6 +86,13 @@ class BuildSettings:
     @property
     def quantization(self) -> QuantizationSettings:
         return QuantizationSettings.of(self.recipe)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """Arguments of the pipeline, as its class wants them. Raises CemqError for one that is none, or unreadable."""
+        kind = class_of_folder(self.source.folder)
+        check_call(kind, self.recipe.call)
+        return make_recipe({"call": read_call(kind, self.recipe.call)}).call
 
     @property
     def policy(self) -> Policy | None:

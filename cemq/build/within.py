@@ -55,7 +55,7 @@ def plan_build(settings: BuildSettings, quantized: Path | None = None) -> Memory
         folder,
         dtype=dtype,
         stored_dtype=dtype if quantized else ANY_FLOAT,
-        call=recipe.call,
+        call=settings.call,
         full_steps=recipe.steps or default_steps(class_of_folder(folder)),
         samples=recipe.batch_size,
         cache=settings.cache,
@@ -87,7 +87,7 @@ def plan_build(settings: BuildSettings, quantized: Path | None = None) -> Memory
 
 def _as_quantized(components: Sequence[ComponentMemory], settings: BuildSettings) -> list[ComponentMemory]:
     """Denoisers with the activations that they will have, where these are more: what is made shall fit as well."""
-    headers = read_headers(settings.source.folder, call=settings.recipe.call, samples=settings.recipe.batch_size)
+    headers = read_headers(settings.source.folder, call=settings.call, samples=settings.recipe.batch_size)
     options = {"scheme": settings.recipe.scheme, "dtype": settings.dtype}
     return [
         replace(

@@ -13,7 +13,14 @@ BLOCKS, BRANCHES = 2, 2  # both branches of guidance are rows of one call
 
 @contextmanager
 def counted(steps: int) -> Iterator[Callable[[], float]]:
-    """Full generations of one sample, by the rows that every block of every transformer is called with."""
+    """Full generations of one sample."""
+    with counted_rows() as rows:
+        yield lambda: rows() / (BLOCKS * BRANCHES * steps)
+
+
+@contextmanager
+def counted_rows() -> Iterator[Callable[[], int]]:
+    """Rows that every block of every transformer is called with."""
     rows = []
 
     def note(module, args):
@@ -22,6 +29,6 @@ def counted(steps: int) -> Iterator[Callable[[], float]]:
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
     try:
-        yield lambda: sum(rows) / (BLOCKS * BRANCHES * steps)
+        yield lambda: sum(rows)
     finally:
         handle.remove()
