@@ -158,8 +158,9 @@ def planned_stages(settings: BuildSettings, steps: int) -> tuple[Stage, ...]:
     planned, checked = effort.planning_samples, effort.check_samples
     others = settings.other_steps(steps)
     searched = recipe.solver == SEARCH or settings.planning.fits  # what is learnt from runs is so for any solver
+    searched = searched and (planned > 1 or budget is None)  # else the first schedule is the only one
     corrected = 1 + (recipe.rectify not in ("auto", "none"))
-    further = max(0, planned - effort.samples)
+    further, forced = max(0, planned - effort.samples), effort.forced or effort.samples
     found = [
         Stage(name="reference runs", full_precision=effort.samples, runs=effort.samples),
         Stage(name="full-precision planning samples", full_precision=further, runs=further),
@@ -168,7 +169,7 @@ def planned_stages(settings: BuildSettings, steps: int) -> tuple[Stage, ...]:
             for count in others
         ),
         Stage(name="full-precision check", full_precision=checked, runs=checked),
-        Stage(name="forced runs", quantized=effort.samples, runs=effort.samples),
+        Stage(name="forced runs", quantized=forced, runs=forced),
         _planning(
             "planning",
             settings.planning.limit(planned) if searched else planned * share * corrected,

@@ -79,7 +79,7 @@ def replan(
         opened, samples = full.describe(), references.draw_samples(full.runner, asked)
         originals, _ = references.run_originals(full, opened, samples, fits=False)
         runner = _reopened(full.runner, folder, made, asked)
-        prior = runner.profile(samples.profiled, originals.trajectories, scheme=made.scheme, dtype=made.dtype)
+        prior = stages.profile(runner, samples, originals, asked)
         plans = stages.choose_plans(runner, prior, samples, originals, asked)
         fidelity = stages.check(runner, plans, samples, originals, asked)
         manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)

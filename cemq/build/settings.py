@@ -129,6 +129,7 @@ def effort_of(recipe: Recipe) -> Effort:
     """What is run, by the recipe's effort and by the counts that it names besides."""
     named = {
         "samples": recipe.samples,
+        "forced": None if recipe.samples is None else 0,
         "planning_samples": 0 if recipe.policy else recipe.planning_samples,  # a policy plans nothing
         "check_samples": recipe.check_samples,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, MutableMapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -113,8 +114,11 @@ def quantize(runner: Runner, settings: QuantizationSettings, calls: Calls | Repl
 
 
 def profile(runner: Runner, samples: Samples, originals: Originals, settings: BuildSettings) -> ErrorPrior:
-    """The error prior, of forced runs along the trajectories of full precision."""
-    return runner.profile(samples.profiled, originals.trajectories, scheme=settings.recipe.scheme, dtype=settings.dtype)
+    """The error prior, of forced runs along trajectories of full precision: of the first samples, where not of all."""
+    forced = settings.effort.forced or settings.effort.samples
+    batches = samples.profiled[: math.ceil(forced / settings.recipe.batch_size)]
+    trajectories = originals.trajectories[: len(runner.processes.share(batches))]
+    return runner.profile(batches, trajectories, scheme=settings.recipe.scheme, dtype=settings.dtype)
 
 
 def choose_plans(

@@ -202,6 +202,8 @@ class Search:
         known = [self.known] if self.known is not None and self.known.budget <= budget else []
         corrected = self.published(loop.prior, budget, self.corrector) if self.corrector != NO_CORRECTOR else ()
         best = first = loop.run(next(own))
+        if loop.samples < 2:  # which no other can be certain to be better on
+            return first
         for schedule in (*known, *own, *corrected, *self.published(loop.prior, budget)):
             if loop.spent + loop.cost(schedule.budget) <= self.limit:
                 trial = loop.run(schedule)

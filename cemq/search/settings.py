@@ -24,7 +24,8 @@ class Effort:
 
     Args:
         most: Of everything, in full generations of one sample at the build's step count.
-        samples: To profile: a reference and a forced run each.
+        samples: To profile: a reference run each, which quantization is fitted to.
+        forced: How many of them are run along with the quantized model, for the prior; 0 for all.
         planning_samples: To run schedules on; the profiled ones first, whose references are there already.
         check_samples: Others, for the fidelity that is written into the bundle.
         search: Full generations that running schedules may take, for each planning sample.
@@ -36,6 +37,7 @@ class Effort:
 
     most: int
     samples: int
+    forced: int = 0
     planning_samples: int = 0
     check_samples: int = 0
     search: float = 2.0
@@ -46,7 +48,7 @@ class Effort:
 
 EFFORTS = {
     "instant": Effort(most=2, samples=1),
-    "quick": Effort(most=10, samples=2, planning_samples=2, check_samples=1),
+    "quick": Effort(most=10, samples=5, forced=1, planning_samples=1, check_samples=1),
     "normal": Effort(most=40, samples=12, planning_samples=4, check_samples=2, search=1.5, also_steps=True),
     "thorough": Effort(
         most=250,

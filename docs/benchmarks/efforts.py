@@ -97,7 +97,7 @@ def measure(evaluation: Evaluation, scheme: str, effort: str, seed: int) -> Iter
             originals, fitted = references.run_originals(full, full.describe(), samples)
             quantized = stages.quantize(full.runner, settings.quantization, fitted.calls)
     with counted(quantized.pipe) as forced:
-        prior = quantized.profile(samples.profiled, originals.trajectories, scheme=scheme, dtype="float32")
+        prior = stages.profile(quantized, samples, originals, settings)
     before, each = sum(rows) + sum(forced), 2 * STEPS  # both branches of guidance in one call
     for budget in BUDGETS:
         own: BuildSettings = replace(settings, recipe=settings.recipe.model_copy(update={"budget": budget}))
