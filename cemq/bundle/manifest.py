@@ -126,7 +126,8 @@ class Manifest:
     def fidelity_text(self) -> str:
         if self.fidelity is None:
             return "not measured: effort instant runs nothing to see"
-        return f"{self.fidelity['psnr_db']:.1f} dB to full precision on {self.fidelity['samples']} held-out samples"
+        count = self.fidelity["samples"]
+        return f"{self.fidelity['psnr_db']:.1f} dB to full precision on {count} held-out sample{'s'[: count > 1]}"
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
