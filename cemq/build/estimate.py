@@ -126,6 +126,7 @@ def estimate(settings: BuildSettings, *, clock: Callable[[], float] = time.perf_
     steps = recipe.steps or default_steps(class_of_folder(folder))
     stages = planned_stages(settings, steps)
     headers = read_headers(folder, call=settings.call, samples=recipe.batch_size)
+    settings.quantization.check_components(class_of_folder(folder).__name__, headers.tensors)
     components = read_footprint(
         folder, dtype=settings.dtype, stored_dtype=ANY_FLOAT, call=settings.call, full_steps=steps,
         samples=recipe.batch_size,

@@ -112,9 +112,21 @@ class Remaining:
 def telling_what_is_left(
     settings: BuildSettings, progress: Progress | None, *, clock: Callable[[], float] = time.monotonic
 ) -> Progress | None:
-    """The progress of a build, which says from time to time how long it will still take."""
+    """The progress of a build, which says from time to time how long it will still take: from the first run on, for by
+    then all that was asked for is checked."""
     if progress is None:
         return None
+    begun: list[Progress] = []
+
+    def tell(stage: str, share: float) -> None:
+        if not begun:
+            begun.append(_told(settings, progress, clock))
+        begun[0](stage, share)
+
+    return tell
+
+
+def _told(settings: BuildSettings, progress: Progress, clock: Callable[[], float]) -> Progress:
     log = logging.getLogger(BUILD_LOG)
     try:
         told = estimate(settings)

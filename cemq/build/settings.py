@@ -12,6 +12,7 @@ from cemq.memory.placement import parse_bytes
 from cemq.pipelines.batches import check_call, read_call, read_conditions
 from cemq.pipelines.lora import Lora, check_fusing, locate_lora, read_lora
 from cemq.pipelines.opening import (
+    DTYPES,
     ModelSource,
     check_device,
     class_of_folder,
@@ -194,7 +195,7 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
     loras = tuple(locate_lora(name, scale) for name, scale in asked)
     if loras:
         check_fusing(class_of_folder(source.folder), loras)
-    dtype = settled.dtype or default_dtype(place)
+    dtype = choose("dtype", settled.dtype or default_dtype(place), DTYPES)
     return BuildSettings(recipe=settled, source=source, device=place, dtype=dtype, loras=loras, limit=limit)
 
 

@@ -79,7 +79,7 @@ def print_description(description: dict[str, Any]) -> None:
     facts = Table.grid(padding=(0, 2))
     for name, value in {
         "model": description["model"] + (f" @ {description['revision']}" if description["revision"] else ""),
-        "LoRA, fused": lora_text(description["lora"]),
+        "fused LoRA": lora_text(description["lora"]),
         "pipeline": f"{description['pipeline_class']}, {description['dtype']}",
         "scheme": f"{description['scheme']} ({description['backend']})",
         "denoiser": f"{description['model_bytes']:,} bytes, full precision {description['reference_bytes']:,}",

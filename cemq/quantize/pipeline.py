@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -121,13 +121,17 @@ class QuantizationSettings:
             raise ReplayError(f"{reason}, and a bits budget is spent by replaying calls: leave it out") from reason
         return replace(self, gptq=False, smoothed=False)
 
-    def check_pipeline(self, pipe: DiffusionPipeline) -> None:
-        """Raises InputError for a component that the pipeline lacks or that stays, or a budget that cannot be kept."""
+    def check_components(self, pipeline: str, models: Collection[str]) -> None:
+        """Raises InputError for a component that is none of a pipeline's models, or that stays."""
         for name in self.components:
-            known = [key for key, part in pipe.components.items() if isinstance(part, nn.Module)]
-            choose(f"component of {type(pipe).__name__}", name, known)
+            choose(f"component of {pipeline}", name, models)
             if name not in DENOISERS and "text_encoder" not in name:
                 raise InputError(f"component '{name}' stays in full precision: name the denoiser or text encoders")
+
+    def check_pipeline(self, pipe: DiffusionPipeline) -> None:
+        """Raises InputError for a component that the pipeline lacks or that stays, or a budget that cannot be kept."""
+        models = [key for key, part in pipe.components.items() if isinstance(part, nn.Module)]
+        self.check_components(type(pipe).__name__, models)
         for _, denoiser in denoisers(pipe):
             if self.bits_budget is not None:
                 least_bits(denoiser, self.config(denoiser), within=self.bits_budget)
