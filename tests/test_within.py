@@ -49,10 +49,10 @@ def files(folder):
 @pytest.mark.parametrize("shard_bytes", [1, 30_000, 1 << 30])
 def test_a_model_written_layer_by_layer_is_the_one_quantized_in_memory(tmp_path, shard_bytes):
     model, twin, config = make_denoiser(), make_denoiser(), CemqConfig("w4a8")
-    writer = ShardWriter(tmp_path / "model", shard_bytes)
+    writer = ShardWriter(tmp_path / "waiting", shard_bytes)
     for name, layer in quantized_layers(model, config):
         writer.add(name, layer)
-    writer.finish(model, config)
+    writer.finish(model, config, tmp_path / "model")
     quantize_in_place(twin, config)
     loaded = type(model).from_pretrained(tmp_path / "model")
     assert identical(loaded, twin)
@@ -63,10 +63,10 @@ def test_a_model_written_layer_by_layer_is_the_one_quantized_in_memory(tmp_path,
 
 def test_no_file_holds_more_than_a_shard(tmp_path):
     model, config = make_denoiser(), CemqConfig("w8a8")
-    writer = ShardWriter(tmp_path / "model", 20_000)
+    writer = ShardWriter(tmp_path / "waiting", 20_000)
     for name, layer in quantized_layers(model, config):
         writer.add(name, layer)
-    writer.finish(model, config)
+    writer.finish(model, config, tmp_path / "model")
     shards = [load_file(path) for path in (tmp_path / "model").glob("*.safetensors")]
     sizes = [[tensor.numel() * tensor.element_size() for tensor in shard.values()] for shard in shards]
     assert len(sizes) > 2
@@ -77,23 +77,33 @@ def test_no_file_holds_more_than_a_shard(tmp_path):
 
 
 @pytest.mark.parametrize("at", [0, 3, 7])
-def test_a_writer_goes_on_where_another_ended(tmp_path, at):
+@pytest.mark.parametrize("ended", ["before the rest", "while the rest was written", "when all was written"])
+def test_a_writer_goes_on_where_another_ended(tmp_path, monkeypatch, at, ended):
     model, config = make_denoiser(), CemqConfig("w8a8")
     layers = list(quantized_layers(model, config))
-    first = ShardWriter(tmp_path / "model", 20_000)
+    first = ShardWriter(tmp_path / "waiting", 20_000)
     for name, layer in layers[:at]:
         first.add(name, layer)
     state = first.state()
     for name, layer in layers[at:]:  # which nobody will know of
         first.add(name, layer)
-    second = ShardWriter(tmp_path / "model", 20_000, json.loads(json.dumps(state)))
+    if ended != "before the rest":
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            if ended == "while the rest was written":
+                patched.setattr(type(model), "save_config", interrupted)
+            first.finish(make_denoiser(), config, tmp_path / "lost")
+    second = ShardWriter(tmp_path / "waiting", 20_000, json.loads(json.dumps(state)))
     for name, layer in layers[at:]:
         second.add(name, layer)
-    second.finish(model, config)
+    second.finish(model, config, tmp_path / "model")
     twin = make_denoiser()
     quantize_in_place(twin, config)
     assert identical(type(model).from_pretrained(tmp_path / "model"), twin)
     assert "diffusion_pytorch_model.0.safetensors" not in files(tmp_path / "model")
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 # --- a pipeline
@@ -140,12 +150,12 @@ def test_a_denoiser_that_is_observed_is_written_piece_by_piece(tmp_path):
     calls = toy_calls(4)
     model, twin, elsewhere = Toy(), Toy(), Toy()
     config = CemqConfig("w4a8", full_precision=(), eight_bit=())
-    writer = ShardWriter(tmp_path / "toy", 1)
+    writer = ShardWriter(tmp_path / "waiting", 1)
     observer = Observer(model, config, weights=elsewhere, put=writer.add)
     with observer.watch(0):
         for call in calls:
             model(*call.arguments)
-    writer.finish(elsewhere, observer.finish())
+    writer.finish(elsewhere, observer.finish(), tmp_path / "toy")
     whole = Observer(twin, config)
     with whole.watch(0):
         for call in calls:

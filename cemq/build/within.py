@@ -205,8 +205,7 @@ class PieceByPiece:
                 config = observers[name].finish(partial(progress, "quantization") if progress else None)
             else:
                 config = self._round(name, model, quantization.config(model), progress)
-            self._writer(name).finish(model, config)
-            (self._folder / name).rename(folder / name)
+            self._writer(name).finish(model, config, folder / name)
             self._pipe.register_modules(**{name: None})
         if others := [name for name in quantization.components if name not in DENOISERS]:
             quantize_pipeline(self._pipe, replace(quantization, components=others), {}, progress)

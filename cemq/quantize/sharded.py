@@ -12,6 +12,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
+from cemq.files import link_or_copy
 from cemq.quantize.in_diffusers import CemqConfig, mark_quantized
 from cemq.reclaim import give_back
 
@@ -22,7 +23,7 @@ class ShardWriter:
     """Writes a diffusers model as ``save_pretrained`` does one of several files.
 
     Args:
-        folder: The component's; what lies there already is removed, but for what ``state`` names.
+        folder: Where it waits for the rest; what lies there already is removed, but for what ``state`` names.
         shard_bytes: Of tensors that are gathered before they are written; a larger tensor is one file.
         state: Of another writer in this folder, to go on from.
     """
@@ -49,10 +50,12 @@ class ShardWriter:
         for leaf, tensor in layer.state_dict().items():
             self._gather(f"{name}.{leaf}", tensor)
 
-    def finish(self, model: Any, config: CemqConfig) -> None:
-        """All else that ``model`` holds, and then what says where everything is, and how it is quantized.
+    def finish(self, model: Any, config: CemqConfig, folder: Path) -> None:
+        """Write the component to ``folder``: all that was added, all else that ``model`` holds, and what says where
+        everything is, and how it is quantized.
 
-        ``model`` is told that it is quantized, and must not be used any more.
+        What another writer is to go on from stays where it is: the files are the same under another name. ``model`` is
+        told that it is quantized, and must not be used any more.
         """
         written = {tensor.rpartition(".")[0] for names in (*self._shards, self._gathered) for tensor in names}
         for name, tensor in model.state_dict().items():
@@ -64,15 +67,16 @@ class ShardWriter:
             SAFETENSORS_WEIGHTS_NAME if count == 1 else f"{_STEM}-{number:05}-of-{count:05}.safetensors"
             for number in range(1, count + 1)
         ]
+        folder.mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(names):
-            self._path(number).rename(self._folder / name)
+            link_or_copy(self._path(number), folder / name)
         if count > 1:
             where = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
-            path = self._folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
+            path = folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         mark_quantized(model, config)
-        model.save_config(self._folder)
+        model.save_config(folder)
 
     def _gather(self, name: str, tensor: torch.Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
