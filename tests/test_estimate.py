@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.families import FAMILIES
-from support.pipelines import make_dit
+from support.pipelines import make_dit, save_dit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -295,8 +295,7 @@ def test_a_dry_run_tells_minutes_memory_and_disk():
 
 def test_a_build_keeps_nothing_of_what_was_estimated(tmp_path):
     """Bundles of one model are the same, however fast the machine was."""
-    make_dit().save_pretrained(tmp_path / "pipeline")
-    (tmp_path / "labels.txt").write_text("".join(f"{label}\n" for label in range(40)))
+    save_dit(tmp_path, labels=40)
     named = {"effort": "instant", "steps": 6, "budget": 3, "calib": str(tmp_path / "labels.txt"), "device": "cpu"}
     for number in range(2):
         progress = (lambda stage, share: None) if number else None

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from support.counting import counted
-from support.pipelines import make_dit
+from support.pipelines import save_dit
 from typer.testing import CliRunner
 
 import cemq
@@ -22,10 +22,7 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("generations")
-    make_dit().save_pretrained(root / "pipeline")
-    (root / "labels.txt").write_text("".join(f"{label}\n" for label in range(40)))
-    return root
+    return save_dit(tmp_path_factory.mktemp("generations"), labels=40)
 
 
 def settings_of(folder):

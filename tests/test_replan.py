@@ -9,7 +9,7 @@ import diffusers
 import pytest
 from support.bundles import resealed
 from support.counting import counted
-from support.pipelines import FLUX_CALL, make_dit, make_flux
+from support.pipelines import FLUX_CALL, make_dit, make_flux, save_dit
 from typer.testing import CliRunner
 
 import cemq
@@ -34,9 +34,7 @@ def settings_of(root):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with a pipeline and a bundle of it, fitted by GPTQ; no test changes them."""
-    root = tmp_path_factory.mktemp("replan")
-    make_dit().save_pretrained(root / "pipeline")
-    (root / "labels.txt").write_text("".join(f"{label}\n" for label in range(12)))
+    root = save_dit(tmp_path_factory.mktemp("replan"), labels=12)
     cemq.quantize_and_schedule(str(root / "pipeline"), root / "bundle", **settings_of(root))
     return root
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from support.counting import counted_rows
-from support.pipelines import make_dit
+from support.pipelines import save_dit
 from typer.testing import CliRunner
 
 import cemq
@@ -44,10 +44,7 @@ class Ended(BaseException):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    make_dit().save_pretrained(folder / "pipeline")
-    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in range(20)))
-    return folder
+    return save_dit(tmp_path_factory.mktemp("resume"), labels=20)
 
 
 def build(root, output, **settings):

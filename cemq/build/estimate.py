@@ -17,7 +17,6 @@ from cemq.build.within import plan_build
 from cemq.families import DENOISERS
 from cemq.memory.footprint import ANY_FLOAT, read_footprint, read_headers
 from cemq.memory.placement import MemoryPlan, format_bytes
-from cemq.pipelines.batches import default_steps
 from cemq.pipelines.opening import class_of_folder
 from cemq.quantize.allocate import MEASURED_CALLS
 from cemq.quantize.calibrate import HESSIAN_BYTES
@@ -123,7 +122,7 @@ def estimate(settings: BuildSettings, *, clock: Callable[[], float] = time.perf_
         CemqError: The model's folder cannot be read, or the settings do not suit it.
     """
     recipe, folder = settings.recipe, settings.source.folder
-    steps = recipe.steps or default_steps(class_of_folder(folder))
+    steps = settings.steps
     stages = planned_stages(settings, steps)
     headers = read_headers(folder, call=settings.call, samples=recipe.batch_size)
     settings.quantization.check_components(class_of_folder(folder).__name__, headers.tensors)

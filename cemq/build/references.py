@@ -29,15 +29,13 @@ from cemq.pipelines.batches import (
     check_drivable,
     check_steps,
     condition_argument,
-    default_steps,
     iterate,
     make_batches,
     read_conditions,
     run,
     split_conditions,
 )
-from cemq.pipelines.lora import fuse_loras
-from cemq.pipelines.opening import denoisers, open_pipeline, weight_bytes
+from cemq.pipelines.opening import denoisers, weight_bytes
 from cemq.pipelines.trajectory import Trajectory
 from cemq.recipe import find_calibration
 from cemq.runtime import cache_checked
@@ -153,16 +151,14 @@ def open_runner(settings: BuildSettings, progress: Progress | None, work: Work) 
     Raises:
         CemqError: It cannot be opened or driven, or not as the settings ask for.
     """
-    recipe, source, call = settings.recipe, settings.source.folder, settings.call
+    recipe, call, steps = settings.recipe, settings.call, settings.steps
     if settings.limit:
         if work.processes.count > 1:
             raise InputError("vram: one process places weights for itself: leave it out, or the others")
         pipe = open_within(settings, work.folder / "offloaded-original")
     else:
-        pipe = open_pipeline(source, dtype=settings.dtype, device=settings.device, variant=recipe.variant)
-        fuse_loras(pipe, settings.loras)
+        pipe = settings.original.open(dtype=settings.dtype, device=settings.device)
     pipe.set_progress_bar_config(disable=True)
-    steps = recipe.steps or default_steps(type(pipe))
     if settings.policy is None:
         settings.planning.check(steps)
     check_drivable(pipe)

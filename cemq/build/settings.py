@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cemq.bundle.manifest import MANIFEST
+from cemq.bundle.original import Original
 from cemq.errors import InputError, ModelError, choose
 from cemq.memory.placement import parse_bytes
-from cemq.pipelines.batches import check_call, read_call, read_conditions
+from cemq.pipelines.batches import check_call, default_steps, read_call, read_conditions
 from cemq.pipelines.lora import Lora, check_fusing, locate_lora, read_lora
 from cemq.pipelines.opening import (
     DTYPES,
@@ -87,6 +88,16 @@ class BuildSettings:
     @property
     def quantization(self) -> QuantizationSettings:
         return QuantizationSettings.of(self.recipe)
+
+    @property
+    def steps(self) -> int:
+        """Of every run. Raises CemqError for a pipeline class that has no default, where none are asked for."""
+        return self.recipe.steps or default_steps(class_of_folder(self.source.folder))
+
+    @property
+    def original(self) -> Original:
+        """The model in full precision, with what is fused into it."""
+        return Original(source=self.source, loras=self.loras, variant=self.recipe.variant)
 
     @property
     def call(self) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from cemq.memory.footprint import (
 )
 from cemq.memory.offload import free_host_memory, place
 from cemq.memory.placement import MAPPED, ON_DEVICE, PLACEMENTS, ComponentMemory, MemoryPlan, plan_placement
-from cemq.pipelines.batches import BUILD_LOG, Progress, default_steps
-from cemq.pipelines.opening import class_of_folder, denoisers, open_pipeline
+from cemq.pipelines.batches import BUILD_LOG, Progress
+from cemq.pipelines.opening import denoisers, open_pipeline
 from cemq.quantize import CemqConfig, Observer, QuantizationSettings, ShardWriter, quantize_pipeline, quantized_layers
 from cemq.quantize.in_diffusers import quantizable
 from cemq.reclaim import map_large_allocations
@@ -56,7 +56,7 @@ def plan_build(settings: BuildSettings, quantized: Path | None = None) -> Memory
         dtype=dtype,
         stored_dtype=dtype if quantized else ANY_FLOAT,
         call=settings.call,
-        full_steps=recipe.steps or default_steps(class_of_folder(folder)),
+        full_steps=settings.steps,
         samples=recipe.batch_size,
         cache=settings.cache,
         kept_steps=_LOOKED_BACK,  # full precision keeps none, but what it becomes shall fit as well

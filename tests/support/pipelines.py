@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import (
@@ -66,6 +68,13 @@ def make_dit(scheduler=None, head_dim=16) -> DiTPipeline:
     pipe = DiTPipeline(transformer=transformer.eval(), vae=tiny_vae(4), scheduler=scheduler or DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save_dit(root: Path, labels: int) -> Path:
+    """`make_dit` as ``pipeline`` in a folder, and beside it ``labels.txt`` to calibrate with; returns the folder."""
+    make_dit().save_pretrained(root / "pipeline")
+    (root / "labels.txt").write_text("".join(f"{label}\n" for label in range(labels)))
+    return root
 
 
 def run_dit(pipe: DiTPipeline, steps: int = STEPS, **options) -> np.ndarray:
