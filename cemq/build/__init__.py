@@ -66,7 +66,7 @@ def _build(asked: BuildSettings, work: Work, progress: Progress | None) -> Manif
     samples = work.keep("samples", lambda: references.draw_samples(full.runner, asked))
     work.say_what_is_kept(runs=references.count_references(samples, opened, asked))
     originals, fitted = references.run_originals(full, opened, samples)
-    folder = work.keep_folder(references.PIPELINE, partial(stages.write_quantized, full, opened, fitted))
+    folder, checksums = work.keep_folder(references.PIPELINE, partial(stages.write_quantized, full, opened, fitted))
     del fitted  # it may be gigabytes
     work.forget(references.FITTED)
     runner = stages.open_quantized(folder, opened, full)
@@ -75,7 +75,7 @@ def _build(asked: BuildSettings, work: Work, progress: Progress | None) -> Manif
     fidelity = work.keep("check", lambda: stages.check(runner, plans, samples, originals, asked))
     manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)
     if work.processes.is_main:
-        stages.write_bundle(folder, plans, manifest)
+        stages.write_bundle(folder, plans, manifest, checksums)
     work.finish(folder)
     return manifest
 

@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -225,14 +226,20 @@ def describe(
     )
 
 
-def write_bundle(folder: Path, plans: Plans, manifest: Manifest) -> None:
-    """What makes a bundle of the pipeline that the folder holds: prior, evidence, model card and, last, cemq.json."""
+def write_bundle(
+    folder: Path, plans: Plans, manifest: Manifest, checksums: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """What makes a bundle of the pipeline that the folder holds: prior, evidence, model card and, last, cemq.json.
+
+    Args:
+        checksums: Of files of the pipeline, where they are known.
+    """
     (folder / MANIFEST).unlink(missing_ok=True)  # of a build that was ended before the bundle was in its place
     plans.planned.prior.save(folder / PRIOR)
     others = [other.evidence | {"num_inference_steps": count} for count, (other, _) in plans.others.items()]
     evidence = plans.planned.evidence | {"other_runs": others, "generations": manifest.generations}
     (folder / EVIDENCE).write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
-    seal(folder, manifest)
+    seal(folder, manifest, checksums)
 
 
 def _unplanned(prior: ErrorPrior, settings: BuildSettings) -> Plans:

@@ -74,7 +74,8 @@ def plan_build(settings: BuildSettings, quantized: Path | None = None) -> Memory
         reserve_bytes=reserve,
         host_limit=free_host_memory() if limit.host_memory is None else limit.host_memory,
         samples=recipe.batch_size,
-        placements=(PLACEMENTS[0], MAPPED) if kind == "cpu" else PLACEMENTS,
+        placements=(ON_DEVICE, MAPPED) if kind == "cpu" else PLACEMENTS,
+        reserved_for="the device's libraries" if quantized else "the device's libraries and for quantizing",
     )
     found = _other_floats(folder, dtype) if plan.chosen.placement.disk else None
     if found:

@@ -86,8 +86,9 @@ class Work:
         self._count(counts)
         return value
 
-    def keep_folder(self, name: str, write: Callable[[Path], None]) -> Path:
-        """A folder that ``write`` fills in the main process, while the others take part in what it takes."""
+    def keep_folder(self, name: str, write: Callable[[Path], None]) -> tuple[Path, dict[str, str] | None]:
+        """A folder that ``write`` fills in the main process, while the others take part in what it takes; and there the
+        checksums of its files as they were written."""
         folder, partial = self.folder / name, self.folder / f".{name}"
 
         def make() -> dict[str, str] | None:
@@ -106,8 +107,7 @@ class Work:
         if not self.has_folder(name):
             self.forget(f"{name}.json")
             self.processes.wait()
-        self.keep(name, make)
-        return folder
+        return folder, self.keep(name, make)
 
     def has_folder(self, name: str) -> bool:
         """Whether `keep_folder` has it, with every file as it was written."""

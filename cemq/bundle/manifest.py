@@ -13,6 +13,7 @@ import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cemq.bundle.checksums import Listed, Verify, check_verify, find_faults
@@ -126,8 +127,7 @@ class Manifest:
     def fidelity_text(self) -> str:
         if self.fidelity is None:
             return "not measured: effort instant runs nothing to see"
-        count = self.fidelity["samples"]
-        return f"{self.fidelity['psnr_db']:.1f} dB to full precision on {count} held-out sample{'s'[: count > 1]}"
+        return f"{self.fidelity['psnr_db']:.1f} dB to full precision on {held_out_text(self.fidelity['samples'])}"
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
@@ -195,8 +195,12 @@ def forget_paths(folder: Path) -> None:
             path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def seal(folder: Path, manifest: Manifest) -> None:
-    """Write the model card and, last, cemq.json with the sizes and checksums of everything else."""
+def seal(folder: Path, manifest: Manifest, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write the model card and, last, cemq.json with the sizes and checksums of everything else.
+
+    Args:
+        known: Checksums of files that were taken when these were written: to read gigabytes again is a minute.
+    """
     (folder / CARD).write_text(_model_card(manifest), encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
@@ -204,7 +208,10 @@ def seal(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"'{path.relative_to(folder)}' may hold a pickle: bundles hold safetensors and text only")
     content = manifest.to_dict()
     content["files"] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        (name := path.relative_to(folder).as_posix()): {
+            "bytes": path.stat().st_size,
+            "sha256": known.get(name) or sha256(path),
+        }
         for path in files
         if path != folder / CARD  # people edit it, on the Hub with a button
     }
@@ -296,6 +303,10 @@ def _checksum(content: dict[str, Any]) -> str:
 def lora_text(lora: Iterable[Mapping[str, Any]]) -> str:
     """Names and scales of those that are fused."""
     return ", ".join(f"{each['name']} ({each['scale']:g})" for each in lora) or "none"
+
+
+def held_out_text(count: int) -> str:
+    return f"{count} held-out sample{'s'[: count != 1]}"
 
 
 def policy_text(policy: dict[str, Any] | None) -> str:

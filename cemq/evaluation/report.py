@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cemq.bundle.manifest import EVIDENCE, PRIOR, lora_text, policy_text, read_bundle
+from cemq.bundle.manifest import EVIDENCE, PRIOR, held_out_text, lora_text, policy_text, read_bundle
 from cemq.metrics import psnr_of
 from cemq.prior.error_prior import ErrorPrior
 
@@ -95,7 +95,7 @@ def print_description(description: dict[str, Any]) -> None:
         "policy": policy_text(description["policy"]),
         "cache": description["cache"],
         "fidelity": f"PSNR {fidelity['psnr_db']:.1f} dB, SSIM {fidelity['ssim']:.4f}, relative L2 "
-        f"{fidelity['relative_l2']:.4f} on {fidelity['samples']} held-out samples at build time"
+        f"{fidelity['relative_l2']:.4f} on {held_out_text(fidelity['samples'])} at build time"
         if fidelity
         else "not measured: effort instant runs nothing to see",
     }.items():

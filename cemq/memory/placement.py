@@ -249,6 +249,7 @@ def plan_placement(
     host_limit: int | None = None,
     samples: int = 1,
     placements: Sequence[Placement] = PLACEMENTS,
+    reserved_for: str = "the device's libraries",
 ) -> MemoryPlan:
     """The cheapest placement that fits, with what every other one would cost.
 
@@ -260,6 +261,7 @@ def plan_placement(
         reserve_bytes: Of it, what the device's own libraries take.
         samples: Pictures drawn at once.
         placements: Those to choose from, from the one that costs least time to the one that costs most.
+        reserved_for: What ``reserve_bytes`` are for, in words.
 
     Raises:
         PlacementError: Nothing fits; says how much the least one needs, and for what.
@@ -290,7 +292,7 @@ def plan_placement(
             return dataclasses.replace(plan, chosen=candidate)
     least = min((e for e in estimates if not e.obstacle), key=lambda e: e.device_bytes)
     name, weights, activations = least.largest
-    reserve = f" and {format_bytes(reserve_bytes)} for the device's libraries" if reserve_bytes else ""
+    reserve = f" and {format_bytes(reserve_bytes)} for {reserved_for}" if reserve_bytes else ""
     raise PlacementError(
         f"vram={format_bytes(limit_bytes)}: nothing fits. The least is {least.name}, "
         f"{format_bytes(least.device_bytes + reserve_bytes)} ({name}: {format_bytes(weights)} of weights, "
