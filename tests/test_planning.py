@@ -13,7 +13,7 @@ from support.planning import BUDGET, prepared, quickly
 
 from cemq.errors import InfeasibleBudgetError, InputError
 from cemq.prior.error_prior import ErrorPrior
-from cemq.prior.profile import even_sensitivity
+from cemq.prior.profile import expected_sensitivity
 from cemq.runtime import attached
 from cemq.schedule import CacheSchedule, full_compute, plan_schedule
 from cemq.schedule.plan import Plan
@@ -137,7 +137,7 @@ def test_the_evidence_says_what_was_run_and_what_is_predicted(searched):
 def test_the_prior_of_a_plan_has_learned_from_the_runs(searched, quantized):
     _, found = searched
     assert isinstance(found.prior, ErrorPrior)
-    assert np.allclose(quantized["prior"].sensitivity, even_sensitivity(quantized["prior"].step_sizes))
+    assert np.allclose(quantized["prior"].sensitivity, expected_sensitivity(quantized["prior"].step_sizes))
     assert not np.allclose(found.prior.sensitivity, quantized["prior"].sensitivity)
     assert found.prior.qq is quantized["prior"].qq
 

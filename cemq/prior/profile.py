@@ -16,6 +16,7 @@ from cemq.prior.error_prior import ErrorPrior, PriorMetadata
 
 _CHUNK = 1 << 20  # latent elements turned to float64 at a time
 _LEAST_STEP = 1e-3  # of the largest: a step of no size moves nothing, however sensitive
+_UNDONE = 0.75  # power of the step size; docs/notebook/search.md, "Few generations"
 LARGEST_CHANNEL_GRAMS = 1 << 18  # numbers; 16 channels at 128 steps
 
 
@@ -55,18 +56,21 @@ def profiled(
         conditions=tuple(condition for batch in batches for condition in batch.conditions),
     )
     step_sizes = np.mean([sizes for _, _, sizes, _ in found], axis=0)
-    return ErrorPrior(**averages, step_sizes=step_sizes, sensitivity=even_sensitivity(step_sizes), metadata=metadata)
+    sensitivity = expected_sensitivity(step_sizes)
+    return ErrorPrior(**averages, step_sizes=step_sizes, sensitivity=sensitivity, metadata=metadata)
 
 
-def even_sensitivity(step_sizes: np.ndarray) -> np.ndarray:
-    """What is taken for the sensitivity before any run has said better, (num_steps,): the same error of a prediction
-    moves the final sample alike at every step, the more a step moves the sample the more of it is undone later.
+def expected_sensitivity(step_sizes: np.ndarray) -> np.ndarray:
+    """What is taken for the sensitivity before any run has said better, (num_steps,): the more a step moves the sample,
+    the more of an error made there is undone later.
 
-    >>> even_sensitivity(np.array([1.0, 2.0, 4.0])).tolist()
-    [4.0, 2.0, 1.0]
+    >>> expected_sensitivity(np.array([1.0, 16.0])).tolist()
+    [8.0, 1.0]
     """
     largest = step_sizes.max(initial=0.0)
-    return largest / np.maximum(step_sizes, _LEAST_STEP * largest) if largest else np.ones_like(step_sizes)
+    if not largest:
+        return np.ones_like(step_sizes)
+    return (largest / np.maximum(step_sizes, _LEAST_STEP * largest)) ** _UNDONE
 
 
 def _statistics(q: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:

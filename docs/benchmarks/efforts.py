@@ -5,8 +5,9 @@ Both built-in models, both schemes, 25, 15 and 10 of 50 steps, three seeds; PSNR
 it was called with, in those of one full generation of one sample. Beside them what the builds gave that took some 800,
 sample for sample as they stand in planning.json, and evenly spaced steps.
 
-Writes efforts.md and efforts.json beside itself. ``--models``, ``--schemes`` and ``--seeds`` measure some of it anew
-and keep the rest. About an hour for each model on a core of one's own (``OMP_NUM_THREADS=1``).
+Writes efforts.md, efforts.png and efforts.json beside itself. ``--models``, ``--schemes``, ``--seeds`` and
+``--efforts`` measure some of it anew and keep the rest. About an hour for each model on a core of one's own
+(``OMP_NUM_THREADS=1``); ``thorough``, which is measured when asked for, takes that long for each seed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from cemq.bench.machine import describe_machine
 from cemq.build import references, stages
@@ -42,11 +44,13 @@ from cemq.runtime.runner import Outcome, Runner
 from cemq.schedule import plan_schedule
 
 MODELS, SCHEMES, BUDGETS, SEEDS = ("dit-digits", "sd3-digits"), ("w8a8", "w4a8"), (25, 15, 10), (0, 1000, 2000)
-EFFORTS = ("instant", "quick", "normal")
+CELLS = tuple(itertools.product(MODELS, SCHEMES, BUDGETS))
+EFFORTS = ("instant", "quick", "normal", "thorough")
 STEPS, SAMPLES = 50, 64
 HERE = Path(__file__).with_suffix("")
 # Full generations of one sample that others calibrate a schedule with, as they say themselves
-OTHERS = {"MagCache": 1, "DPCache": 10, "BudCache": 200}
+OTHERS = {"MagCache": 1, "DPCache": 10, "CEM": 100, "BudCache": 200}
+BEFORE = 800  # that the default took before
 
 
 class Evaluation:
@@ -122,53 +126,89 @@ def default_before(model: str, scheme: str, budget: int) -> list[float]:
 
 
 def page(record: dict[str, Any]) -> str:
-    def mean(rows: list[dict[str, Any]]) -> float:
-        return float(np.mean([row["psnr_db"] for row in rows]))
-
-    lines, differences = [], {effort: [] for effort in EFFORTS}
-    for model, scheme, budget in itertools.product(MODELS, SCHEMES, BUDGETS):
-        rows = [row for row in record.get(model, ()) if (row["scheme"], row["budget"]) == (scheme, budget)]
-        if {row["effort"] for row in rows} < {"uniform", *EFFORTS}:
-            continue  # not measured yet
+    lines, differences, spent = [], {effort: [] for effort in EFFORTS}, {effort: [] for effort in EFFORTS}
+    for model, scheme, budget in CELLS:
+        rows = cell(record, model, scheme, budget)
         before, even = float(np.mean(default_before(model, scheme, budget))), mean(of(rows, "uniform"))
-        cells = []
+        told = []
         for effort in EFFORTS:
             found = [mean([row]) for row in of(rows, effort)]
+            spent[effort] += [row["generations"] for row in of(rows, effort)]
             differences[effort] += [each - before for each in found]
-            cells.append(f"{np.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})")
-        lines.append(f"| {model} | {scheme} | {budget} | {even:.1f} | {' | '.join(cells)} | {before:.1f} |")
-    spent = {
-        effort: [row["generations"] for rows in record.values() if isinstance(rows, list) for row in of(rows, effort)]
-        for effort in EFFORTS
-    }
+            spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
+            told.append(f"{np.mean(found):.1f}{spread}" if found else "")
+        lines.append(f"| {model} | {scheme} | {budget} | {even:.1f} | {' | '.join(told)} | {before:.1f} |")
     machine = record["machine"]
-    known = sorted({row["seed"] for rows in record.values() if isinstance(rows, list) for row in rows})
-    seeds = ", ".join(map(str, known))
     summary = "\n".join(
-        f"| `{effort}` | {min(spent[effort]):.1f} to {max(spent[effort]):.1f} | {np.mean(differences[effort]):+.2f} | "
-        f"{min(differences[effort]):+.1f} |"
+        f"| `{effort}` | {min(spent[effort]):.1f} to {max(spent[effort]):.1f} | {len(spent[effort])} | "
+        f"{np.mean(differences[effort]):+.2f} | {min(differences[effort]):+.1f} |"
         for effort in EFFORTS
+        if spent[effort]
     )
-    others = ", ".join(f"{name} with {count}" for name, count in OTHERS.items())
+    others = ", ".join(f"{name} {count}" for name, count in OTHERS.items())
     return f"""# What a build takes, and what it gives
 
 {machine["date"][:10]}, {machine["cpu"]}, {machine["threads"]} thread; torch {machine["libraries"]["torch"]}, diffusers
 {machine["libraries"]["diffusers"]}. Command: `python docs/benchmarks/efforts.py`. PSNR in dB to full precision at 50 of
-50 steps, mean of {SAMPLES} samples that no build has seen; of builds with the first seeds {seeds} the mean, the least
-and the greatest. `before` is the default build of the version before, which took some 800 generations, on the same
-samples (planning.json). A generation is a full one of one sample, counted by a hook on the denoiser, the calls that
-GPTQ replays with it; plans for a second step count are left out here. {record.get("remark", "")}
+50 steps, mean of {SAMPLES} samples that no build has seen; of builds with several first seeds ({known(record)}) the
+mean, the least and the greatest. `before` is the default build of the version before, which took some {BEFORE}
+generations, on the same samples (planning.json). A generation is a full one of one sample, counted by a hook on the
+denoiser; plans for a second step count are left out here.
 
-| effort | generations | on average to `before`, dB | at worst, dB |
-|---|---|---|---|
+| effort | generations | builds | on average to `before`, dB | at worst, dB |
+|---|---|---|---|---|
 {summary}
 
-Others say of themselves that they calibrate a schedule {others} generations.
+![PSNR against generations](efforts.png)
 
-| model | scheme | of 50 | uniform, taylor1 | instant | quick | normal | before |
-|---|---|---|---|---|---|---|---|
+The dotted line is evenly spaced steps with `taylor1`. Grey lines are what others calibrate a schedule with, as they say
+themselves, in generations: {others} (BudCache's are shortened ones).
+
+| model | scheme | of 50 | uniform, taylor1 | {" | ".join(EFFORTS)} | before |
+|---|---|---|---|{"---|" * len(EFFORTS)}---|
 {chr(10).join(lines)}
 """
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """A PNG: PSNR of every rung against its generations, a panel for each model and scheme."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure.supxlabel("full generations of one sample")
+    figure.supylabel("PSNR to full precision, dB")
+    panels = figure.subplots(len(MODELS), len(SCHEMES), sharex=True).flat
+    for axes, (model, scheme) in zip(panels, itertools.product(MODELS, SCHEMES), strict=True):
+        for number, budget in enumerate(BUDGETS):
+            rows = cell(record, model, scheme, budget)
+            curve = [
+                (float(np.mean([row["generations"] for row in of(rows, effort)])), mean(of(rows, effort)))
+                for effort in EFFORTS
+                if of(rows, effort)
+            ]
+            curve.append((BEFORE, float(np.mean(default_before(model, scheme, budget)))))
+            axes.plot(*zip(*curve, strict=True), "o-", color=f"C{number}", label=f"{budget} of {STEPS}")
+            axes.axhline(mean(of(rows, "uniform")), color=f"C{number}", linestyle=":", linewidth=1)
+        for name, count in OTHERS.items():
+            axes.axvline(count, color="0.8", zorder=0)
+            axes.annotate(
+                name, (count, 0.02), xycoords=("data", "axes fraction"), rotation=90, ha="right", color="0.5",
+                fontsize="small",
+            )  # fmt: skip
+        axes.set(xscale="log", title=f"{model}, {scheme}")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def cell(record: dict[str, Any], model: str, scheme: str, budget: int) -> list[dict[str, Any]]:
+    return [row for row in record.get(model, ()) if (row["scheme"], row["budget"]) == (scheme, budget)]
+
+
+def mean(rows: list[dict[str, Any]]) -> float:
+    return float(np.mean([row["psnr_db"] for row in rows]))
+
+
+def known(record: dict[str, Any]) -> str:
+    """The first seeds of the builds."""
+    return ", ".join(str(seed) for seed in sorted({row["seed"] for model in MODELS for row in record.get(model, ())}))
 
 
 def of(rows: list[dict[str, Any]], effort: str) -> list[dict[str, Any]]:
@@ -180,12 +220,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--efforts", nargs="+", default=EFFORTS[:-1], choices=EFFORTS)
     parser.add_argument("--output", type=Path, default=HERE.with_suffix(".json"))
     asked = parser.parse_args()
     file = asked.output
     for model in asked.models:
         evaluation = Evaluation(model)
-        for seed, scheme, effort in itertools.product(asked.seeds, asked.schemes, EFFORTS):
+        for seed, scheme, effort in itertools.product(asked.seeds, asked.schemes, asked.efforts):
             found = list(measure(evaluation, scheme, effort, seed))
             record = json.loads(file.read_text()) if file.exists() else {}
             kept = [
@@ -198,7 +239,9 @@ def main() -> None:
             for row in found:
                 print(model, *(row[key] for key in ("scheme", "effort", "seed", "budget")), row["generations"],
                       round(float(np.mean(row["psnr_db"])), 2), flush=True)  # fmt: skip
-    file.with_suffix(".md").write_text(page(json.loads(file.read_text())))
+    record = json.loads(file.read_text())
+    file.with_suffix(".md").write_text(page(record))
+    draw(record, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":
