@@ -56,7 +56,8 @@ def one_line(machine: dict[str, Any]) -> str:
         if name in machine["libraries"]
     )
     devices = [device["name"] for device in machine["cuda"]]
-    return "; ".join([f"{machine['cpu']}, {machine['threads']} threads", *devices, libraries])
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    return "; ".join([f"{machine['cpu']}, {threads}", *devices, libraries])
 
 
 def compile_obstacle(device: str) -> str:

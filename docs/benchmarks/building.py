@@ -291,23 +291,25 @@ def page(content: dict[str, Any]) -> str:
     from cemq.bench.machine import one_line
 
     machine = content["machine"]
-    lines = [
-        f"| {row['pipeline']} | {row['original_bytes'] / GIB:.2f} | {row['vram'] / GIB:.2f} | {row['stage']} | "
-        f"{row['ended'] if row['enforced'] else 'no control group'} | {row.get('seconds', 0):.0f} | "
-        f"{row.get('peak_bytes', 0) / GIB:.2f} | {row.get('bytes', 0) / GIB:.2f} |"
-        for row in content["rows"]
-    ]
+    columns = (("load_seconds", 1, 0), ("seconds", 1, 0), ("peak_bytes", GIB, 2), ("bytes", GIB, 2))
+    lines = []
+    for row in content["rows"]:
+        ended = row["ended"] if row["enforced"] else "no control group"
+        figures = [f"{row[key] / unit:.{digits}f}" if row.get(key) else "" for key, unit, digits in columns]
+        sizes = f"{row['original_bytes'] / GIB:.2f} | {row['vram'] / GIB:.2f}"
+        cells = [row["pipeline"], sizes, row["stage"], ended, *figures, row.get("placement", "")]
+        lines.append(f"| {' | '.join(cells)} |")
     return f"""# Builds within a limit
 
-{machine["date"][:10]}, {one_line(machine)}.
+{machine["date"][:10]}, {one_line(machine)}, beside other work.
 
 Pipelines of FLUX's kind with random bfloat16 weights, W4A8 to nearest, effort `instant`, {STEPS} steps at {SIZE} x
 {SIZE}; `flux` has FLUX.1-dev's transformer and text encoders. Each stage is a process of its own, in a memory
 control group of exactly the bytes given as `--vram`, which it joins when its libraries are loaded; files count when
 they are read. The peak is of the process, and its libraries are in it. GiB.
 
-| pipeline | weights | limit | stage | ended | seconds | peak | written |
-|---|---|---|---|---|---|---|---|
+| pipeline | weights | limit | stage | ended | loading, s | then, s | peak | written | placement |
+|---|---|---|---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 
 `python docs/benchmarks/building.py [--flux]`
