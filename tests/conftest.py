@@ -5,6 +5,8 @@ from __future__ import annotations
 from support.pipelines import make_dit, make_flux  # first, for then nothing asks a hub
 
 # isort: split
+import os
+
 import pytest
 import torch
 from diffusers import DiTPipeline, DPMSolverMultistepScheduler, FluxPipeline
@@ -25,7 +27,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
+    """Of every process: tests run side by side on all cores, and threads that wait for each other spin."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture

@@ -269,7 +269,7 @@ for scheme, outputs in torch.load(f"{folder}/outputs.pt").items():
         assert torch.equal(found, expected), (scheme, dtype)
 print("same")
 """
-    assert run_python(code, tmp_path, backend, OMP_NUM_THREADS="1") == "same"
+    assert run_python(code, tmp_path, backend) == "same"
 
 
 @every_pair

@@ -444,8 +444,7 @@ def test_twenty_builds_killed_at_random_moments_and_continued_give_the_bundle_of
     def start(output):
         command = [CEMQ, "quantize-and-schedule", "builtin:dit-digits", "--effort", "quick", "--steps", "8"]
         return subprocess.Popen(
-            [*command, "--budget", "4", "-o", output], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            [*command, "--budget", "4", "-o", output], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )  # fmt: skip
 
     undisturbed = start(tmp_path / "whole")

@@ -70,9 +70,9 @@ def make_dit(scheduler=None, head_dim=16) -> DiTPipeline:
     return pipe
 
 
-def save_dit(root: Path, labels: int) -> Path:
+def save_dit(root: Path, labels: int, head_dim: int = 16) -> Path:
     """`make_dit` as ``pipeline`` in a folder, and beside it ``labels.txt`` to calibrate with; returns the folder."""
-    make_dit().save_pretrained(root / "pipeline")
+    make_dit(head_dim=head_dim).save_pretrained(root / "pipeline")
     (root / "labels.txt").write_text("".join(f"{label}\n" for label in range(labels)))
     return root
 
