@@ -5,9 +5,9 @@ Both built-in models, both schemes, 25, 15 and 10 of 50 steps, three seeds; PSNR
 it was called with, in those of one full generation of one sample. Beside them what the builds gave that took some 800,
 sample for sample as they stand in planning.json, and evenly spaced steps.
 
-Writes efforts.md, efforts.png and efforts.json beside itself. ``--models``, ``--schemes``, ``--seeds`` and
-``--efforts`` measure some of it anew and keep the rest. About an hour for each model on a core of one's own
-(``OMP_NUM_THREADS=1``); ``thorough``, which is measured when asked for, takes that long for each seed.
+Writes efforts.md, efforts.png and efforts.json beside itself. ``--models``, ``--schemes``, ``--seeds``, ``--budgets``
+and ``--efforts`` measure some of it anew and keep the rest. About an hour for each model on a core of one's own
+(``OMP_NUM_THREADS=1``); ``thorough``, which is measured when asked for, takes two for each seed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +90,9 @@ def counted(pipe: Any) -> Iterator[list[int]]:
         handle.remove()
 
 
-def measure(evaluation: Evaluation, scheme: str, effort: str, seed: int) -> Iterator[dict[str, Any]]:
+def measure(
+    evaluation: Evaluation, scheme: str, effort: str, seed: int, budgets: Sequence[int] = BUDGETS
+) -> Iterator[dict[str, Any]]:
     """A build for every budget, told in its stages; what comes before planning is the same for all, and run once."""
     asked = {"scheme": scheme, "effort": effort, "seed": seed, "dtype": "float32", "also_steps": []}
     settings = resolve(f"builtin:{evaluation.model}", None, "cpu", asked)
@@ -103,7 +105,7 @@ def measure(evaluation: Evaluation, scheme: str, effort: str, seed: int) -> Iter
     with counted(quantized.pipe) as forced:
         prior = stages.profile(quantized, samples, originals, settings)
     before, each = sum(rows) + sum(forced), 2 * STEPS  # both branches of guidance in one call
-    for budget in BUDGETS:
+    for budget in budgets:
         own: BuildSettings = replace(settings, recipe=settings.recipe.model_copy(update={"budget": budget}))
         with counted(quantized.pipe) as rows:
             plans = stages.choose_plans(quantized, prior, samples, originals, own)
@@ -211,6 +213,10 @@ def known(record: dict[str, Any]) -> str:
     return ", ".join(str(seed) for seed in sorted({row["seed"] for model in MODELS for row in record.get(model, ())}))
 
 
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("scheme", "effort", "seed", "budget"))
+
+
 def of(rows: list[dict[str, Any]], effort: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["effort"] == effort]
 
@@ -220,6 +226,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, choices=BUDGETS)
     parser.add_argument("--efforts", nargs="+", default=EFFORTS[:-1], choices=EFFORTS)
     parser.add_argument("--output", type=Path, default=HERE.with_suffix(".json"))
     asked = parser.parse_args()
@@ -227,18 +234,14 @@ def main() -> None:
     for model in asked.models:
         evaluation = Evaluation(model)
         for seed, scheme, effort in itertools.product(asked.seeds, asked.schemes, asked.efforts):
-            found = list(measure(evaluation, scheme, effort, seed))
+            found = list(measure(evaluation, scheme, effort, seed, asked.budgets))
             record = json.loads(file.read_text()) if file.exists() else {}
-            kept = [
-                row
-                for row in record.get(model, ())
-                if (row["scheme"], row["seed"]) != (scheme, seed) or row["effort"] not in {r["effort"] for r in found}
-            ]
+            anew = {key(row) for row in found}
+            kept = [row for row in record.get(model, ()) if key(row) not in anew]
             record |= {"machine": describe_machine(), model: kept + found}
             file.write_text(json.dumps(record, indent=1) + "\n")
             for row in found:
-                print(model, *(row[key] for key in ("scheme", "effort", "seed", "budget")), row["generations"],
-                      round(float(np.mean(row["psnr_db"])), 2), flush=True)  # fmt: skip
+                print(model, *key(row), row["generations"], round(mean([row]), 2), flush=True)
     record = json.loads(file.read_text())
     file.with_suffix(".md").write_text(page(record))
     draw(record, file.with_suffix(".png"))
