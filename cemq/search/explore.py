@@ -139,10 +139,10 @@ class Search:
 
     @property
     def kept_for_corrections(self) -> float:
-        asked, every = self.settings.rectify, self.loop.cost(self.loop.num_steps)
+        asked, steps = self.settings.rectify, self.loop.num_steps
         if asked == AUTO:
             return self.settings.search.rectified * self.everything if self.settings.fits else 0.0
-        return 0.0 if asked == "none" else every
+        return 0.0 if asked == "none" else self.loop.cost(self.settings.full_steps(steps) or steps)
 
     @property
     def _skips_branches(self) -> bool:
