@@ -100,7 +100,7 @@ def test_a_dry_run_says_what_a_build_would_take_and_does_nothing(folder, tmp_pat
     found = json.loads(told.stdout)
     stages = {stage["name"]: stage for stage in found["stages"]}
     assert stages["forced runs"].pop("minutes") > 0
-    assert stages["forced runs"] == {"name": "forced runs", "full_precision": 0, "quantized": 10, "at_most": False}
+    assert stages["forced runs"] == {"name": "forced runs", "full_precision": 0, "quantized": 12, "at_most": False}
     assert stages["planning"]["at_most"]
     assert stages["planning 20 steps"]["quantized"] == 4 * 20 / 50  # DiTPipeline makes 50 steps unless told otherwise
     for name in stages:

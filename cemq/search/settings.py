@@ -49,7 +49,7 @@ class Effort:
 EFFORTS = {
     "instant": Effort(most=2, samples=1),
     "quick": Effort(most=10, samples=5, forced=1, planning_samples=1, check_samples=1),
-    "normal": Effort(most=40, samples=16, forced=10, planning_samples=4, check_samples=2, search=1.5, also_steps=True),
+    "normal": Effort(most=40, samples=12, planning_samples=4, check_samples=2, search=1.5, also_steps=True),
     "thorough": Effort(
         most=250,
         samples=16,
