@@ -51,6 +51,7 @@ bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; takes hours
 	$(BIN)/python docs/benchmarks/teacache.py
 	$(BIN)/python docs/benchmarks/memory.py
 	$(BIN)/python docs/benchmarks/loading.py
+	$(BIN)/python docs/benchmarks/building.py
 	$(BIN)/python docs/benchmarks/speed.py
 	$(BIN)/python docs/benchmarks/placement.py
 

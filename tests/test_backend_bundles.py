@@ -21,15 +21,16 @@ FAST = (
     "--steps", "4", "--budget", "2", "--samples", "2", "--planning-samples", "4", "--solver", "uniform", "--effort",
     "quick", "--rectify", "drift", "--device", "cpu",
 )  # fmt: skip
+SMALL = ("{small}/pipeline", "--calib", "{small}/labels.txt")
 # bfloat16 as well: left to itself, diffusers rounds stored scales to the model's dtype while it loads them
 BUILDS = {
-    f"{backend}-{scheme}-{dtype}": ("--backend", backend, "--scheme", scheme, "--dtype", dtype)
+    f"{backend}-{scheme}-{dtype}": (*SMALL, "--backend", backend, "--scheme", scheme, "--dtype", dtype)
     for backend in BACKENDS
     for scheme in BACKENDS[backend].layers
     for dtype in ("float32", "bfloat16")
     if installed(backend)
 } | {
-    "sd3-with-text-encoder": ("--scheme", "w4a8", "--components", "transformer, text_encoder"),
+    "sd3-with-text-encoder": ("builtin:sd3-digits", "--scheme", "w4a8", "--components", "transformer, text_encoder"),
 }
 DRAW = """
 import sys
@@ -67,10 +68,9 @@ def drawn(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DiffusionPipeline, "save_pretrained", save)
         small = save_dit(tmp_path_factory.mktemp("small"), labels=8, head_dim=64)  # quanto groups 128 columns
-        own = [str(small / "pipeline"), "--calib", str(small / "labels.txt")]
         for name, options in BUILDS.items():
-            bundle, model = folder / name, ["builtin:sd3-digits"] if name.startswith("sd3") else own
-            done = CliRunner().invoke(app, ["quantize-and-schedule", *model, *options, *FAST, "-o", str(bundle)])
+            bundle, named = folder / name, (option.format(small=small) for option in options)
+            done = CliRunner().invoke(app, ["quantize-and-schedule", *named, *FAST, "-o", str(bundle)])
             assert done.exit_code == 0, f"{name}: {done.output}"
             pipe, manifest = saved.pop(), read_bundle(bundle)
             batch = Batch(conditions=manifest.held_out_conditions[:2], seeds=(11, 12))

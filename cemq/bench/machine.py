@@ -56,8 +56,11 @@ def one_line(machine: dict[str, Any]) -> str:
         if name in machine["libraries"]
     )
     devices = [device["name"] for device in machine["cuda"]]
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
-    return "; ".join([f"{machine['cpu']}, {threads}", *devices, libraries])
+    return "; ".join([f"{machine['cpu']}, {threads_text(machine)}", *devices, libraries])
+
+
+def threads_text(machine: dict[str, Any]) -> str:
+    return f"{machine['threads']} thread{'s'[: machine['threads'] != 1]}"
 
 
 def compile_obstacle(device: str) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cemq.bench.doctor import NOT_TRIED, OK
-from cemq.bench.machine import one_line
+from cemq.bench.machine import one_line, threads_text
 
 _PIPE_WIDTH = 120
 
@@ -92,7 +92,7 @@ def _console() -> Console:
 
 def _facts(machine: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "system", machine["system"]
-    yield "CPU", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    yield "CPU", f"{machine['cpu']}, {machine['cores']} cores, {threads_text(machine)}"
     yield "features", ", ".join(machine["features"]) or "none that speed up int8 or bfloat16"
     units = machine["int8_units"]
     yield "int8 product", "by int8 units" if units else "by float32, as exactly: this CPU has no int8 units"

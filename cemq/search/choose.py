@@ -1,8 +1,8 @@
 """Plans that are run before they are believed.
 
-A plan is a prediction from recorded trajectories. Here schedules are run in closed loop on planning samples that
-were not profiled: first some to learn how errors reach the final sample (`propagation`), then what the search tries
-(`explore`), then corrections of the best. What is kept is never worse on these samples than ``uniform`` or ``cem``.
+A plan is a prediction from recorded trajectories. Here schedules are run in closed loop on planning samples: first
+some to learn how errors reach the final sample (`propagation`), then what the search tries (`explore`), then
+corrections of the best. What is kept is never worse on these samples than ``uniform`` or ``cem``.
 """
 
 from __future__ import annotations

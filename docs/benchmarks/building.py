@@ -301,7 +301,7 @@ def page(content: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     return f"""# Builds within a limit
 
-{machine["date"][:10]}, {one_line(machine)}, beside other work.
+{machine["date"][:10]}, {one_line(machine)}; seconds are of a shared machine.
 
 Pipelines of FLUX's kind with random bfloat16 weights, W4A8 to nearest, effort `instant`, {STEPS} steps at {SIZE} x
 {SIZE}; `flux` has FLUX.1-dev's transformer and text encoders. Each stage is a process of its own, in a memory

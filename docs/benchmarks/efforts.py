@@ -13,6 +13,7 @@ and ``--efforts`` measure some of it anew and keep the rest. About an hour for e
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import tempfile
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cemq.bench.machine import describe_machine
+from cemq.bench.machine import describe_machine, one_line
 from cemq.build import references, stages
 from cemq.build.settings import BuildSettings, resolve
 from cemq.build.work import Work
@@ -121,9 +122,14 @@ def measure(
                 yield row | {"effort": "uniform", "generations": 0, "psnr_db": evaluation.psnr(quantized.pipe)}
 
 
+@functools.cache
+def planning() -> dict[str, Any]:
+    return json.loads(HERE.with_name("planning.json").read_text())
+
+
 def default_before(model: str, scheme: str, budget: int) -> list[float]:
     """What the builds of some 800 generations gave, sample for sample."""
-    cells = json.loads(HERE.with_name("planning.json").read_text())[f"{model}-{scheme}"]["cells"]
+    cells = planning()[f"{model}-{scheme}"]["cells"]
     return next(row["psnr_db"] for row in cells if (row["budget"], row["plan"]) == (budget, "search, auto"))
 
 
@@ -131,11 +137,14 @@ def page(record: dict[str, Any]) -> str:
     lines, differences, spent = [], {effort: [] for effort in EFFORTS}, {effort: [] for effort in EFFORTS}
     for model, scheme, budget in CELLS:
         rows = cell(record, model, scheme, budget)
+        if not of(rows, "uniform"):
+            continue  # not measured yet
         before, even = float(np.mean(default_before(model, scheme, budget))), mean(of(rows, "uniform"))
         told = []
         for effort in EFFORTS:
-            found = [mean([row]) for row in of(rows, effort)]
-            spent[effort] += [row["generations"] for row in of(rows, effort)]
+            builds = of(rows, effort)
+            found = [mean([row]) for row in builds]
+            spent[effort] += [row["generations"] for row in builds]
             differences[effort] += [each - before for each in found]
             spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
             told.append(f"{np.mean(found):.1f}{spread}" if found else "")
@@ -150,12 +159,12 @@ def page(record: dict[str, Any]) -> str:
     others = ", ".join(f"{name} {count}" for name, count in OTHERS.items())
     return f"""# What a build takes, and what it gives
 
-{machine["date"][:10]}, {machine["cpu"]}, {machine["threads"]} thread; torch {machine["libraries"]["torch"]}, diffusers
-{machine["libraries"]["diffusers"]}. Command: `python docs/benchmarks/efforts.py`. PSNR in dB to full precision at 50 of
-50 steps, mean of {SAMPLES} samples that no build has seen; of builds with several first seeds ({known(record)}) the
-mean, the least and the greatest. `before` is the default build of the version before, which took some {BEFORE}
-generations, on the same samples (planning.json). A generation is a full one of one sample, counted by a hook on the
-denoiser; plans for a second step count are left out here.
+{machine["date"][:10]}, {one_line(machine)}. Command: `python docs/benchmarks/efforts.py`.
+
+PSNR in dB to full precision at 50 of 50 steps, mean of {SAMPLES} samples that no build has seen; of builds with
+several first seeds ({known(record)}) the mean, the least and the greatest. `before` is the default build of the
+version before, which took some {BEFORE} generations, on the same samples (planning.json). A generation is a full one
+of one sample, counted by a hook on the denoiser; plans for a second step count are left out here.
 
 | effort | generations | builds | on average to `before`, dB | at worst, dB |
 |---|---|---|---|---|
@@ -181,10 +190,12 @@ def draw(record: dict[str, Any], path: Path) -> None:
     for axes, (model, scheme) in zip(panels, itertools.product(MODELS, SCHEMES), strict=True):
         for number, budget in enumerate(BUDGETS):
             rows = cell(record, model, scheme, budget)
+            if not of(rows, "uniform"):
+                continue  # not measured yet
             curve = [
-                (float(np.mean([row["generations"] for row in of(rows, effort)])), mean(of(rows, effort)))
+                (float(np.mean([row["generations"] for row in builds])), mean(builds))
                 for effort in EFFORTS
-                if of(rows, effort)
+                if (builds := of(rows, effort))
             ]
             curve.append((BEFORE, float(np.mean(default_before(model, scheme, budget)))))
             axes.plot(*zip(*curve, strict=True), "o-", color=f"C{number}", label=f"{budget} of {STEPS}")
@@ -227,7 +238,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, choices=BUDGETS)
-    parser.add_argument("--efforts", nargs="+", default=EFFORTS[:-1], choices=EFFORTS)
+    parser.add_argument("--efforts", nargs="+", default=("instant", "quick", "normal"), choices=EFFORTS)
     parser.add_argument("--output", type=Path, default=HERE.with_suffix(".json"))
     asked = parser.parse_args()
     file = asked.output

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from cemq.bench.architectures import ARCHITECTURES, Architecture
-from cemq.bench.machine import describe_machine
+from cemq.bench.machine import describe_machine, one_line
 from cemq.bench.random_models import random_model
 from cemq.build import quantize_and_schedule
 from cemq.build.estimate import estimate
@@ -127,14 +127,14 @@ def page(record: dict[str, Any]) -> str:
     ranges = {kind: f"{min(each):.2f} to {max(each):.2f}" for kind, each in worst.items()}
     return f"""# What a build is said to take, and what it takes
 
-{machine["date"][:10]}, {machine["cpu"]}, {machine["threads"]} thread; torch {machine["libraries"]["torch"]}, diffusers
-{machine["libraries"]["diffusers"]}. Command: `python docs/benchmarks/estimate.py`. Minutes are of the process's own CPU
-time, since others used the machine as well; in brackets what was said over what it came to. `headers` is what
-`--dry-run` says: the arithmetic of the weights' shapes, over what one block of a transformer of about that width takes
-here. The next two columns are what a build says itself once it has timed a step of full precision (or as many as take a
-second), and then of the quantized model. Generations are those run of those estimated, full precision and quantized;
-where schedules are tried, the estimate is the most that may be. The DiT of 130 M has random weights, 12 steps and 256 x
-256 pixels.
+{machine["date"][:10]}, {one_line(machine)}. Command: `python docs/benchmarks/estimate.py`.
+
+Minutes are of the process's own CPU time, since others used the machine as well; in brackets what was said over what
+it came to. `headers` is what `--dry-run` says: the arithmetic of the weights' shapes, over what one block of a
+transformer of about that width takes here. The next two columns are what a build says itself once it has timed a step
+of full precision (or as many as take a second), and then of the quantized model. Generations are those run of those
+estimated, full precision and quantized; where schedules are tried, the estimate is the most that may be. The DiT of
+130 M has random weights, 12 steps and 256 x 256 pixels.
 
 | model, parameters | scheme | effort | generations | minutes | headers | a step | a quantized one | disk | host peak |
 |---|---|---|---|---|---|---|---|---|---|
