@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint types fix wheel docs bench families train clean
+.PHONY: demo test coverage lint types fix wheel docs bench families train clean
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
@@ -20,8 +20,11 @@ demo: .venv/installed  ## quantize and schedule the built-in digits model, compa
 	$(BIN)/cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o out/digits --overwrite
 	$(BIN)/cemq evaluate out/digits --samples 8 --picture out/side-by-side.png
 
-test: lint wheel docs  ## lint, build the wheel and look into it, build the docs, run every test
+test: lint types wheel docs  ## lint, count types, build the wheel and look into it, build the docs, run every test
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=20
+
+coverage: .venv/installed-dev  ## the tests again, and which lines of cemq/ they never reach
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --cov=cemq --cov-report=term-missing:skip-covered
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

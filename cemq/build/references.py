@@ -107,7 +107,9 @@ class FullPrecision:
     """The full-precision pipeline: opened when a stage first needs it, as none may, and let go of once none will."""
 
     def __init__(self, settings: BuildSettings, progress: Progress | None, work: Work):
-        self.settings, self.progress, self.work = settings, progress, work
+        self.settings: BuildSettings = settings
+        self.progress: Progress | None = progress
+        self.work: Work = work
         self._runner: Runner | None = None
 
     @property

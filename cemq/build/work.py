@@ -52,8 +52,9 @@ class Work:
     def __init__(
         self, folder: Path | None, processes: Processes = ALONE, place: Place | None = None, *, keeps: bool = True
     ):
-        self.folder, self.processes = folder, processes
-        self.generations = Generations()
+        self.folder: Path | None = folder
+        self.processes: Processes = processes
+        self.generations: Generations = Generations()
         self._place, self._keeps = place, keeps
         self._whole: dict[str, bool] = {}  # folders, by name
         self._lost: set[str] = set()  # what was said of results that cannot be kept

@@ -63,7 +63,7 @@ class Observer:
         put: Callable[[str, nn.Module], None] | None = None,
     ):
         refuse_adapters(denoiser)
-        self.config = config
+        self.config: CemqConfig = config
         self._denoiser, self._weights = denoiser, weights or denoiser
         self._runs, self._every, self._limit = runs, every, limit_bytes
         self._layers = _layers(denoiser, config)

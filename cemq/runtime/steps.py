@@ -62,7 +62,7 @@ class StepTracker:
         self.on_start: Callable[[CacheSchedule], None] = on_start
         self.on_end: Callable[[], None] = on_end
         self.on_late_start: Callable[[CacheSchedule], None] = on_late_start
-        self.current = plan  # that of the latest run
+        self.current: Plan = plan  # that of the latest run
         self._timesteps: tuple[float, ...] = ()  # which it is expected to take
         self._corrector: Corrector | None = None  # of the run
         self._plans, self._corrections = _Recent(), _Recent()

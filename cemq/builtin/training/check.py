@@ -75,10 +75,14 @@ def check(folder: Path, samples: int = 300) -> dict[str, float]:
     return result
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     root = Path(__file__).parents[1]
     parser.add_argument("folders", nargs="*", type=Path, default=[root / "dit-digits", root / "sd3-digits"])
     failed = [folder.name for folder in parser.parse_args().folders if min(check(folder).values()) < REQUIRED_SHARE]
     if failed:
         raise SystemExit(f"below {REQUIRED_SHARE:.0%}: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +135,9 @@ class PackedHalves(PackedTensor):
         return torch.cat((self._data & 15, self._data >> 4))[: self.shape[0]]
 
     @staticmethod
-    def __tensor_unflatten__(inner_tensors: dict, meta: dict, outer_size: object, outer_stride: object) -> PackedHalves:
+    def __tensor_unflatten__(
+        inner_tensors: dict[str, Any], meta: dict[str, Any], outer_size: object, outer_stride: object
+    ) -> PackedHalves:
         # torch.compile takes tensors apart and puts them together again, as the parent class if left to it
         plain = PackedTensor.__tensor_unflatten__(inner_tensors, meta, outer_size, outer_stride)
         return PackedHalves(plain._data, plain._bits, plain.size(), plain.stride())

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # what `quantize_tokens` returns
+
 _QUANTIZE_BLOCK = 2048
 _ROW_BLOCKS = tl.constexpr(8)  # computed side by side, so that they find the weight in the L2 cache
 _SIGN_BITS = tl.constexpr(-0x7F7F7F80)  # 0x80808080 as int32
@@ -170,7 +172,7 @@ def w4_kernel(
     _store(product, rows, columns, scale, zero_point, weight_scale, weight_sum, bias, output, m, n)
 
 
-def _quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _quantize(values: torch.Tensor) -> Tokens:
     values = values.contiguous()
     rows, k = values.shape
     tokens = torch.empty_like(values, dtype=torch.int8)
@@ -197,13 +199,27 @@ def _multiply(kernel, quantized, operands, bias: torch.Tensor | None, dtype: tor
     return output
 
 
-def multiply_w8(quantized, weight, weight_scale, weight_sum, bias, dtype: torch.dtype) -> torch.Tensor:
+def multiply_w8(
+    quantized: Tokens,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """Quantized tokens times an int8 weight; as int32 the bare product, which is exact."""
     return _multiply(w8_kernel, quantized, (weight, weight_scale, weight_sum), bias, dtype)
 
 
 def multiply_w4(
-    quantized, packed, group_scale, weight_scale, weight_sum, bias, group_size: int, dtype: torch.dtype
+    quantized: Tokens,
+    packed: torch.Tensor,
+    group_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """The same for an int4 weight."""
     operands = packed.view(torch.int32), group_scale, weight_scale, weight_sum
