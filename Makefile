@@ -1,6 +1,7 @@
 # Each target sets up what it needs: a Python 3.11+ with venv is all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
+MAKEFLAGS += --jobs=2
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test coverage lint types fix wheel docs bench families train clean

@@ -235,6 +235,7 @@ def test_a_model_stays_near_its_float_model(backend, scheme):
         assert relative(cast, expected) < MODEL_ERROR[backend, scheme] + LOWER_PRECISION[dtype]
 
 
+@pytest.mark.slow  # bundles of every backend are drawn in fresh processes by test_backend_bundles.py
 @every_backend
 def test_a_saved_model_reloads_bit_for_bit_here_and_in_another_process(tmp_path, backend):
     outputs = {}

@@ -19,6 +19,7 @@ from support.comparing import identical, relative
 from support.families import FAMILIES
 from support.pipelines import make_denoiser
 from support.quantized import PAIRS
+from support.slow import others_slow
 from torch import nn
 
 from cemq.errors import ModelError
@@ -75,7 +76,7 @@ def test_every_part_of_every_family_answers_with_the_dtype_it_computes_in(name):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:In CPU autocast:UserWarning")  # diffusers' own
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "wan" else pytest.mark.slow) for n in FAMILIES])
+@pytest.mark.parametrize("name", others_slow(FAMILIES, ("wan",)))
 def test_a_picture_is_the_same_where_every_part_has_its_inputs_cast_to_what_it_answers(name):
     pipe = FAMILIES[name].pipeline()
     for _, model in denoisers(pipe):  # torch's own attention, in Hunyuan-DiT's pooler, multiplies with weights itself

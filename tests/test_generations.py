@@ -35,7 +35,14 @@ def build(folder, output, **settings):
 
 @pytest.mark.parametrize(
     ("effort", "budget"),
-    [("instant", 10), ("instant", "auto"), ("quick", 27), ("quick", "auto"), ("normal", 10), ("normal", "auto")],
+    [
+        ("instant", 10),
+        ("instant", "auto"),
+        pytest.param("quick", 27, marks=pytest.mark.slow),
+        ("quick", "auto"),
+        ("normal", 10),
+        pytest.param("normal", "auto", marks=pytest.mark.slow),
+    ],
 )
 def test_a_build_takes_what_its_effort_says_and_says_what_it_took(folder, tmp_path, effort, budget):
     if (effort, budget) == ("instant", "auto"):

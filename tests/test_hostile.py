@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import io
+import itertools
 import pickle
 import threading
 import warnings
@@ -17,6 +18,7 @@ import torch
 from diffusers.hooks import apply_first_block_cache, apply_layerwise_casting
 from support.checks import abort, caches_outputs, counted_blocks, draw, every_step, few_steps, plain_run
 from support.families import FAMILIES, FLUX_CALL, NEGATIVE, PROMPT, STEPS, autoencoder, family_with, picture
+from support.slow import others_slow
 
 from cemq.errors import InputError, ModelError, PipelineError
 from cemq.pipelines.batches import Batch, check_drivable, run
@@ -95,6 +97,8 @@ SD_SAMPLERS = {
     "lcm": (D.LCMScheduler, {}, STEPS),
     "tcd": (D.TCDScheduler, {}, STEPS),
 }
+# One of every kind: more evaluations than steps, orders that rise, noise on the way, a single step
+QUICK_SAMPLERS = ("heun", "pndm", "pndm-runge-kutta", "unipc", "dpm++", "dpm++-sde", "euler-ancestral", "ddim", "lcm")
 
 
 def check_sampler(family, pipe, evaluations):
@@ -115,7 +119,7 @@ def check_sampler(family, pipe, evaluations):
         assert np.array_equal(draw(pipe, family), plain)
 
 
-@pytest.mark.parametrize("name", SD_SAMPLERS)
+@pytest.mark.parametrize("name", others_slow(SD_SAMPLERS, QUICK_SAMPLERS))
 def test_any_sampler_keeps_its_count_of_steps(name):
     kind, settings, evaluations = SD_SAMPLERS[name]
     pipe = FAMILIES["sd15"].pipeline()
@@ -733,8 +737,13 @@ def compile_regions(pipe):
     pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
 
 
-@pytest.mark.parametrize("order", ["compile first", "schedule first"])
-@pytest.mark.parametrize("compile_it", [compile_wrapped, compile_in_place, compile_regions])
+@pytest.mark.parametrize(
+    ("compile_it", "order"),
+    others_slow(
+        itertools.product((compile_wrapped, compile_in_place, compile_regions), ("compile first", "schedule first")),
+        [(compile_in_place, "schedule first"), (compile_regions, "compile first")],
+    ),
+)
 def test_compiled_denoisers_are_scheduled(flux, compile_it, order):
     torch._dynamo.reset()
     plain, trajectory = plain_run(flux, FLUX)
@@ -1081,10 +1090,16 @@ UNLISTED = {  # from the parts of a family that is listed
     "ChromaImg2ImgPipeline": ("chroma", {"image": picture(16), "strength": 0.8}),
     "HunyuanVideoPipeline": ("hunyuan_video", {"negative_prompt": NEGATIVE, "true_cfg_scale": 3.0}),
 }
+QUICK_UNLISTED = (
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusion3PAGPipeline",
+    "ChromaImg2ImgPipeline",
+    "LTXImageToVideoPipeline",
+)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", UNLISTED)
+@pytest.mark.parametrize("name", others_slow(UNLISTED, QUICK_UNLISTED))
 def test_classes_of_diffusers_that_nobody_listed_work(name):
     listed, more = UNLISTED[name]
     family = family_with(listed, **more)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.comparing import relative
 from support.pipelines import make_denoiser, predict
+from support.slow import others_slow
 from torch import nn
 
 from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, InputStatistics, NativeLinear, quantize_in_place
@@ -254,7 +255,7 @@ def test_a_layer_compiles_without_a_graph_break_for_any_rows(scheme, dtype):
         assert relative(compiled(values), layer(values)) < (1e-5 if dtype == torch.float32 else 0.01)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("scheme", others_slow(["w8a8", "w4a8"], ["w4a8"]))
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_denoiser_compiles_without_a_graph_break(scheme):
     model = make_denoiser()

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 import cemq
 from cemq.cli import app
 from cemq.errors import InputError
-from cemq.evaluation import measure_fidelity
-from cemq.evaluation.compare import write_side_by_side
+from cemq.evaluation.compare import measure_fidelity, write_side_by_side
 from cemq.pipelines.outputs import Sample, as_array, as_pictures, check_path, kind_of, output_kind, rate_of
 from cemq.quantize import record_calls
 from cemq.quantize.calibrate import weights_read_elsewhere

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from diffusers.hooks import group_offloading
 from safetensors.torch import load_file
 from support.pipelines import FLUX_CALL, make_flux
+from support.slow import others_slow
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -215,7 +216,7 @@ WIDEST = {"flux-dev": 5 * 3072, "wan-1.3b": 8960, "wan-14b": 13824}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", others_slow(ARCHITECTURES, ("dit-xl-2", "pixart-sigma", "flux-dev", "wan-1.3b")))
 def test_activations_of_transformers_are_never_underestimated(name, no_scores):
     architecture = ARCHITECTURES[name]
     model = empty_model(architecture).to("meta").bfloat16()

@@ -11,6 +11,7 @@ import torch
 from support.checks import draw
 from support.families import FAMILIES
 from support.pipelines import BATCH, CALL, FLUX_CALL, make_dit, make_flux
+from support.slow import others_slow
 
 import cemq
 from cemq.bench import bench_bundle
@@ -144,10 +145,7 @@ def test_a_policy_serves_what_a_schedule_of_the_same_steps_serves(dit):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:In CPU autocast")  # of some models as they are made
-@pytest.mark.parametrize(
-    "name", [name if name in ("flux", "sd3", "pixart-sigma", "wan") else pytest.param(name, marks=pytest.mark.slow)
-             for name in FAMILIES]
-)  # fmt: skip
+@pytest.mark.parametrize("name", others_slow(FAMILIES, ("flux", "sd3", "pixart_sigma", "wan")))
 def test_every_family_of_transformers_can_be_decided_about(name):
     family = FAMILIES[name]
     pipe = family.pipeline()

@@ -11,6 +11,7 @@ from support.comparing import identical, relative
 from support.pipelines import make_denoiser, predict
 from support.processes import run_python
 from support.quantized import eight_bits, saved_and_edited, schemes_of
+from support.slow import others_slow
 from torch import nn
 
 from cemq.errors import BundleError, SchemeError
@@ -341,11 +342,14 @@ def test_parameters_shrink_to_near_their_bits(options, share):
 
 @pytest.mark.parametrize(
     "imports",
-    [
-        "import cemq; import diffusers.quantizers.auto",
-        "import cemq; from diffusers import DiTTransformer2DModel",
-        "import diffusers.quantizers.auto; import cemq",
-    ],
+    others_slow(
+        [
+            "import cemq; import diffusers.quantizers.auto",
+            "import cemq; from diffusers import DiTTransformer2DModel",
+            "import diffusers.quantizers.auto; import cemq",
+        ],
+        ["import cemq; from diffusers import DiTTransformer2DModel"],
+    ),
 )
 def test_diffusers_knows_cemq_whichever_is_imported_first(imports):
     code = f"{imports}\nfrom diffusers.quantizers import auto\nprint('cemq' in auto.AUTO_QUANTIZER_MAPPING)"

@@ -16,6 +16,7 @@ from support.checks import caches_outputs, counted_forwards, draw, few_steps, pl
 from support.families import FAMILIES, family_with
 from support.pipelines import BATCH, CALL, FLUX_CALL, ONE, STEPS, make_dit, make_flux, run_dit
 from support.schedules import EVERY, HALF, plan_of, sampler_of
+from support.slow import others_slow
 from torch import nn
 from typer.testing import CliRunner
 
@@ -358,7 +359,7 @@ both = pytest.mark.parametrize("cache", FOUND)
 
 
 @both
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("scheme", others_slow(["w8a8", "w4a8"], ["w4a8"]))
 @pytest.mark.parametrize("name", ["dit", "flux", "wan22", "hunyuan_dit"])
 def test_quantized_pipelines_keep_every_promise(name, scheme, cache):
     caches_outputs(quantized(FAMILIES[name], scheme), FAMILIES[name], cache)
@@ -444,8 +445,13 @@ def test_offload_changes_nothing_and_a_skipped_step_moves_no_weight_of_what_is_s
 SCHEDULE = CacheSchedule(num_steps=STEPS, full_steps=(0, 1, 4), predictor="taylor1")
 
 
-@pytest.mark.parametrize("regional", [True, False])
-@pytest.mark.parametrize("first", ["schedule", "compile", "a compiled run"])
+@pytest.mark.parametrize(
+    ("first", "regional"),
+    others_slow(
+        itertools.product(("schedule", "compile", "a compiled run"), (True, False)),
+        [("schedule", False), ("compile", True), ("a compiled run", True)],
+    ),
+)
 @both
 def test_compiled_blocks_are_skipped_all_the_same(dit, cache, first, regional):
     plan = plan_of(dit, cache=cache)

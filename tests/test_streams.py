@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.pipelines import make_dit
+from support.processes import run_python
 from typer.testing import CliRunner
 
 import cemq
@@ -67,6 +68,19 @@ def test_inspect_prints_ascii_where_that_is_all_there_is(bundle):
     assert done.returncode == 0, done.stderr
     assert b"#" in done.stdout
     assert not done.stderr
+
+
+def test_commands_that_read_files_wait_for_no_torch(bundle):
+    code = """
+import sys
+from typer.testing import CliRunner
+from cemq.cli import app
+for command in ("inspect", "export", "verify"):
+    done = CliRunner().invoke(app, [command, sys.argv[1]])
+    assert done.exit_code == 0, done.output
+print(sorted({"torch", "diffusers", "transformers"} & sys.modules.keys()))
+"""
+    assert run_python(code, bundle, **TREE) == "[]"
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word(bundle):

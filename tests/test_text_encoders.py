@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from support.comparing import identical
 from support.processes import run_python
 from support.quantized import saved_and_edited, schemes_of
+from support.slow import others_slow
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -212,7 +213,11 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize(
-    "imports", ["import transformers.modeling_utils, cemq", "import cemq.quantize.in_transformers"]
+    "imports",
+    others_slow(
+        ["import transformers.modeling_utils, cemq", "import cemq.quantize.in_transformers"],
+        ["import transformers.modeling_utils, cemq"],
+    ),
 )
 def test_transformers_knows_cemq_whichever_is_imported_first(imports):
     code = f"{imports}\nfrom transformers.quantizers import auto\nprint('cemq' in auto.AUTO_QUANTIZER_MAPPING)"

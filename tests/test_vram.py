@@ -29,8 +29,10 @@ def stage(*arguments):
 
 @pytest.fixture(
     scope="module",
-    params=[("sd3", "none", "group offload to disk, block level"), ("dit", "w8a8", "sequential offload to disk")],
-    ids=["sd3", "dit"],
+    params=[
+        pytest.param(("sd3", "none", "group offload to disk, block level"), id="sd3", marks=pytest.mark.slow),
+        pytest.param(("dit", "w8a8", "sequential offload to disk"), id="dit"),
+    ],
 )
 def larger(request, tmp_path_factory):
     """A bundle larger than what a placement needs of memory; that placement, and what it needs."""

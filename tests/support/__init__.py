@@ -3,6 +3,7 @@
 - `families`: a tiny pipeline of every family; `checks`: what must hold for each.
 - `pipelines`: the two tiny pipelines that most tests run, and how they run them; `models`: smaller than a pipeline.
 - `schedules`, `priors`, `planning`: what is attached to them, measured of them, and searched for on them.
+- `slow`: which cases of a test every run tries.
 - `loras`: LoRA files for them; `counting`: what runs of them take.
 - `callbacks`: what ``callback_on_step_end`` may do to a run.
 - `quantized`, `bundles`: what is asked of a quantized model, and what is done to saved ones.

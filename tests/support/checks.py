@@ -24,7 +24,7 @@ from torch import nn
 import cemq
 from cemq.bundle.generate import generate_sample
 from cemq.errors import PipelineError
-from cemq.evaluation import measure_fidelity
+from cemq.evaluation.compare import measure_fidelity
 from cemq.pipelines.batches import Batch, make_batches, run
 from cemq.pipelines.opening import denoisers, open_pipeline
 from cemq.pipelines.outputs import as_array, rate_of
