@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 # Identical images have no finite PSNR; 100 dB is below the rounding of one 16-bit level and keeps means and JSON sane.
 PSNR_CEILING_DB = 100.0
@@ -19,6 +22,7 @@ def psnr_db(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 def ssim(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Structural similarity with an 11-pixel Gaussian window (smaller for images under 11 pixels)."""
+    import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     left, right = (torch.from_numpy(np.ascontiguousarray(x)).float().movedim(-1, 1) for x in (reference, images))

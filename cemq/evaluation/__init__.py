@@ -1,5 +1,4 @@
-"""How far a bundle is from the full-precision, uncached original, and what it saves."""
+"""How far a bundle is from the full-precision, uncached original, and what it saves.
 
-from cemq.evaluation.compare import Evaluation, Fidelity, evaluate, measure_fidelity
-
-__all__ = ["Evaluation", "Fidelity", "evaluate", "measure_fidelity"]
+Empty: `report` reads files alone, and is not to wait for the imports of what runs pipelines.
+"""

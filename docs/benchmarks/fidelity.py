@@ -18,7 +18,7 @@ import diffusers
 import cemq
 from cemq.bench.machine import describe_machine, one_line
 from cemq.bundle.manifest import PRIOR, read_bundle
-from cemq.evaluation import measure_fidelity
+from cemq.evaluation.compare import measure_fidelity
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches, run
 from cemq.pipelines.opening import locate, open_pipeline
 from cemq.prior.error_prior import ErrorPrior

@@ -16,7 +16,7 @@ from typing import Any
 import diffusers
 
 from cemq.bench.machine import describe_machine, one_line
-from cemq.evaluation import measure_fidelity
+from cemq.evaluation.compare import measure_fidelity
 from cemq.pipelines.batches import (
     EVALUATION_SEED_OFFSET,
     check_conditions,
