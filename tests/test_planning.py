@@ -362,7 +362,31 @@ def test_a_small_effort_leaves_what_the_prior_says_only_for_what_is_better_beyon
     assert found.schedule == loop.trials[2].schedule  # the mean of the one before is greater, and one sample's
 
 
-def test_a_small_effort_finds_a_budget_by_bisection(singly):
+@pytest.mark.parametrize("tolerance", [0.3, 2.0])
+def test_a_small_effort_first_tries_the_budget_that_the_prior_expects_to_do(singly, tolerance):
+    loop, prior = ClosedLoop(**singly), singly["prior"]
+    asked = PlanSettings(budget="auto", tolerance=tolerance, effort="normal", corrector="none", allowed=2.0)
+    plan(loop, asked)
+    base = prior.final_error(np.eye(STEPS))
+    expected = [
+        schedule
+        for budget in range(2, STEPS)
+        for schedule in [plan_schedule(prior, budget, predictor="taylor1")]
+        if prior.final_error(schedule.served) <= (1 + tolerance) * base
+    ]
+    assert [trial.schedule for trial in loop.trials][:2] == [full_compute(STEPS), *expected[:1]]
+
+
+def test_an_effort_that_is_nearly_spent_tries_a_budget_on_fewer_samples(singly):
+    loop = ClosedLoop(**singly)
+    asked = PlanSettings(budget="auto", tolerance=0.0, effort="normal", rectify="none", corrector="none", allowed=1.6)
+    found = plan(loop, asked)
+    assert loop.spent <= 1.6 * loop.samples
+    assert [trial.samples for trial in loop.trials] == [loop.samples, 2]
+    assert found.schedule == full_compute(STEPS)  # nothing is as good
+
+
+def test_a_small_effort_finds_a_budget(singly):
     loop = ClosedLoop(**singly)
     found = plan(loop, PlanSettings(budget="auto", tolerance=2.0, effort="normal", rectify="none", allowed=4.0))
     assert found.schedule.budget < STEPS

@@ -27,7 +27,7 @@ from cemq.schedule import (
     usual_budget,
 )
 from cemq.schedule.rectify import METHODS, Correction, make_correction
-from cemq.search.explore import Search, Wanted, is_certain, planned
+from cemq.search.explore import Search, Wanted, gained, is_certain, planned
 from cemq.search.propagation import sample_schedules
 from cemq.search.settings import AUTO_BUDGET, PlanSettings
 from cemq.search.trials import ClosedLoop, Trial
@@ -241,6 +241,6 @@ def _rectified(loop: ClosedLoop, settings: PlanSettings, best: Trial, limit: flo
         if loop.spent + loop.cost(best.budget) > limit:
             break
         trial = loop.run(best.schedule, fix)
-        if trial.psnr_db > chosen.psnr_db and is_certain(trial.sample_psnr_db - best.sample_psnr_db):
+        if trial.psnr_db > chosen.psnr_db and is_certain(gained(trial, best)):
             chosen, kept = trial, fix
     return chosen, kept

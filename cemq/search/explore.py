@@ -40,6 +40,7 @@ from cemq.search.settings import PlanSettings
 from cemq.search.trials import ClosedLoop, Trial
 
 PUBLISHED = ("uniform", "cem")  # solvers that no plan may be worse than
+_FURTHER = 1.6  # how much more, or less, is expected of the next budget to try
 DB_PER_LOG = 20 / math.log(10)  # decibels of a factor e in error
 
 
@@ -53,6 +54,12 @@ def is_certain(gains: np.ndarray) -> bool:
         return False  # of a single value nothing is known
     error = gains.std(ddof=1) / math.sqrt(len(gains))
     return bool(gains.mean() > stats.t.ppf(0.95, len(gains) - 1) * error)
+
+
+def gained(trial: Trial, other: Trial) -> np.ndarray:
+    """PSNR of one trial over another's, of the samples that both were run on."""
+    shared = min(trial.samples, other.samples)
+    return trial.sample_psnr_db[:shared] - other.sample_psnr_db[:shared]
 
 
 def affordable(trials: Sequence[Trial], budget: int) -> list[Trial]:
@@ -207,29 +214,41 @@ class Search:
         for schedule in (*known, *own, *corrected, *self.published(loop.prior, budget)):
             if loop.spent + loop.cost(schedule.budget) <= self.limit:
                 trial = loop.run(schedule)
-                gains = trial.sample_psnr_db - first.sample_psnr_db
-                if is_certain(gains) and trial.psnr_db > best.psnr_db and trial.budget <= max(budget, first.budget):
+                if (
+                    is_certain(gained(trial, first))
+                    and trial.psnr_db > best.psnr_db
+                    and trial.budget <= max(budget, first.budget)
+                ):
                     best = trial
         return best
 
     def fewest_picked(self, wanted: Wanted) -> Trial:
-        """What the prior alone plans for the fewest steps that meet what is wanted, by bisection while effort lasts.
+        """What the prior alone plans for the fewest steps that meet what is wanted: for as many as it expects to, then
+        for more or fewer, while the effort lasts; on fewer samples where it does not last for all.
 
         Raises:
             InfeasibleBudgetError: Not even full compute does.
         """
-        loop, settings = self.loop, {"predictor": self.predictor, "corrector": self.corrector, "view": self.view}
+        loop, prior, steps = self.loop, self.loop.prior, self.loop.num_steps
         wanted.check()
-        best, low, high = wanted.full, 2, loop.num_steps
+        predictor = "taylor1" if self.predictor == AUTO else self.predictor
+        plans = plan_all(prior, steps - 1, predictor=predictor, corrector=self.corrector, view=self.view)
+        errors = [self._predicted(prior, plan) for plan in plans]
+        unskipped = prior.final_error(np.eye(steps), view=self.view)
+        best, low, high, most = wanted.full, 2, steps, wanted.error / wanted.full.error - 1
         while low < high:
-            middle = low + (high - low) // 3  # few steps cost little to try
-            if loop.spent + loop.cost(middle) > self.limit:
+            # without quantization full compute has no error that others could be set against
+            expected = [n for n in range(low, high) if errors[n - 2] <= (1 + most) * unskipped] if unskipped else []
+            middle = expected[0] if expected else (low + high) // 2
+            left = self.limit - loop.spent
+            samples = max((n for n in range(1, loop.samples + 1) if loop.cost(middle, n) <= left), default=0)
+            if samples < min(2, loop.samples):  # a single one says nothing about its noise
                 break
-            trial = loop.run(next(planned(loop.prior, middle, **settings)))
+            trial = loop.run(plans[middle - 2], samples=samples)
             if wanted.met_by(trial):
-                best, high = trial, middle
+                best, high, most = trial, middle, most * _FURTHER
             else:
-                low = middle + 1
+                low, most = middle + 1, most / _FURTHER
         return best
 
     def explore(self, budget: int, limit: float) -> None:
@@ -254,8 +273,7 @@ class Search:
             if loop.spent + further > limit:
                 break
             trial, cost, samples = loop.run(schedule, samples=samples), cost + further, 2 * samples
-            shared = min(trial.samples, best.samples) if best else 0
-            if best and middle_mean(trial.sample_psnr_db[:shared] - best.sample_psnr_db[:shared]) < 0:
+            if best and middle_mean(gained(trial, best)) < 0:
                 break
 
     def _predicted(self, prior: ErrorPrior, schedule: CacheSchedule) -> float:
@@ -330,8 +348,7 @@ class Search:
             for schedule in (skip_branches(each, budget) for each in (planned, better)):
                 affordable = loop.spent + loop.cost(budget) <= self.everything
                 trial = loop.run(schedule) if schedule.branch_steps and affordable else chosen
-                gains = trial.sample_psnr_db - chosen.sample_psnr_db
-                if trial.psnr_db > kept.psnr_db and is_certain(gains):
+                if trial.psnr_db > kept.psnr_db and is_certain(gained(trial, chosen)):
                     kept, fix = trial, None
         return kept, fix
 

@@ -29,6 +29,7 @@ class Effort:
         planning_samples: To run schedules on; the profiled ones first, whose references are there already.
         check_samples: Others, for the fidelity that is written into the bundle.
         search: Full generations that running schedules may take, for each planning sample.
+        search_auto: The same where the budget is to be found too; None: no more than that.
         search_elsewhere: And at another step count, in those of that step count.
         also_steps: Whether another step count is planned for, if none is named.
         fits: Whether it is first learnt from runs how errors reach the final sample, and then searched; else a few
@@ -41,6 +42,7 @@ class Effort:
     planning_samples: int = 0
     check_samples: int = 0
     search: float = 2.0
+    search_auto: float | None = None
     search_elsewhere: float = 1.0
     also_steps: bool = False
     fits: bool = False
@@ -49,7 +51,9 @@ class Effort:
 EFFORTS = {
     "instant": Effort(most=2, samples=1),
     "quick": Effort(most=10, samples=5, forced=1, planning_samples=1, check_samples=1),
-    "normal": Effort(most=40, samples=12, planning_samples=4, check_samples=2, search=1.5, also_steps=True),
+    "normal": Effort(
+        most=40, samples=12, planning_samples=4, check_samples=2, search=1.5, search_auto=2.15, also_steps=True
+    ),
     "thorough": Effort(
         most=250,
         samples=16,
@@ -161,4 +165,7 @@ class PlanSettings:
 
     def limit(self, samples: int) -> float:
         """Full generations that running schedules on so many samples may take."""
-        return samples * (EFFORTS[self.effort].search if self.allowed is None else self.allowed)
+        if self.allowed is not None:
+            return samples * self.allowed
+        effort = EFFORTS[self.effort]
+        return samples * (effort.search_auto or effort.search if self.budget == AUTO_BUDGET else effort.search)
