@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from cemq.bundle.schedule_file import export
     from cemq.errors import BundleError, CemqError
     from cemq.evaluation.compare import Evaluation, evaluate
+    from cemq.evaluation.scores import register_metric
     from cemq.parallel import launched
     from cemq.predict.predictors import register_predictor
     from cemq.prior.error_prior import ErrorPrior
@@ -63,6 +64,7 @@ _PUBLIC = {
     "replan": "cemq.build.replan",
     "set_budget": "cemq.runtime",
     "register_format": "cemq.quantize",
+    "register_metric": "cemq.evaluation.scores",
     "register_policy": "cemq.runtime.policies",
     "register_predictor": "cemq.predict.predictors",
     "quantize_text_encoder": "cemq.quantize.in_transformers",
@@ -72,7 +74,7 @@ __all__ = [  # written out, for type checkers
     "Plan", "Runner", "TeaCache", "TextEncoderConfig", "apply_policy", "apply_schedule", "attached", "detach",
     "evaluate", "export", "for_request", "from_pretrained", "generate", "launched", "plan_memory", "plan_schedule",
     "push_to_hub", "quantize_and_schedule", "quantize_in_place", "quantize_text_encoder", "register_format",
-    "register_policy", "register_predictor", "replan", "set_budget",
+    "register_metric", "register_policy", "register_predictor", "replan", "set_budget",
 ]  # fmt: skip
 
 

@@ -402,6 +402,7 @@ def evaluate(
     Example: cemq evaluate digits --samples 16 --picture side-by-side.png
     """
     from cemq import evaluate as run_evaluation
+    from cemq.bundle.manifest import quality_text
     from cemq.parallel import launched
 
     with launched() as processes:
@@ -414,7 +415,7 @@ def evaluate(
             _print_json(found.to_dict())
             return
         print(
-            f"PSNR {found.psnr_db:.1f} dB, SSIM {found.ssim:.4f}, relative L2 {found.relative_l2:.4f} "
+            f"PSNR {quality_text(found.to_dict())}, SSIM {found.ssim:.4f}, relative L2 {found.relative_l2:.4f} "
             f"over {found.samples} samples; {found.full_steps} of {found.num_steps} steps in full, "
             f"compute ratio {found.compute_ratio:.2f}, wall ratio {found.wall_ratio:.2f} ({found.device}, "
             f"{found.dtype}); denoiser {found.model_bytes:,} bytes, reference {found.reference_bytes:,}"

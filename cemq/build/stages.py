@@ -170,7 +170,7 @@ def check(
         return None
     with attached(runner.pipe, settings.policy or plans.own):
         found = runner.run(samples.check, "scheduled check")
-    fidelity = measure_fidelity(originals.check, found, runner.processes)
+    fidelity = measure_fidelity(originals.check, found, runner.processes, samples.check)
     note = said_of_steps(plans.own.schedule, fidelity.num_steps, fidelity.full_steps)
     if note and runner.processes.is_main:
         logging.getLogger(BUILD_LOG).warning(note)

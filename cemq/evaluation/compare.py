@@ -17,12 +17,13 @@ from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import Manifest, read_bundle
 from cemq.bundle.original import find_original
 from cemq.errors import InputError, check_keywords
+from cemq.evaluation.scores import METRICS, score, summary
 from cemq.files import absolute, check_writable, written_whole
-from cemq.metrics import psnr_db, relative_l2, ssim
+from cemq.metrics import relative_l2
 from cemq.parallel import ALONE, Processes
-from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Progress, iterate, make_batches
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
 from cemq.pipelines.opening import default_device, weight_bytes
-from cemq.pipelines.outputs import as_levels, as_pictures
+from cemq.pipelines.outputs import as_pictures
 from cemq.runtime import schedule_hook
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
 
@@ -43,6 +44,8 @@ class Running(TypedDict, total=False):
 class Fidelity:
     """Distance to the full-precision, uncached run of the same seeds; means over samples, and the spread of PSNR.
 
+    ``scores`` has every metric of `cemq.evaluation.scores` with its fifth percentile and its worst sample.
+
     ``num_steps`` and ``full_steps`` are those that were run, and run in full, a mean over samples too: not what was
     planned.
     """
@@ -54,13 +57,15 @@ class Fidelity:
     samples: int
     num_steps: float
     full_steps: float
+    scores: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What the bundle cost and what it saved; ``wall_ratio`` is reference seconds / bundle seconds of this run.
 
-    ``full_steps`` were counted; with one branch of guidance a step is half a one.
+    ``scores`` has the mean of every metric, its fifth percentile and its worst sample. ``full_steps`` were counted;
+    with one branch of guidance a step is half a one.
     """
 
     psnr_db: float
@@ -77,38 +82,44 @@ class Evaluation:
     seeds: tuple[int, ...]
     device: str
     dtype: str
+    scores: dict[str, dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
 def measure_fidelity(
-    references: Sequence[Outcome], outcomes: Sequence[Outcome], processes: Processes = ALONE
+    references: Sequence[Outcome],
+    outcomes: Sequence[Outcome],
+    processes: Processes = ALONE,
+    batches: Sequence[Batch] = (),
 ) -> Fidelity:
     """Fidelity of outcomes to references, batch by batch; of all processes' samples, each giving its share.
+
+    Args:
+        batches: Of all processes, which say whose the worst sample is.
 
     Raises:
         ProcessError: Another process has failed.
     """
-    scores = [
-        (
-            psnr_db(as_levels(a.images), as_levels(b.images)),
-            _likeness(a.images, b.images),
-            relative_l2(a.latents, b.latents),
-            *(np.full(len(b.images), count) for count in (b.num_steps, b.full_steps)),
-        )
+    found = [
+        score(a.images, b.images)
+        | {"relative_l2": relative_l2(a.latents, b.latents)}
+        | {name: np.full(len(b.images), getattr(b, name)) for name in ("num_steps", "full_steps")}
         for a, b in zip(references, outcomes, strict=True)
     ]
-    gathered = zip(*processes.gather(scores), strict=True)
-    quality, likeness, errors, steps, full_steps = (np.concatenate(each) for each in gathered)
+    gathered = processes.gather(found)
+    values = {name: np.concatenate([each[name] for each in gathered]) for name in gathered[0]}
+    samples = [pair for batch in batches for pair in zip(batch.seeds, batch.conditions, strict=True)]
     return Fidelity(
-        psnr_db=float(quality.mean()),
-        psnr_db_std=float(quality.std()),
-        ssim=float(likeness.mean()),
-        relative_l2=float(errors.mean()),
-        samples=len(quality),
-        num_steps=_whole(steps.mean()),
-        full_steps=_whole(full_steps.mean()),
+        psnr_db=float(values["psnr_db"].mean()),
+        psnr_db_std=float(values["psnr_db"].std()),
+        ssim=float(values["ssim"].mean()),
+        relative_l2=float(values["relative_l2"].mean()),
+        samples=len(values["psnr_db"]),
+        num_steps=_whole(values["num_steps"].mean()),
+        full_steps=_whole(values["full_steps"].mean()),
+        scores={name: summary(name, each, samples) for name, each in values.items() if name in METRICS},
     )
 
 
@@ -116,12 +127,6 @@ def _whole(count: float) -> float:
     """An integer where it is one."""
     rounded = round(float(count), 3)
     return int(rounded) if rounded.is_integer() else rounded
-
-
-def _likeness(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """SSIM of each sample: the mean over a video's frames, or over the spectrograms of the channels of audio."""
-    left, right = as_pictures(reference), as_pictures(other)
-    return ssim(left.reshape(-1, *left.shape[2:]), right.reshape(-1, *right.shape[2:])).reshape(len(left), -1).mean(1)
 
 
 def evaluate(
@@ -177,7 +182,7 @@ def evaluate(
         for runner, made in pairs:  # taking turns, so that what else the machine does slows down both
             made.append(runner.run_one(batch, on_step))
     references, outcomes = (made for _, made in pairs)
-    fidelity = measure_fidelity(references, outcomes, processes)
+    fidelity = measure_fidelity(references, outcomes, processes, batches)
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
     if picture is not None and processes.is_main:
         write_side_by_side(picture, references[0].images, outcomes[0].images)

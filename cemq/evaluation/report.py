@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cemq.bundle.manifest import EVIDENCE, PRIOR, held_out_text, lora_text, policy_text, read_bundle
+from cemq.bundle.manifest import EVIDENCE, PRIOR, held_out_text, lora_text, policy_text, quality_text, read_bundle
 from cemq.metrics import psnr_of
 from cemq.prior.error_prior import ErrorPrior
 
@@ -94,7 +94,7 @@ def print_description(description: dict[str, Any]) -> None:
         "correction": description["correction"] or "none",
         "policy": policy_text(description["policy"]),
         "cache": description["cache"],
-        "fidelity": f"PSNR {fidelity['psnr_db']:.1f} dB, SSIM {fidelity['ssim']:.4f}, relative L2 "
+        "fidelity": f"PSNR {quality_text(fidelity)}, SSIM {fidelity['ssim']:.4f}, relative L2 "
         f"{fidelity['relative_l2']:.4f} on {held_out_text(fidelity['samples'])} at build time"
         if fidelity
         else "not measured: effort instant runs nothing to see",

@@ -1,0 +1,138 @@
+"""What samples are compared by. A metric is one registered function of full precision's samples and another's.
+
+Every metric is told as a mean, a fifth percentile and the worst sample: means hide the few that took another turn.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+
+from cemq.errors import InputError
+from cemq.metrics import psnr_db, ssim
+from cemq.pipelines.outputs import Kind, as_levels, as_pictures, kind_of
+
+Compare = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number for each sample.
+
+    Args:
+        name: Its key in ``scores``.
+        compare: Of full precision's samples and others of the same seeds, both as `cemq.pipelines.outputs` tells; gives
+            (n,).
+        higher_is_better: Or the fifth percentile is the ninety-fifth, and the worst is the highest.
+        kinds: Of samples that it can say something of.
+        package: That it needs; without it the metric is left out.
+    """
+
+    name: str
+    compare: Compare
+    higher_is_better: bool = True
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    package: str | None = None
+
+
+def of_pictures(compare: Compare) -> Compare:
+    """The mean over a video's frames, or over the spectrograms of the channels of audio, of what compares images."""
+
+    def compared(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+        left, right = as_pictures(reference), as_pictures(other)
+        flat = (each.reshape(-1, *each.shape[2:]) for each in (left, right))
+        return compare(*flat).reshape(len(left), -1).mean(1)
+
+    return compared
+
+
+def flip(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """The mean FLIP error (Andersson et al. 2020), 0 for what looks the same, of images at the usual distance."""
+    from flip_evaluator import evaluate
+
+    pairs = zip(*(each.astype(np.float32) for each in (reference, images)), strict=True)
+    return np.array([evaluate(*pair, "LDR", computeMeanError=True, applyMagma=False)[1] for pair in pairs])
+
+
+def change_psnr_db(reference: np.ndarray, videos: np.ndarray) -> np.ndarray:
+    """PSNR of the differences between neighbouring frames: what flickers, or moves otherwise, and no frame shows."""
+    return psnr_db(np.diff(reference, axis=1), np.diff(videos, axis=1))
+
+
+def snr_db(reference: np.ndarray, audio: np.ndarray) -> np.ndarray:
+    """Signal-to-noise ratio, from -100 to 100 dB."""
+    signal, noise = (np.square(each.astype(np.float64)).sum((1, 2)) for each in (reference, audio - reference))
+    return 10 * np.log10(np.clip((signal + 1e-20) / (noise + 1e-20), 1e-10, 1e10))
+
+
+def spectral_db(reference: np.ndarray, audio: np.ndarray) -> np.ndarray:
+    """Root mean square difference of logarithmic spectrograms, in dB of their range of 80."""
+    left, right = as_pictures(reference)[..., 0], as_pictures(audio)[..., 0]
+    return 80 * np.sqrt(np.square(left - right).mean((1, 2, 3)))
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(name="psnr_db", compare=lambda a, b: psnr_db(as_levels(a), as_levels(b))),
+        Metric(name="ssim", compare=of_pictures(ssim)),
+        Metric(
+            name="flip", compare=of_pictures(flip), higher_is_better=False, kinds=("image", "video"),
+            package="flip_evaluator",
+        ),
+        Metric(name="change_psnr_db", compare=change_psnr_db, kinds=("video",)),
+        Metric(name="snr_db", compare=snr_db, kinds=("audio",)),
+        Metric(name="spectral_db", compare=spectral_db, higher_is_better=False, kinds=("audio",)),
+    )
+}  # fmt: skip
+
+
+def register_metric(
+    name: str, compare: Compare, *, higher_is_better: bool = True, kinds: Sequence[Kind] = get_args(Kind)
+) -> None:
+    """Have another metric told wherever fidelity is: in ``scores`` of `cemq.evaluate`, and in bundles that are built.
+
+    Args:
+        name: Its key in ``scores``.
+        compare: A function of full precision's samples and others of the same seeds, float arrays: images
+            (n, height, width, 3) and videos (n, frames, height, width, 3) in [0, 1], audio (n, channels, samples) in
+            [-1, 1]; gives one number a sample, (n,).
+        higher_is_better: Else the fifth percentile that is told is the ninety-fifth, and the worst is the highest.
+        kinds: Of samples that it can say something of: ``image``, ``video``, ``audio``.
+
+    Raises:
+        InputError: One of that name is there.
+    """
+    if name in METRICS:
+        raise InputError(f"metric '{name}': there is one of that name; give a name of its own")
+    METRICS[name] = Metric(name=name, compare=compare, higher_is_better=higher_is_better, kinds=tuple(kinds))
+
+
+def score(reference: np.ndarray, other: np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric that can be had here of samples of this kind, one number a sample."""
+    kind = kind_of(reference)
+    return {
+        name: metric.compare(reference, other)
+        for name, metric in METRICS.items()
+        if kind in metric.kinds and (metric.package is None or importlib.util.find_spec(metric.package))
+    }
+
+
+def summary(name: str, values: np.ndarray, samples: Sequence[tuple[int, str | int]]) -> dict[str, Any]:
+    """A metric's values as they are told.
+
+    Args:
+        samples: The seed and the condition of each; none if they are not known.
+
+    Returns:
+        ``mean``, ``p5``, ``worst``, and whose it is: ``seed`` and ``condition``.
+    """
+    higher = METRICS[name].higher_is_better
+    worst = int(values.argmin() if higher else values.argmax())
+    told = {"mean": values.mean(), "p5": np.percentile(values, 5 if higher else 95), "worst": values[worst]}
+    whose = dict(zip(("seed", "condition"), samples[worst], strict=True)) if samples else {}
+    return {key: float(value) for key, value in told.items()} | whose
