@@ -123,6 +123,7 @@ def test_people_read_of_the_worst_sample():
         "50.0 dB (5th percentile 40.0, worst 30.0 with seed 7, 'a cat')"
     )
     assert quality_text({"psnr_db": 50.0, "samples": 2, "scores": told}) == "50.0 dB (worst 30.0 with seed 7, 'a cat')"
+    assert quality_text({"psnr_db": 50.0, "samples": 1, "scores": told}) == "50.0 dB"
     assert quality_text({"psnr_db": 50.0, "samples": 2}) == "50.0 dB"  # of a bundle of before
 
 

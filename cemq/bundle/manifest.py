@@ -315,7 +315,7 @@ def quality_text(fidelity: Mapping[str, Any]) -> str:
     Of less than eight samples a percentile says no more than the worst.
     """
     told = fidelity.get("scores", {}).get("psnr_db")
-    if not told:
+    if not told or fidelity["samples"] < 2:
         return f"{fidelity['psnr_db']:.1f} dB"
     whose = f" with seed {told['seed']}, {told['condition']!r}" if "seed" in told else ""
     low = f"5th percentile {told['p5']:.1f}, " if fidelity["samples"] >= 8 else ""
