@@ -671,7 +671,9 @@ def plan_memory(
 @_one_line_errors
 def export(
     bundle: Bundle,
-    format: Annotated[str, typer.Option("--format", help="json, for cemq.apply_schedule, or cache-dit.")] = "json",
+    format: Annotated[
+        str, typer.Option("--format", help="json, for cemq.apply_schedule, or cache-dit, sglang or sd.cpp.")
+    ] = "json",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; default: stdout.")] = None,
 ) -> None:
     """Write a bundle's schedule for another program, or for a pipeline that someone else quantized.

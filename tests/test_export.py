@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, DiTPipeline
+from hypothesis import given
+from hypothesis import strategies as st
 from support.bundles import resealed
 from support.pipelines import BATCH, FLUX_CALL, make_dit, make_flux
 from torch import nn
@@ -17,6 +20,7 @@ from typer.testing import CliRunner
 
 import cemq
 from cemq import cli
+from cemq.bundle.engines import ENGINES, bins
 from cemq.bundle.manifest import MANIFEST, read_bundle
 from cemq.bundle.schedule_file import read_schedule
 from cemq.errors import BundleError, HubError, InputError, ModelError
@@ -92,6 +96,55 @@ def test_what_a_cache_dit_file_cannot_say_stands_in_its_head(copy):
     assert yaml.safe_load(text)["cache_config"]["steps_computation_mask"] == [1, 0, 1, 0, 1, 0, 0, 0]
 
 
+def settings_of(text, prefix="SGLANG_CACHE_DIT_"):
+    """Of lines NAME=VALUE, read as strictly as can be: comments before all of them, each once, no quotes or spaces."""
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert text.endswith("\n".join(["", *lines, ""]))
+    pairs = [re.fullmatch(rf"{prefix}([A-Z_]+)=([\w,.-]+)", line).groups() for line in lines]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def test_sglang_reads_the_schedule_from_bins(bundle):
+    cache_dit = pytest.importorskip("cache_dit")
+    found = settings_of(cemq.export(bundle, "sglang"))
+    computed, cached = ([int(n) for n in found[f"SCM_{kind}_BINS"].split(",")] for kind in ("COMPUTE", "CACHE"))
+    mask = cache_dit.steps_mask(compute_bins=computed, cache_bins=cached, total_steps=8)  # as SGLang calls it
+    assert [step for step, mark in enumerate(mask) if mark] == full_steps(bundle)
+    assert (found["ENABLED"], found["SCM_POLICY"], found["WARMUP"], found["MC"]) == ("true", "static", "1", "-1")
+    assert (found["TAYLORSEER"], found["TS_ORDER"]) == ("true", "1")
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60))
+def test_bins_say_any_schedule(marks):
+    cache_dit = pytest.importorskip("cache_dit")
+    mask = [1, *map(int, marks)]
+    computed, cached = bins(mask)
+    assert cache_dit.steps_mask(compute_bins=computed, cache_bins=cached, total_steps=len(mask)) == mask
+
+
+def test_sglang_takes_no_mask_of_few_steps(copy):
+    short = CacheSchedule(num_steps=7, full_steps=(0, 3)).to_dict()
+    with pytest.raises(InputError, match="the schedule has 7 steps, and SGLang takes masks from 8 on"):
+        cemq.export(resealed(copy, lambda manifest: manifest.update(schedule=short)), "sglang")
+
+
+def test_stable_diffusion_cpp_is_given_flags(bundle):
+    flags = [line for line in cemq.export(bundle, "sd.cpp").splitlines() if not line.startswith("#")]
+    (words,) = (line.split() for line in flags)
+    found = dict(zip(words[::2], words[1::2], strict=True))
+    assert (found["--cache-mode"], found["--scm-policy"]) == ("cache-dit", "static")
+    assert [step for step, mark in enumerate(found["--scm-mask"].split(",")) if mark == "1"] == full_steps(bundle)
+    assert dict(pair.split("=") for pair in found["--cache-option"].split(",")) == {"Fn": "1", "Bn": "0", "warmup": "1"}
+
+
+@pytest.mark.parametrize("format", ENGINES)
+def test_every_engine_is_told_what_is_not_promised_and_nothing_can_leave_the_comments(copy, format):
+    text = cemq.export(resealed(copy, lambda manifest: manifest.update(model="a\nrm -rf x")), format)
+    assert "a rm -rf x" in text.splitlines()[0]
+    assert "Fidelity measured with cemq does not carry over" in text
+
+
 @pytest.fixture
 def cached_by_cache_dit(bundle, tmp_path):
     """A pipeline that cache-dit runs with a bundle's schedule."""
@@ -133,8 +186,10 @@ def test_the_command_writes_a_file_or_prints(bundle, tmp_path):
     assert file.read_text() == cemq.export(bundle, "cache-dit")
     wrong = invoke(cli.app, ["export", str(bundle), "--format", "cachedit"])
     assert (wrong.exit_code, wrong.stderr.strip()) == (
-        1, "cemq: unknown export format 'cachedit': choose from json, cache-dit; did you mean 'cache-dit'?",
-    )  # fmt: skip
+        1,
+        "cemq: unknown export format 'cachedit': choose from json, cache-dit, sglang, sd.cpp; did you mean "
+        "'cache-dit'?",
+    )
     nowhere = invoke(cli.app, ["export", str(bundle), "-o", str(tmp_path / "none" / "a.json")])
     assert "does not exist" in nowhere.stderr
 

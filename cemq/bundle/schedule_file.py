@@ -1,19 +1,18 @@
-"""A schedule outside its bundle: as JSON for `cemq.apply_schedule`, or as a cache-dit configuration."""
+"""A schedule outside its bundle: as JSON for `cemq.apply_schedule`, or as another engine takes it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
-from typing import Any
 
-from cemq.bundle.manifest import CACHED, MANIFEST, Manifest, read_bundle
+from cemq.bundle.engines import ENGINES
+from cemq.bundle.manifest import MANIFEST, Manifest, read_bundle
 from cemq.errors import InputError, choose
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.schedule import CacheSchedule
 
-FORMATS = ("json", "cache-dit")
+FORMATS = ("json", *ENGINES)
 KIND, VERSION = "cemq-schedule", 1
 _KEYS = {"kind", "version", "schedule", "sampler", "made_for", "cache"}
 
@@ -22,10 +21,11 @@ def export(bundle: str | Path, format: str = "json") -> str:
     """The schedule of a bundle as text.
 
     ``json`` is what `cemq.apply_schedule` reads: full-compute steps, predictor, the sampler they belong to, and what
-    they were planned for. ``cache-dit`` is YAML for ``cache_dit.load_configs``; its head says what differs there.
+    they were planned for. ``cache-dit`` is YAML for ``cache_dit.load_configs``, ``sglang`` environment lines and
+    ``sd.cpp`` flags; comments in them say what differs there.
 
     Raises:
-        InputError: No such format, or a policy decides and there is no schedule.
+        InputError: No such format, one that cannot say this schedule, or a policy decides and there is none.
         BundleError: The bundle is incomplete or damaged.
     """
     choose("export format", format, FORMATS)
@@ -40,8 +40,8 @@ def export(bundle: str | Path, format: str = "json") -> str:
         "call": manifest.call,
         "correction": manifest.correction,  # which stays behind: its tables are the bundle's
     }
-    if format == "cache-dit":
-        return _cache_dit(manifest.schedule, made_for, manifest.cache)
+    if format in ENGINES:
+        return ENGINES[format](manifest.schedule, made_for, manifest.cache)
     content = {
         "kind": KIND,
         "version": VERSION,
@@ -101,34 +101,3 @@ def read_schedule(source: str | Path | CacheSchedule) -> tuple[CacheSchedule, Sa
         return schedule, SamplerFingerprint.from_dict(content["sampler"]), content["cache"]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"schedule '{path}' is damaged ({error}): export it again") from None
-
-
-def _cache_dit(schedule: CacheSchedule, made_for: dict[str, Any], cache: str) -> str:
-    full = set(schedule.full_steps)
-    mask = ", ".join("1" if step in full else "0" for step in range(schedule.num_steps))
-    order = re.fullmatch(r"taylor(\d)", schedule.predictor_text())
-    if order:
-        served = f"  enable_taylorseer: true\n  taylorseer_order: {order[1]}\n"
-    elif schedule.predictor == "reuse":
-        served = ""
-    else:
-        served = f"  # no counterpart of the predictor {schedule.predictor_text()}: the cached residual is used again\n"
-    corrected = "# cemq corrects skipped steps once it has computed the next one; cache-dit has no counterpart.\n"
-    branches = (
-        f"# cemq skips one branch of guidance on {len(schedule.branch_steps)} of these steps; a mask cannot say so.\n"
-    )
-    return f"""\
-# Steps that cemq chose for {made_for["model"]}, {made_for["scheme"]}: {schedule.budget} of {schedule.num_steps} in full.
-# cache_dit.enable_cache(pipe, **cache_dit.load_configs("this-file.yaml"))
-#
-# The steps are the same, the way skipped ones are served is not: cache-dit always runs the first block and extrapolates
-# the residual of the others, cemq {CACHED[cache]}. Fidelity measured with cemq does not carry over.
-# The mask holds for {made_for["num_inference_steps"]} inference steps under the sampler it was planned for; cache-dit checks neither.
-{branches if schedule.branch_steps else ""}{corrected if schedule.corrects else ""}cache_config:
-  num_inference_steps: {schedule.num_steps}
-  steps_computation_mask: [{mask}]
-  steps_computation_policy: static
-  max_warmup_steps: 1
-  Fn_compute_blocks: 1
-  Bn_compute_blocks: 0
-{served}"""  # noqa: E501
