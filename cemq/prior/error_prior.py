@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,6 +146,11 @@ class ErrorPrior:
     @property
     def num_steps(self) -> int:
         return len(self.step_sizes)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether runs in closed loop have said how errors reach the final sample."""
+        return math.isfinite(self.coherence)
 
     @property
     def corrector(self) -> str:

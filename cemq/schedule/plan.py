@@ -98,6 +98,8 @@ class Plan:
             corrector = suited_corrector(prior, budget, predictor=self.predictor, view=self.view)
         settings = {"predictor": self.predictor, "corrector": corrector, "view": self.view}
         solver = solver or self.solver
+        if solver == SEARCH and not prior.is_fitted:  # local search then believes what is not so, by up to 7 dB
+            solver, settings["predictor"] = "segment", "taylor1" if self.predictor == AUTO else self.predictor
         share = 1 - len(self.schedule.branch_steps) / len(self.schedule.full_steps)
         if solver == SEARCH and share == 1:
             count = parse_budget(budget, prior.num_steps)
