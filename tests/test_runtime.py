@@ -16,7 +16,7 @@ from cemq.pipelines.trajectory import record
 from cemq.predict.predictors import PREDICTORS
 from cemq.runtime import attach, attached, detach, schedule_hook, set_budget
 from cemq.runtime.attach import HOOK
-from cemq.schedule import CacheSchedule, plan_schedule
+from cemq.schedule import CacheSchedule, plan_predicted, plan_schedule, stretched
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import METHODS, Correction, make_correction
 
@@ -285,6 +285,18 @@ def test_another_sampler_class_computes_in_full_with_one_warning(dit):
             run(dit, BATCH, steps=STEPS, call=CALL)
         assert len([each for each in caught if str(each.message).startswith("cemq: ")]) == 1
         assert hook.skipped_evaluations == 0
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_local_search_is_believed_only_by_a_prior_that_runs_have_taught(dit, taught):
+    prior = replace(profiled(dit), coherence=3.0 if taught else np.inf)
+    schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 2, 4))
+    found = plan_of(dit, schedule, prior=prior).with_budget(4).schedule
+    by_program = plan_schedule(prior, 4, predictor="taylor1", corrector=found.corrector)
+    known = replace(stretched(schedule, schedule.full_steps, STEPS, 4), corrector=found.corrector)
+    searched = plan_predicted(prior, 4, predictor="auto", corrector=found.corrector, known=known)
+    assert found == (searched if taught else by_program)
+    assert searched.key != by_program.key  # or this would say nothing
 
 
 def test_another_budget_of_a_sampler_that_meets_timesteps_twice(dit):
