@@ -2,8 +2,8 @@
 
 Both built-in models, both schemes, 25, 15 and 10 of 50 steps, three seeds; PSNR to full precision at 50 of 50 steps on
 64 samples with seeds from 1000000 on that no build has seen. Generations are counted by a hook on the denoiser: rows
-it was called with, in those of one full generation of one sample. Beside them what the builds gave that took some 800,
-sample for sample as they stand in planning.json, and evenly spaced steps.
+it was called with, in those of one full generation of one sample. Beside them evenly spaced steps, and what the default
+build of the version before gave, which took some 800 (kept in efforts.json).
 
 Writes efforts.md, efforts.png and efforts.json beside itself. ``--models``, ``--schemes``, ``--seeds``, ``--budgets``
 and ``--efforts`` measure some of it anew and keep the rest. About an hour for each model on a core of one's own
@@ -13,7 +13,6 @@ and ``--efforts`` measure some of it anew and keep the rest. About an hour for e
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import tempfile
@@ -55,7 +54,7 @@ BEFORE = 800  # that the default took before
 
 
 class Evaluation:
-    """The samples that planning.json is about, as full precision draws them."""
+    """The samples that plans are judged on, as full precision draws them."""
 
     def __init__(self, model: str):
         recipe = load_recipe(model)
@@ -122,15 +121,9 @@ def measure(
                 yield row | {"effort": "uniform", "generations": 0, "psnr_db": evaluation.psnr(quantized.pipe)}
 
 
-@functools.cache
-def planning() -> dict[str, Any]:
-    return json.loads(HERE.with_name("planning.json").read_text())
-
-
-def default_before(model: str, scheme: str, budget: int) -> list[float]:
-    """What the builds of some 800 generations gave, sample for sample."""
-    cells = planning()[f"{model}-{scheme}"]["cells"]
-    return next(row["psnr_db"] for row in cells if (row["budget"], row["plan"]) == (budget, "search, auto"))
+def before(record: dict[str, Any], model: str, scheme: str, budget: int) -> float:
+    """What the build of some 800 generations gave on the same samples: nothing makes such builds any more."""
+    return mean(cell(record["before"], model, scheme, budget))
 
 
 def page(record: dict[str, Any]) -> str:
@@ -139,16 +132,16 @@ def page(record: dict[str, Any]) -> str:
         rows = cell(record, model, scheme, budget)
         if not of(rows, "uniform"):
             continue  # not measured yet
-        before, even = float(np.mean(default_before(model, scheme, budget))), mean(of(rows, "uniform"))
+        default, even = before(record, model, scheme, budget), mean(of(rows, "uniform"))
         told = []
         for effort in EFFORTS:
             builds = of(rows, effort)
             found = [mean([row]) for row in builds]
             spent[effort] += [row["generations"] for row in builds]
-            differences[effort] += [each - before for each in found]
+            differences[effort] += [each - default for each in found]
             spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
             told.append(f"{np.mean(found):.1f}{spread}" if found else "")
-        lines.append(f"| {model} | {scheme} | {budget} | {even:.1f} | {' | '.join(told)} | {before:.1f} |")
+        lines.append(f"| {model} | {scheme} | {budget} | {even:.1f} | {' | '.join(told)} | {default:.1f} |")
     machine = record["machine"]
     summary = "\n".join(
         f"| `{effort}` | {min(spent[effort]):.1f} to {max(spent[effort]):.1f} | {len(spent[effort])} | "
@@ -163,7 +156,7 @@ def page(record: dict[str, Any]) -> str:
 
 PSNR in dB to full precision at 50 of 50 steps, mean of {SAMPLES} samples that no build has seen; of builds with
 several first seeds ({known(record)}) the mean, the least and the greatest. `before` is the default build of the
-version before, which took some {BEFORE} generations, on the same samples (planning.json). A generation is a full one
+version before, which took some {BEFORE} generations, on the same samples. A generation is a full one
 of one sample, counted by a hook on the denoiser; plans for a second step count are left out here.
 
 | effort | generations | builds | on average to `before`, dB | at worst, dB |
@@ -197,7 +190,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 for effort in EFFORTS
                 if (builds := of(rows, effort))
             ]
-            curve.append((BEFORE, float(np.mean(default_before(model, scheme, budget)))))
+            curve.append((BEFORE, before(record, model, scheme, budget)))
             axes.plot(*zip(*curve, strict=True), "o-", color=f"C{number}", label=f"{budget} of {STEPS}")
             axes.axhline(mean(of(rows, "uniform")), color=f"C{number}", linestyle=":", linewidth=1)
         for name, count in OTHERS.items():

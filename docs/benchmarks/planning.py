@@ -3,20 +3,20 @@
 Every part is measured on evaluation seeds that no plan has seen, against full precision at 50 of 50 steps:
 
 * ranking: Spearman of every predicted cost with the error found in closed loop (`cemq analyze`)
-* cells: the default plan against `uniform` and `cem`, for each scheme and budget
+* cells: plans of the default effort against `uniform` and `cem`, for each scheme and budget
 * ceiling: what a closed-loop local search of ``--minutes`` for each budget finds (half an hour a bundle more; not
   measured by default)
 * caches: even spacing served from the output, from the blocks' residual and from their modules (not by default)
 * ablation: the schedule planned on each view of the prior, run on the quantized model
 * auto: the budget that `--budget auto` finds, and its error on evaluation seeds
-* steps: a prior of 50 steps carried over to 20, 28 and 100, against one measured there
+* steps: a prior of 50 steps carried over to 20, 28 and 100, against a bundle planned there
 * quanto: the default plans against quanto's layers of the same scheme with every step computed
 * solver: milliseconds of the dynamic program
 
 Writes planning.md and planning.json beside itself; ``--parts``, ``--models`` and ``--schemes`` measure some of it anew
 and keep the rest.
-About six hours on a CPU core of one's own (``OMP_NUM_THREADS=1``), two more with the ceiling; models and schemes can be
-measured side by side.
+About two hours on a CPU core of one's own (``OMP_NUM_THREADS=1``), two more with the ceiling; models and schemes can
+be measured side by side.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from typing import Any
 
 import diffusers
 import numpy as np
-from planning_page import BUDGETS, CACHES, MODELS, NATIVE_EFFORTS, RANKED, SAMPLES, SCHEMES, page
+from planning_page import BUDGETS, CACHES, MODELS, RANKED, SAMPLES, SCHEMES, page
 
 import cemq
 from cemq.bench.machine import describe_machine
-from cemq.bundle.manifest import EVIDENCE, PRIOR, Manifest, read_bundle
+from cemq.bundle.manifest import EVIDENCE, PRIOR, read_bundle
 from cemq.errors import InfeasibleBudgetError
 from cemq.evaluation.analysis import analyze, rank_correlation
-from cemq.metrics import psnr_db
+from cemq.metrics import middle_mean, psnr_db
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches
 from cemq.pipelines.opening import denoisers, locate, open_pipeline
 from cemq.prior.error_prior import VIEWS, ErrorPrior
@@ -58,16 +58,15 @@ from cemq.schedule import (
     solve_segments,
 )
 from cemq.schedule.plan import Plan
-from cemq.search.choose import plan
+from cemq.schedule.rectify import make_correction
 from cemq.search.explore import PUBLISHED
 from cemq.search.propagation import sample_schedules
-from cemq.search.settings import PlanSettings
 from cemq.search.trials import ClosedLoop, Trial
 
 STEPS = (20, 28, 100)
 PARTS = ("ranking", "cells", "ablation", "auto", "steps", "quanto", "solver")
-PLANNED = 64  # samples that searches are run on
-SEARCHED = {"effort": "thorough", "allowed": NATIVE_EFFORTS["normal"]}
+# As published: no predictor but the first, nothing corrected
+PLAIN = {"predictor": "taylor1", "corrector": "none", "rectify": "none"}
 HERE = Path(__file__).with_suffix("")
 
 
@@ -106,14 +105,23 @@ class Lab:
         with attached(self.pipe, planned):
             return self.psnr_as_is(self.pipe, steps)
 
-    def loop(self, steps: int = 50, prior: ErrorPrior | None = None, samples: int = PLANNED) -> ClosedLoop:
-        """The planning samples, with seeds after those that the bundle used; nothing has been run on them."""
+    def replanned(self, **settings: Any) -> tuple[Plan, dict[str, Any]]:
+        """What ``cemq replan`` makes of the bundle by the default effort, and its evidence."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "bundle"
+            made = cemq.replan(self.bundle, folder, device="cpu", also_steps=[], **settings)
+            prior, evidence = ErrorPrior.load(folder / PRIOR), json.loads((folder / EVIDENCE).read_text())
+        fix = make_correction(made.correction, prior, made.schedule) if made.correction else None
+        return self.of(made.schedule, fix, made.sampler), evidence
+
+    def loop(self, samples: int) -> ClosedLoop:
+        """Samples with seeds after those that the bundle used; nothing has been run on them."""
         first = max(self.manifest.profiled_seeds) + 1
         return ClosedLoop(
-            runner=Runner(pipe=self.pipe, steps=steps, call=self.manifest.call),
-            prior=prior or self.prior,
+            runner=Runner(pipe=self.pipe, steps=50, call=self.manifest.call),
+            prior=self.prior,
             batches=self.batches(first, samples),
-            references=self.references(steps, first, samples),
+            references=self.references(50, first, samples),
         )
 
     def of(self, schedule: CacheSchedule, correction: Any = None, sampler: Any = None) -> Plan:
@@ -145,20 +153,16 @@ def measure_cells(lab: Lab) -> list[dict[str, Any]]:
     full = CacheSchedule(num_steps=50, full_steps=range(50))
     rows.append({"budget": 50, "plan": "full compute", "psnr_db": lab.psnr(lab.of(full)).tolist()})
     for budget in BUDGETS:
-        for predictor, corrector, correction in (("taylor1", "none", "none"), ("auto", "auto", "auto")):
-            planned = plan(
-                lab.loop(),
-                PlanSettings(budget=budget, predictor=predictor, corrector=corrector, rectify=correction, **SEARCHED),
-            )
-            corrected = planned.evidence["winner"]["correction"]
+        for name, settings in (("default, taylor1", PLAIN), ("default", {})):
+            planned, evidence = lab.replanned(budget=budget, **settings)
             rows.append(
                 {
                     "budget": budget,
-                    "plan": f"search, {predictor}",
-                    "psnr_db": lab.psnr(lab.of(planned.schedule, planned.correction)).tolist(),
+                    "plan": name,
+                    "psnr_db": lab.psnr(planned).tolist(),
                     "full_steps": planned.schedule.budget,
-                    "correction": corrected,
-                    "full_run_equivalents": planned.evidence["search_generations"] / PLANNED,
+                    "correction": evidence["winner"]["correction"],
+                    "generations": evidence["generations"]["total"],
                     "schedule": planned.schedule.to_dict(),
                 }
             )
@@ -181,7 +185,7 @@ def measure_ceiling(lab: Lab, minutes: float) -> list[dict[str, Any]]:
     moved at random. Minutes are those of one core (``OMP_NUM_THREADS=1``), so that other work on the machine takes
     nothing away.
     """
-    rows, loop = [], lab.loop(samples=10)
+    rows, loop = [], lab.loop(10)
     generator = np.random.default_rng(0)
 
     def moves_of(schedule: CacheSchedule) -> list[CacheSchedule]:
@@ -234,7 +238,7 @@ def measure_ablation(lab: Lab) -> list[dict[str, Any]]:
     """Propagation is fitted anew for each view, to the same runs of the same budget."""
     rows = []
     for budget in BUDGETS[:3]:
-        loop = lab.loop(samples=16)
+        loop = lab.loop(16)
         for schedule in sample_schedules(50, 20, ("taylor1",), seed=1, budget=budget):
             loop.run(schedule)
         for view in VIEWS:
@@ -251,8 +255,7 @@ def measure_ablation(lab: Lab) -> list[dict[str, Any]]:
 
 
 def measure_auto(lab: Lab) -> dict[str, Any]:
-    loop = lab.loop()
-    planned = plan(loop, PlanSettings(budget="auto", **SEARCHED))
+    planned, evidence = lab.replanned(budget="auto")
     evaluated = ClosedLoop(
         runner=Runner(pipe=lab.pipe, steps=50, call=lab.manifest.call),
         prior=lab.prior,
@@ -264,17 +267,16 @@ def measure_auto(lab: Lab) -> dict[str, Any]:
     return {
         "budget": planned.schedule.budget,
         "tolerance": 0.15,
-        "full_run_equivalents": planned.evidence["search_generations"] / PLANNED,
-        "planning_ratio": planned.evidence["winner"]["relative_l2"] / planned.evidence["full_compute"]["relative_l2"],
-        "evaluation_ratio": chosen.relative_l2 / full.relative_l2,
+        "generations": evidence["generations"]["total"],
+        "ratio": middle_mean(chosen.sample_relative_l2) / middle_mean(full.sample_relative_l2),
         "psnr_db": chosen.psnr_db,
         "full_psnr_db": full.psnr_db,
     }
 
 
 def measure_steps(lab: Lab) -> list[dict[str, Any]]:
-    """The plan of the bundle carried over, what the bundle was planned with for that step count, and what is searched
-    for from a prior profiled there; no corrections."""
+    """The plan of the bundle carried over, what the bundle was planned with for that step count, and what it would be
+    if planned for that alone."""
     planned = {run.num_inference_steps: run for run in lab.manifest.other_runs}
     rows = []
     for steps in STEPS:
@@ -284,15 +286,9 @@ def measure_steps(lab: Lab) -> list[dict[str, Any]]:
         found = {"carried_over": lab.psnr(carried, steps)}
         if steps in planned:
             found["planned"] = lab.psnr(lab.of(planned[steps].schedule, sampler=planned[steps].sampler), steps)
-        profiled = lab.batches(0)
-        references = Runner(pipe=lab.original, steps=steps, call=lab.manifest.call).record(profiled)
-        runner = Runner(pipe=lab.pipe, steps=steps, call=lab.manifest.call)
-        prior = runner.profile(profiled, references, scheme=lab.scheme, dtype="float32")
         budget = round(steps / lab.manifest.schedule.compute_ratio)
-        for effort, runs in NATIVE_EFFORTS.items():
-            searched = SEARCHED | {"allowed": runs}
-            native = plan(lab.loop(steps, prior), PlanSettings(budget=budget, rectify="none", **searched))
-            found[effort] = lab.psnr(lab.of(native.schedule, sampler=prior.metadata.sampler), steps)
+        alone, _ = lab.replanned(steps=steps, budget=budget, rectify="none")
+        found["alone"] = lab.psnr(alone, steps)
         rows.append({"steps": steps, "budget": budget} | {name: values.tolist() for name, values in found.items()})
     return rows
 
@@ -306,14 +302,6 @@ def measure_quanto(lab: Lab) -> list[float]:
         lab.outcomes(pipe, 50, lab.batches(0, samples=16))
     quantize_pipeline(pipe, QuantizationSettings(scheme=lab.scheme, backend="quanto"), {name: calls})
     return lab.psnr_as_is(pipe).tolist()
-
-
-def planning_cost(manifest: Manifest, evidence: dict[str, Any]) -> dict[str, float]:
-    """Of the bundle and of its other step counts, in runs of the planning samples at full compute."""
-    steps = manifest.schedule.num_steps
-    found = zip(manifest.other_runs, evidence["other_runs"], strict=True)
-    others = [tried["search_generations"] / PLANNED * run.schedule.num_steps / steps for run, tried in found]
-    return {"own": evidence["search_generations"] / PLANNED, "others": sum(others)}
 
 
 def measure_solver() -> dict[str, float]:
@@ -369,8 +357,6 @@ def main() -> None:
     diffusers.utils.logging.disable_progress_bar()
     record = json.loads(HERE.with_suffix(".json").read_text()) if HERE.with_suffix(".json").is_file() else {}
     record["machine"] = describe_machine()
-    if set(wanted.parts) >= set(PARTS) and wanted.models == MODELS and wanted.schemes == SCHEMES:
-        record.pop("remark", None)  # on parts that were taken apart from the others
     with tempfile.TemporaryDirectory() as scratch:
         folder = wanted.bundles or Path(scratch)
         for model in wanted.models:
@@ -383,13 +369,15 @@ def main() -> None:
                 evidence = json.loads((folder / name / EVIDENCE).read_text())
                 lab = Lab(model, scheme, folder / name)
                 cell = record.setdefault(name, {})
-                cell["fit"], cell["cost"] = evidence["fit"], planning_cost(lab.manifest, evidence)
+                cell["generations"] = evidence["generations"]["total"]
                 for part in wanted.parts:
                     if part in measures:
                         started = time.perf_counter()
                         cell[part] = measures[part](lab)
                         print(name, part, f"{time.perf_counter() - started:.0f} s", flush=True)
                         HERE.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    if set(wanted.models) == set(MODELS) and set(wanted.schemes) == set(SCHEMES):
+        record["earlier"] = [part for part in record.get("earlier", ()) if part not in wanted.parts]
     if "solver" in wanted.parts:
         record["solver"] = measure_solver()
     HERE.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")

@@ -14,9 +14,6 @@ MODELS = ("dit-digits", "sd3-digits")
 SCHEMES = ("w8a8", "w4a8")
 CACHES = ("output", "residual", "modules")
 BUDGETS = (25, 15, 10, 7)
-# Searches that plans carried over are compared with, in runs of all planning samples at full compute. These were the
-# efforts of before; what those of now take and give is in efforts.md.
-NATIVE_EFFORTS = {"quick": 5.0, "normal": 8.0}
 SAMPLES = 64  # on 16, chance alone moves the mean by 1 dB
 RANKED = 48  # on fewer, two halves of them do not agree on the ranking themselves
 
@@ -85,30 +82,41 @@ def cells_table(record: Record) -> str:
                 max((psnr[plan] for plan in plans), key=statistics.mean)
                 for plans in (published[: len(PUBLISHED)], published)
             )
-            own, default = row["search, auto"], psnr["search, auto"]
+            own, default = row["default"], psnr["default"]
             rows.append(
                 [model, scheme, mean(full), budget]
-                + [mean(psnr[plan]) for plan in (*published, *corrected, "search, taylor1")]
+                + [mean(psnr[plan]) for plan in (*published, *corrected, "default, taylor1")]
                 + [interval(default), own["correction"] or "none", own["full_steps"]]
-                + [difference(psnr["search, taylor1"], best)]
+                + [difference(psnr["default, taylor1"], best)]
                 + [difference(default, best), difference(default, best_of_both)]
             )
     head = ["model", "scheme", "50 of 50", "budget", *published]
     head += [f"{solver}, taylor1, corrected later" for solver in PUBLISHED]
-    head += ["search, taylor1", "default", "correction", "full steps"]
-    return table([*head, "search over taylor1", "default over taylor1", "default over both"], rows)
+    head += ["default, taylor1", "default", "correction", "full steps"]
+    return table([*head, "default, taylor1, over taylor1", "default over taylor1", "default over both"], rows)
 
 
-def ceiling_table(record: Record) -> str:
+def ceiling_section(record: Record) -> str:
+    """Empty where it was not measured."""
     rows = []
     for model, scheme, found in rows_of(record, "ceiling"):
-        own = cells_of(record, model, scheme, "search, taylor1")
+        own = cells_of(record, model, scheme, "default, taylor1")
         for row in found:
             ours, highest = own[row["budget"]], row["psnr_db"]
             ran = [f"{row['minutes']:.1f}", row["climbs"], row["runs"]]
             rows.append([model, scheme, row["budget"], *ran, mean(highest), mean(ours), difference(ours, highest)])
-    head = ["model", "scheme", "budget", "minutes", "climbs", "runs", "ceiling", "search, taylor1", "difference"]
-    return table(head, rows)
+    if not rows:
+        return ""
+    head = ["model", "scheme", "budget", "minutes", "climbs", "runs", "ceiling", "default, taylor1", "difference"]
+    return f"""## How far from the ceiling
+
+A blind local search in closed loop, one full-compute step moved at a time and kept where 10 samples say so, from even
+spacing, from CEM's schedule, then again and again from the best so far with three steps moved at random, until the
+minutes of one core are over.
+
+{table(head, rows)}
+
+"""
 
 
 def caches_section(record: Record) -> str:
@@ -155,47 +163,35 @@ def ablation_table(record: Record) -> str:
 def auto_table(record: Record) -> str:
     rows = [
         [model, scheme, found["budget"]]
-        + [f"{found[name]:.3f}" for name in ("planning_ratio", "evaluation_ratio")]
+        + [f"{found['ratio']:.3f}"]
         + [f"{found[name]:.1f}" for name in ("psnr_db", "full_psnr_db")]
-        + [found["full_run_equivalents"]]
+        + [f"{found['generations']:.1f}"]
         for model, scheme, found in rows_of(record, "auto")
     ]
-    head = ["model", "scheme", "budget found", "ratio, planning", "ratio, evaluation", "dB", "dB at 50 of 50", "runs"]
-    return table(head, rows)
+    head = ["model", "scheme", "budget found", "ratio", "dB", "dB at 50 of 50"]
+    return table([*head, "generations"], rows)
 
 
 def steps_table(record: Record) -> str:
     rows = []
-    for model, scheme, found in rows_of(record, "steps"):
-        for row in found:
+    for model, scheme, counts in rows_of(record, "steps"):
+        for row in counts:
             followed = row.get("planned", row["carried_over"])  # it is planned for one of these step counts only
-            rows.append(
-                [model, scheme, row["steps"], row["budget"], mean(row["carried_over"])]
-                + [mean(row["planned"]) if "planned" in row else "-"]
-                + [mean(row[effort]) for effort in NATIVE_EFFORTS]
-                + [difference(followed, row[effort]) for effort in NATIVE_EFFORTS]
-            )
-    head = ["model", "scheme", "steps", "budget", "carried over", "planned", *NATIVE_EFFORTS]
-    return table(head + [f"to {effort}" for effort in NATIVE_EFFORTS], rows)
+            known = mean(row["planned"]) if "planned" in row else "-"
+            found = mean(row["carried_over"]), known, mean(row["alone"]), difference(followed, row["alone"])
+            rows.append([model, scheme, row["steps"], row["budget"], *found])
+    return table(["model", "scheme", "steps", "budget", "carried over", "planned", "alone", "to alone"], rows)
 
 
 def quanto_table(record: Record) -> str:
     rows = []
     for model, scheme, found in rows_of(record, "quanto"):
-        own = cells_of(record, model, scheme, "search, auto")
+        own = cells_of(record, model, scheme, "default")
         rows.append(
             [model, scheme, interval(found), mean(own[10])] + [difference(own[budget], found) for budget in BUDGETS]
         )
     head = ["model", "scheme", "quanto, 50 of 50", "default, 10 of 50", *(f"{budget} of 50" for budget in BUDGETS)]
     return table(head, rows)
-
-
-def cost_table(record: Record) -> str:
-    rows = [
-        [model, scheme, *(f"{cost:.2f}" for cost in (found["own"], found["others"], sum(found.values())))]
-        for model, scheme, found in rows_of(record, "cost")
-    ]
-    return table(["model", "scheme", "the bundle's step count", "other step counts", "both"], rows)
 
 
 def solver_table(solver: dict[str, float]) -> str:
@@ -209,57 +205,64 @@ def solver_table(solver: dict[str, float]) -> str:
     return table(["", "dynamic program, ms", "with its cost table, ms"], rows)
 
 
+def earlier(record: Record, part: str) -> str:
+    """Of parts that builds of today have not been measured for."""
+    if part not in record.get("earlier", ()):
+        return ""
+    return """Measured on 2026-11-23 with builds of the version before, which took some 800 generations and fitted the
+prior to runs, as `thorough` does.
+
+"""
+
+
 def page(record: Record) -> str:
     fitted_to = sum(found["fitted_to"] for _, _, found in rows_of(record, "ranking"))
+    spent = [row["generations"] for _, _, rows in rows_of(record, "cells") for row in rows if row["plan"] == "default"]
     solver = record.get("solver", {})
     return f"""# What plans are worth
 
 {record["machine"]["date"][:10]}, {one_line(record["machine"])}.
 Command: `python docs/benchmarks/planning.py`. Both built-in models, 50 steps, {SAMPLES} samples with seeds from
-1000000 on that no plan has seen; PSNR in dB to full precision at 50 of 50 with the same seeds.
-{record.get("remark", "")}
+1000000 on that no plan has seen; PSNR in dB to full precision at 50 of 50 with the same seeds. Bundles are built for
+15 of 50 steps by the default effort, and planned again (`cemq replan`) for everything else: by that effort too, which
+takes {min(spent, default=0):.0f} to {max(spent, default=0):.0f} full generations of one sample a cell. What other
+efforts give is in [efforts](efforts.md).
 
 ## Which cost ranks schedules
 
 Spearman's correlation of predicted cost and error found in closed loop over 60 schedules with 15 full-compute steps,
-half of them random, half near uniform, {fitted_to or "none"} of them fitted to, on {RANKED} evaluation samples.
-`fitted` is what plans are made with; `unweighted` is the same with step sizes as the only weights; `cem` is CEM's
-published cost. Schedules have the corrector that the bundle was planned with. What sets a schedule apart is averaged
-over the middle two thirds of the samples, as where plans are compared; `by plain means` is the first column without
-that.
+half of them random, half near uniform, {fitted_to or "none"} of them run when the bundle was built, on {RANKED}
+evaluation samples. `fitted` is the cost that plans are made with, whose weights the default effort takes from the step
+sizes and `thorough` fits to runs; `unweighted` is the same with step sizes as the only weights; `cem` is CEM's
+published cost. Schedules have the corrector that the bundle was planned with. What
+sets a schedule apart is averaged over the middle two thirds of the samples, as where plans are compared; `by plain
+means` is the first column without that.
 
-{ranking_table(record)}
+{earlier(record, "ranking")}{ranking_table(record)}
 
 ## Default plan against uniform and CEM
 
-`search, taylor1` is the search with that one predictor, no corrector and no correction, as `uniform` and `cem` have it;
-`corrected later` are those two with the corrector `quadratic`; `default` has it where skipping costs enough, and
-chooses the predictor of each segment and a correction besides. CEM's rule has no schedule of 7: its relaxed variant
-stands in. Margins are over the better of uniform and CEM: of `search, taylor1` with that predictor, of `default` with
-that predictor, and with the better of both. Every cell is planned on samples that nothing has been run on. "full steps"
-is what the default plan spends: it may leave part of the budget.
+`default, taylor1` has that one predictor, no corrector and no correction, as `uniform` and `cem` have it; `corrected
+later` are those two with the corrector `quadratic`; `default` has it where skipping costs enough, and chooses the
+predictor of each segment and a correction besides. CEM's rule has no schedule of 7: its relaxed variant stands in.
+Margins are over the better of uniform and CEM: of `default, taylor1` with that predictor, of `default` with that
+predictor, and with the better of both. Nothing has been run on the samples that a cell is planned on but for that cell.
+"full steps" is what the default plan spends: it may leave part of the budget.
 
 {cells_table(record)}
 
-## How far from the ceiling
-
-A blind local search in closed loop, one full-compute step moved at a time and kept where 10 samples say so, from even
-spacing, from CEM's schedule, then again and again from the best so far with three steps moved at random, until the
-minutes of one core are over; `search, taylor1` is what the default search finds in 8 runs' worth.
-
-{ceiling_table(record)}
-
-{caches_section(record)}## Planned on which prior
+{ceiling_section(record)}{caches_section(record)}## Planned on which prior
 
 Schedules of the dynamic program (taylor1, no search, no correction), planned on the full-precision prior (`cache`), the
-quantized model's own (`self`) and the combined one; all run on the quantized model. Mean and 95 % confidence interval
-over {SAMPLES} seeds.
+quantized model's own (`self`) and the combined one, each fitted to 20 runs on 16 samples, as effort `thorough` fits it;
+all run on the quantized model. Mean and 95 % confidence interval over {SAMPLES} seeds.
 
-{ablation_table(record)}
+{earlier(record, "ablation")}{ablation_table(record)}
 
 ## `--budget auto`
 
-Tolerance 0.15: error (relative L2 of the final latent) over that of the same quantized model at full compute.
+Tolerance 0.15: error (relative L2 of the final latent, the middle two thirds of the samples) over that of the same
+quantized model at full compute.
 
 {auto_table(record)}
 
@@ -267,9 +270,9 @@ Tolerance 0.15: error (relative L2 of the final latent) over that of the same qu
 
 A bundle made at 50 steps with 15 of them full, run at another step count. `carried over`: its prior and schedule are,
 and are planned on without running anything. `planned`: where the bundle was planned for that step count besides
-(`--also-steps`, by default 20 for 50), which is what it follows there; its prior is carried over all the same. `quick`
-and `normal` are what searches of that effort find at that step count, in closed loop, from a prior profiled there; the
-last two columns compare what the bundle follows with them.
+(`--also-steps`, by default 20 for 50), which is what it follows there; its prior is carried over all the same. `alone`
+is the bundle planned again for that step count and nothing else; the last column compares what the bundle follows with
+it.
 
 {steps_table(record)}
 
@@ -279,12 +282,6 @@ quanto's layers of the same scheme (`--backend quanto`) with 50 of 50 steps comp
 PSNR to full precision on the same samples, and what the default plan of each budget has over quanto.
 
 {quanto_table(record)}
-
-## What planning costs
-
-Runs of all planning samples at full compute that planning of the bundles took (15 of 50 steps, effort `normal`).
-
-{cost_table(record)}
 
 ## Solver
 
