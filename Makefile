@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2
-INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: demo test coverage lint types fix wheel docs bench families train clean
 

@@ -324,7 +324,10 @@ def test_bad_arguments_are_one_clear_line_and_write_nothing(command, files, tmp_
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate", "BUNDLE", "--label", "1", "-o", "a.png", "--call", "guidance_scale=abc"],
+        pytest.param(
+            ["generate", "BUNDLE", "--label", "1", "-o", "a.png", "--call", "guidance_scale=abc"],
+            marks=pytest.mark.slow,
+        ),
         ["export", "BUNDLE", "-o", "LOOP/a.json"],
     ],
     ids=lambda arguments: arguments[0],

@@ -127,6 +127,7 @@ print("equal")
     assert run_python(code, *(tmp_path / kind for kind in MODELS)) == "equal"
 
 
+@pytest.mark.slow  # one of test_backend_bundles.py's has them
 def test_a_pipeline_with_quantized_text_encoders_reloads_in_a_fresh_process(tmp_path, flux):
     code = """
 import cemq, sys, torch
