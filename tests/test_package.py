@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -45,6 +47,12 @@ def test_the_share_of_known_types_is_judged_and_what_is_unknown_named():
     assert said == "not wholly known: cemq.n19\ntypes of 19 of 20 public names are known: 95.0%"
     assert not judged(report_of(*[True] * 18, False, False))[1]
     assert judged(report_of()) == ("no public names found: is cemq/py.typed there?", False)
+
+
+@pytest.mark.slow  # no public name is that of a folder by now, and this waits for all imports
+def test_evaluate_stays_a_function_whatever_was_imported_before():
+    code = "import cemq.evaluation.report, cemq.build, cemq; assert callable(cemq.evaluate)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_built_in_models_are_small_and_hold_no_pickle():
