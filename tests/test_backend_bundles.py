@@ -33,7 +33,7 @@ BUILDS = {
 } | {
     "sd3-with-text-encoder": ("builtin:sd3-digits", "--scheme", "w4a8", "--components", "transformer, text_encoder"),
 }
-QUICK = [name for name in BUILDS if not name.endswith("-float32")]
+QUICK = [name for name in BUILDS if name.endswith(("w4a8-bfloat16", "w4a16-bfloat16", "with-text-encoder"))]
 DRAW = """
 import sys
 from pathlib import Path

@@ -95,6 +95,7 @@ def test_inspect_draws_the_schedule(bundle):
     assert described["planning"]["winner"]["schedule"]["full_steps"] == described["schedule"]["full_steps"]
 
 
+@pytest.mark.slow  # two processes; within one, tests/test_other_runs.py has it
 def test_another_step_count_draws_with_a_schedule_of_its_own_and_says_nothing(bundle, tmp_path):
     done = run("generate", bundle, "--label", "7", "--steps", "5", "-o", tmp_path / "a.png")
     assert done.returncode == 0

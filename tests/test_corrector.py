@@ -412,7 +412,7 @@ def test_where_even_spacing_loses_little_there_is_nothing_to_correct(corrected, 
             assert found.schedule.corrector == "none"
 
 
-@pytest.mark.parametrize("solver", ["segment", "search"])
+@pytest.mark.parametrize("solver", ["segment", pytest.param("search", marks=pytest.mark.slow)])
 def test_a_corrector_that_is_asked_for_is_taken(corrected, solver):
     loop = fresh(corrected[0])
     found = quickly(loop, BUDGET, rectify="none", corrector="linear", solver=solver)

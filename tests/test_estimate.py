@@ -45,13 +45,13 @@ BUILTINS = {"dit-digits": {"class_labels": [3, 7]}, "sd3-digits": {"prompt": ["a
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("dit-digits", {"scheme": "none"}),
+        pytest.param("dit-digits", {"scheme": "none"}, marks=pytest.mark.slow),
         ("dit-digits", {"scheme": "w8a8", "smoothed": True}),
-        ("dit-digits", {"scheme": "w4a8"}),
+        pytest.param("dit-digits", {"scheme": "w4a8"}, marks=pytest.mark.slow),
         ("dit-digits", {"scheme": "w4a8", "low_rank": 16}),
         pytest.param("dit-digits", {"scheme": "w4a8", "bits_budget": 5.5}, marks=pytest.mark.slow),
-        ("dit-digits", {"scheme": "w8a8", "backend": "quanto"}),
-        ("dit-digits", {"scheme": "w4a16", "dtype": "bfloat16"}),
+        pytest.param("dit-digits", {"scheme": "w8a8", "backend": "quanto"}, marks=pytest.mark.slow),
+        pytest.param("dit-digits", {"scheme": "w4a16", "dtype": "bfloat16"}, marks=pytest.mark.slow),
         ("sd3-digits", {"scheme": "w8a8", "components": ["transformer", "text_encoder"]}),
         pytest.param("sd3-digits", {"scheme": "w4a8", "effort": "quick", "steps": 8}, marks=pytest.mark.slow),
     ],

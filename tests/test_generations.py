@@ -39,7 +39,7 @@ def build(folder, output, **settings):
         ("instant", 10),
         ("instant", "auto"),
         pytest.param("quick", 27, marks=pytest.mark.slow),
-        ("quick", "auto"),
+        pytest.param("quick", "auto", marks=pytest.mark.slow),
         ("normal", 10),
         pytest.param("normal", "auto", marks=pytest.mark.slow),
     ],

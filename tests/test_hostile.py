@@ -741,7 +741,7 @@ def compile_regions(pipe):
     ("compile_it", "order"),
     others_slow(
         itertools.product((compile_wrapped, compile_in_place, compile_regions), ("compile first", "schedule first")),
-        [(compile_in_place, "schedule first"), (compile_regions, "compile first")],
+        [(compile_regions, "compile first")],
     ),
 )
 def test_compiled_denoisers_are_scheduled(flux, compile_it, order):

@@ -11,6 +11,7 @@ import torch
 from diffusers.hooks import apply_group_offloading, group_offloading
 from support.pipelines import STEPS, make_dit, make_flux, run_dit, run_flux
 from support.schedules import EVERY, HALF
+from support.slow import others_slow
 
 from cemq.pipelines.noise_scheduler import fingerprint
 from cemq.quantize import CemqConfig, quantize_in_place
@@ -78,7 +79,7 @@ OFFLOADS = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["none", "w8a8", "w4a8"])
+@pytest.mark.parametrize("scheme", others_slow(["none", "w8a8", "w4a8"], ["w4a8"]))
 @pytest.mark.parametrize("first", ["schedule", "offload"])
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_a_skipped_step_moves_no_weight(offload, first, scheme, moves, tmp_path):

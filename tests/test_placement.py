@@ -264,7 +264,7 @@ def build(folder, model, scheme, **settings):
     return folder
 
 
-@pytest.fixture(scope="module", params=["w4a8", "none"])
+@pytest.fixture(scope="module", params=others_slow(["w4a8", "none"], ["w4a8"]))
 def bundle(request, tmp_path_factory):
     return build(tmp_path_factory.mktemp("placement") / "sd3", "sd3-digits", request.param)
 
@@ -518,7 +518,7 @@ def flux_bundle(tmp_path_factory):
     return folder / "bundle"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", others_slow(["float32", "bfloat16", "float16"], ["bfloat16"]))
 def test_a_placement_gives_the_picture_of_the_weights_on_the_device_bit_for_bit(flux_bundle, dtype, tmp_path):
     def picture(pipe):
         pipe.set_progress_bar_config(disable=True)

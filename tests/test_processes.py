@@ -273,6 +273,7 @@ def same_but_for_time(found, expected):
     assert found == {name: value for name, value in expected.items() if name != "wall_ratio"}
 
 
+@pytest.mark.slow
 def test_evaluation_and_analysis_find_what_one_process_finds(bundle, shared):
     picture = bundle.with_name("one.png")
     same_but_for_time(shared[0], cemq.evaluate(bundle, samples=5, batch_size=2, picture=picture, device="cpu"))
@@ -281,11 +282,13 @@ def test_evaluation_and_analysis_find_what_one_process_finds(bundle, shared):
     assert shared[2] == json.loads(json.dumps(alone))
 
 
+@pytest.mark.slow
 def test_more_processes_than_batches_find_the_same(bundle, shared):
     same_but_for_time(shared[1], cemq.evaluate(bundle, samples=2, device="cpu"))
     assert content(bundle.with_name("few-one")) == content(bundle.with_name("few-two"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pair")
 def test_two_processes_plan_again_what_one_does(bundle):
     cemq.replan(bundle, bundle.with_name("again-one"), steps=5, budget=2, device="cpu")

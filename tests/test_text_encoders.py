@@ -200,6 +200,7 @@ def test_quantizing_while_loading_equals_quantizing_in_place(tmp_path, scheme):
     assert identical(T5EncoderModel.from_pretrained(tmp_path / "quantized"), loaded)
 
 
+@pytest.mark.slow
 def test_transformers_without_cemq_refuses_the_folder(tmp_path):
     quantized("t5").save_pretrained(tmp_path)
     code = """

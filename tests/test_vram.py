@@ -47,6 +47,7 @@ def larger(request, tmp_path_factory):
     shutil.rmtree(bundle)
 
 
+@pytest.mark.slow  # the next test has a kernel hold the plan to its word
 def test_loading_and_drawing_never_take_more_than_the_plan(larger, tmp_path):
     bundle, placement, limit = larger
     found = stage("memory", bundle, limit, tmp_path / "offload")  # the first load, which writes what weights rest in
