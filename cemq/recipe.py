@@ -80,7 +80,7 @@ class Recipe(BaseModel):
     tolerance: float = Field(0.15, ge=0, description="Of --budget auto: share by which the error may grow")
     target_psnr: float | None = Field(None, description="Of --budget auto: decibels to reach instead.")
     solver: str = Field("search", description="search, segment, cem, cem-relaxed, threshold or uniform")
-    predictor: str = Field("auto", description="auto, reuse, damped, taylor1, taylor2, goc or mean-velocity")
+    predictor: str = Field("auto", description="auto, reuse, damped, taylor1, taylor2, goc, mean-velocity or chebyshev")
     corrector: str = Field("auto", description="What puts skipped steps right later: auto, none, linear or quadratic")
     rectify: str = Field("auto", description="Correction per channel: auto, none, drift, affine, eoc or erta")
     effort: str = Field("normal", description="Of the build: instant, quick, normal or thorough")

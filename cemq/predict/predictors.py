@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -16,7 +17,7 @@ Rule = Callable[[int, Sequence[int], np.ndarray], np.ndarray]
 
 DAMPING = 0.5  # of the slope, in `damped`
 GOC_GAIN = 0.8  # the gain GOC publishes for its milder host
-MEAN_WINDOW = 3  # steps that `mean-velocity` averages over
+CHEBYSHEV_DEGREE, CHEBYSHEV_RIDGE, CHEBYSHEV_HORIZON = 4, 0.1, 50  # as Spectrum is released
 
 
 def taylor(order: int, gain: float = 1.0) -> Rule:
@@ -47,15 +48,44 @@ def _goc(step: int, full: Sequence[int], served: np.ndarray) -> np.ndarray:
     return served[step - 1] if step < 2 else served[step - 1] + GOC_GAIN * (served[step - 1] - served[step - 2])
 
 
-def _mean_velocity(step: int, full: Sequence[int], served: np.ndarray) -> np.ndarray:
+def mean_velocity(count: int, *, latest: bool = True) -> Rule:
     """The latest output plus a slope that is averaged over the latest steps, served ones too (MeanCache,
-    arXiv:2601.19961: v - J * dt with J = (v_start - mean) / dt), over the step index."""
-    start = max(0, step - MEAN_WINDOW)
-    span = step - 1 - start
-    if span < 1:
-        return served[step - 1]
-    mean = served[start : step - 1].mean(0)
-    return served[step - 1] - (served[start] - mean) / span
+    arXiv:2601.19961: v - J * dt with J = (v_start - mean) / dt), over the step index.
+
+    The mean is that of ``count`` steps: with ``latest`` up to the latest one, as in the release; without it up to the
+    one before, as the paper writes it. One step has no slope: that is `reuse`.
+    """
+
+    def rule(step: int, full: Sequence[int], served: np.ndarray) -> np.ndarray:
+        end = step if latest else step - 1
+        averaged = served[max(0, end - count) : end]
+        if len(averaged) < 2:
+            return served[step - 1]
+        return served[step - 1] + (averaged.mean(0) - averaged[0]) / len(averaged)
+
+    return rule
+
+
+def chebyshev(degree: int, ridge: float, horizon: int) -> Rule:
+    """Least squares through all full-compute steps so far, by Chebyshev polynomials up to ``degree`` with a penalty
+    ``ridge`` on every coefficient, continued to this step (Spectrum, arXiv:2603.01623).
+
+    Step 0 lies at -1 and step ``horizon`` at 1, so that weights depend a little on where in the run a step lies, and
+    the penalty keeps them from adding up to one exactly. A single output is taken as it is.
+    """
+
+    @lru_cache(maxsize=4096)
+    def weights(step: int, full: tuple[int, ...]) -> np.ndarray:
+        basis = np.polynomial.chebyshev.chebvander(2 * np.array([*full, step]) / horizon - 1, degree)
+        known = basis[:-1]
+        return basis[-1] @ np.linalg.solve(known.T @ known + ridge * np.eye(degree + 1), known.T)
+
+    def rule(step: int, full: Sequence[int], served: np.ndarray) -> np.ndarray:
+        row = np.zeros(served.shape[1])
+        row[list(full)] = weights(step, tuple(full)) if len(full) > 1 else 1.0
+        return row
+
+    return rule
 
 
 PREDICTORS: dict[str, Rule] = {
@@ -64,7 +94,9 @@ PREDICTORS: dict[str, Rule] = {
     "taylor1": taylor(1),
     "taylor2": taylor(2),
     "goc": _goc,
-    "mean-velocity": _mean_velocity,
+    "mean-velocity": mean_velocity(2, latest=False),
+    **{f"mean-velocity-{count}": mean_velocity(count) for count in (2, 3, 4, 5)},
+    "chebyshev": chebyshev(CHEBYSHEV_DEGREE, CHEBYSHEV_RIDGE, CHEBYSHEV_HORIZON),
 }
 
 
