@@ -25,8 +25,12 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from cemq.quantize import CemqConfig, Format, quantize_in_place, register_format
     from cemq.quantize.in_transformers import TextEncoderConfig, quantize_text_encoder
     from cemq.runtime import apply_policy, attached, detach, for_request, set_budget
+    from cemq.runtime.dicache import DiCache
+    from cemq.runtime.easycache import EasyCache
+    from cemq.runtime.magcache import MagCache
     from cemq.runtime.policies import register_policy
     from cemq.runtime.runner import Runner
+    from cemq.runtime.sencache import SenCache
     from cemq.runtime.teacache import TeaCache
     from cemq.schedule import CacheSchedule, plan_schedule
     from cemq.schedule.plan import Plan
@@ -39,12 +43,16 @@ _PUBLIC = {
     "CacheSchedule": "cemq.schedule",
     "CemqConfig": "cemq.quantize",
     "CemqError": "cemq.errors",
+    "DiCache": "cemq.runtime.dicache",
+    "EasyCache": "cemq.runtime.easycache",
     "ErrorPrior": "cemq.prior.error_prior",
     "Evaluation": "cemq.evaluation.compare",
     "TextEncoderConfig": "cemq.quantize.in_transformers",
     "Format": "cemq.quantize",
+    "MagCache": "cemq.runtime.magcache",
     "Plan": "cemq.schedule.plan",
     "Runner": "cemq.runtime.runner",
+    "SenCache": "cemq.runtime.sencache",
     "TeaCache": "cemq.runtime.teacache",
     "apply_policy": "cemq.runtime",
     "apply_schedule": "cemq.bundle.apply",
@@ -70,11 +78,12 @@ _PUBLIC = {
     "quantize_text_encoder": "cemq.quantize.in_transformers",
 }
 __all__ = [  # written out, for type checkers
-    "__version__", "BundleError", "CacheSchedule", "CemqConfig", "CemqError", "ErrorPrior", "Evaluation", "Format",
-    "Plan", "Runner", "TeaCache", "TextEncoderConfig", "apply_policy", "apply_schedule", "attached", "detach",
-    "evaluate", "export", "for_request", "from_pretrained", "generate", "launched", "plan_memory", "plan_schedule",
-    "push_to_hub", "quantize_and_schedule", "quantize_in_place", "quantize_text_encoder", "register_format",
-    "register_metric", "register_policy", "register_predictor", "replan", "set_budget",
+    "__version__", "BundleError", "CacheSchedule", "CemqConfig", "CemqError", "DiCache", "EasyCache", "ErrorPrior",
+    "Evaluation", "Format", "MagCache", "Plan", "Runner", "SenCache", "TeaCache", "TextEncoderConfig", "apply_policy",
+    "apply_schedule", "attached", "detach", "evaluate", "export", "for_request", "from_pretrained", "generate",
+    "launched", "plan_memory", "plan_schedule", "push_to_hub", "quantize_and_schedule", "quantize_in_place",
+    "quantize_text_encoder", "register_format", "register_metric", "register_policy", "register_predictor", "replan",
+    "set_budget",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from cemq.errors import InputError
+from cemq.errors import InputError, ModelError
 from cemq.families import DEFAULT_FRAME_RATE, FRAME_RATES
 from cemq.files import check_writable, written_whole
 
@@ -116,6 +116,23 @@ def first_tensor(answer: Any) -> torch.Tensor:
 def channel_axis(dimensions: int) -> int:
     """Where the channels of a latent are: last in packed tokens (batch, tokens, channels), else second."""
     return 2 if dimensions == 3 else 1
+
+
+def shared_channels(output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both without the channels that the other lacks: those of a predicted variance, or of a picture as condition.
+
+    Raises:
+        ModelError: They differ in more than channels.
+    """
+    if output.dim() == sample.dim():
+        axis = channel_axis(output.dim())
+        both = min(output.shape[axis], sample.shape[axis])
+        narrowed = output.narrow(axis, 0, both), sample.narrow(axis, 0, both)
+        if narrowed[0].shape == narrowed[1].shape:
+            return narrowed
+    raise ModelError(
+        f"the denoiser's output {tuple(output.shape)} and its sample {tuple(sample.shape)} differ in more than channels"
+    )
 
 
 def as_array(output: Any) -> np.ndarray:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import logging
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 
 from cemq.errors import ModelError
-from cemq.families import TIMESTEP_ARGUMENTS
 from cemq.memory.placement import format_bytes
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.pipelines.opening import denoisers, refuse_lost_weights
+from cemq.runtime.arguments import DenoiserArguments
 from cemq.runtime.branches import Branches
 from cemq.runtime.cached.caches import Cache, make_caches
-from cemq.runtime.cached.modulated import modulated_input
+from cemq.runtime.cached.modulated import modulated_input, probed
 from cemq.runtime.callers import Caller, ThreadContexts, find_caller
 from cemq.runtime.history import History, shapes_of
 from cemq.runtime.policies import Decider, Policy, Scheduled, StepCall
@@ -76,6 +75,8 @@ class Run:
         """Free the memory, keep the counts."""
         self.histories = {}
         self.branches.forget()
+        if self.policy is not None:  # what it remembers is tensors too
+            self.decider = self.policy.begin(self.schedule.num_steps)
 
     def say_memory(self, step_index: int, contents: str) -> None:
         """Log what the cache takes, once it has kept a first step of all calls; again only if that changes."""
@@ -188,7 +189,8 @@ class ScheduleHook(Uncopied):
     def before(self, hook: DenoiserHook, caller: Caller, module: torch.nn.Module, args: Any, kwargs: Any) -> _Call:
         """What to do with a call of this run."""
         context = hook.contexts._context
-        stream = self.tracker.enter_call(caller, context.name if context else None, hook.timestep_of(args, kwargs))
+        timestep = hook.arguments.timestep(args, kwargs)
+        stream = self.tracker.enter_call(caller, context.name if context else None, timestep)
         step_index = self._step_index(context)
         if step_index is None:
             self.tracker.as_planned = False
@@ -199,14 +201,19 @@ class ScheduleHook(Uncopied):
         history = self.run.histories.setdefault(stream, History())
         shapes, is_first, branches = shapes_of((args, kwargs)), self.tracker.is_first(stream), self.run.branches
         decider, prediction = self.run.decider, None
+        forward = hook.forward_of(args, kwargs)
         asked = StepCall(
             step=step_index, num_steps=self.schedule.num_steps, stream=stream, is_first=is_first,
-            modulated_input=functools.partial(modulated_input, module, hook.forward_of(args, kwargs)),
+            modulated_input=functools.partial(modulated_input, module, forward),
+            sample=hook.arguments.sample(args, kwargs), timestep=timestep,
+            probe=functools.partial(probed, module, forward),
+            evaluate=functools.partial(hook.evaluate, args, kwargs),
         )  # fmt: skip
         serving = decider.decide(asked)
         if serving is not None:
             if history.shapes == shapes and history.kept.keys() >= set(serving.sources):
-                prediction = branches.with_the_first(history.serve(serving.sources, serving.weights), is_first=is_first)
+                sums = history.serve(serving.sources, serving.weights, serving.added)
+                prediction = branches.with_the_first(sums, is_first=is_first)
             if prediction is None:
                 self.tracker.as_planned = False
                 self.tracker.warn_once(
@@ -224,6 +231,8 @@ class ScheduleHook(Uncopied):
             kept = branches.less_the_first(value, is_first=is_first)
             if is_needed and kept is not None:
                 history.keep(step_index, kept)
+                if step_index in needed and hasattr(decider, "computed"):
+                    decider.computed(asked, kept)
 
         return _Call(wanted=is_needed or (branches.by_difference and is_first), shapes=shapes, keep=keep)
 
@@ -273,8 +282,7 @@ class DenoiserHook(Uncopied, ModelHook):
         self.installed: Any = None  # the denoiser's forward once this hook is in it
         self.lock: threading.Lock = threading.Lock()  # runs of several pipelines may begin at once, and put it on top
         self._schedules: tuple[weakref.ref[ScheduleHook], ...] = ()
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self._timestep = next(((names.index(each), each) for each in TIMESTEP_ARGUMENTS if each in names), None)
+        self.arguments: DenoiserArguments = DenoiserArguments(module)
 
     @property
     def schedules(self) -> list[ScheduleHook]:
@@ -293,12 +301,9 @@ class DenoiserHook(Uncopied, ModelHook):
         """What lies below this hook, called so."""
         return functools.partial(self.fn_ref.original_forward, *args, **kwargs)
 
-    def timestep_of(self, args: Any, kwargs: Any) -> Any:
-        """What a call of the denoiser is given as its timestep, None where it cannot be told."""
-        if self._timestep is None:
-            return None
-        position, name = self._timestep
-        return args[position] if position < len(args) else kwargs.get(name)
+    def evaluate(self, args: Any, kwargs: Any, **replaced: Any) -> Any:
+        """What lies below this hook answers, called with another ``sample`` or ``timestep``."""
+        return self.forward_of(*self.arguments.replaced(args, kwargs, **replaced))()
 
     @torch.compiler.disable(recursive=False)  # the model within is compiled, what is decided from step to step is not
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -383,7 +388,7 @@ def attach(
         ModelError: A cemq schedule or another cache is active on the denoiser already, or it has no blocks whose
             residual, or whose modules, could be cached. Whether these serve is checked on the first step that they
             are kept of: computed, then served on the same input, must agree.
-        InputError: No such cache.
+        InputError: No such cache, or one that the policy does not take.
     """
     policy = None
     if isinstance(followed, CacheSchedule):
@@ -394,6 +399,8 @@ def attach(
         policy, plan = followed, Plan(schedule=full_compute(2), sampler=None, cache=followed.cache)
     if cache is not None:
         plan = replace(plan, cache=cache)
+        if is_dataclass(policy) and "cache" in {each.name for each in fields(policy)} and policy.cache != cache:
+            replace(policy, cache=cache)  # which says so where it cannot do with that
     models, run = [model for _, model in denoisers(pipe)], Run(plan.schedule, policy=policy)
     for denoiser in models:
         refuse_other_caches(denoiser)

@@ -19,14 +19,21 @@ class Weighted:
 
     leaves: tuple[Any, ...]  # newest first
     weights: tuple[float, ...]
+    added: torch.Tensor | None = None
 
     def sum(self) -> Any:
         """The prediction, a tensor of its own in the newest leaf's dtype."""
         newest = self.leaves[0]
-        if self.weights == (1.0,) or not torch.is_tensor(newest) or not newest.is_floating_point():
+        if not _is_number(newest) or (self.weights == (1.0,) and self.added is None):
             return copied(newest)
         total = sum(weight * leaf.float() for weight, leaf in zip(self.weights, self.leaves, strict=True))
+        if self.added is not None:
+            total += self.added
         return total.to(newest.dtype)
+
+
+def _is_number(leaf: Any) -> bool:
+    return torch.is_tensor(leaf) and leaf.is_floating_point()
 
 
 def summed(prediction: Any) -> Any:
@@ -84,10 +91,16 @@ class History:
             self.kept, self.layout = {}, found
         self.kept[step_index], self.structure = tree_flatten(value)
 
-    def serve(self, sources: tuple[int, ...], weights: tuple[float, ...]) -> Any:
-        """The sum of what is kept of these steps, newest first; its leaves are `Weighted`."""
-        columns = zip(*(self.kept[step] for step in sources), strict=True)
-        return tree_unflatten([Weighted(leaves, weights) for leaves in columns], self.structure)
+    def serve(self, sources: tuple[int, ...], weights: tuple[float, ...], added: torch.Tensor | None = None) -> Any:
+        """The sum of what is kept of these steps, newest first; its leaves are `Weighted`.
+
+        ``added`` is added to the first floating-point tensor among them.
+        """
+        found = []
+        for leaves in zip(*(self.kept[step] for step in sources), strict=True):
+            found.append(Weighted(leaves, weights, added if _is_number(leaves[0]) else None))
+            added = None if _is_number(leaves[0]) else added
+        return tree_unflatten(found, self.structure)
 
     def bytes(self) -> int:
         return tensor_bytes(list(self.kept.values()))

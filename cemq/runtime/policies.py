@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -20,10 +20,21 @@ from cemq.schedule import CacheSchedule
 
 @dataclass(frozen=True)
 class Serving:
-    """What is served in place of a call: the weighted sum of what is cached of these steps, newest first."""
+    """What is served in place of a call: the weighted sum of what is cached of these steps, newest first.
+
+    ``added`` is added to the first floating-point tensor of the sum, and has its shape.
+    """
 
     sources: tuple[int, ...]
     weights: tuple[float, ...]
+    added: torch.Tensor | None = None
+
+
+class Probe(NamedTuple):
+    """The hidden states of the sample as the first block is given them, and as a later block returns them."""
+
+    before: torch.Tensor
+    after: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +48,10 @@ class StepCall:
         is_first: Whether it is the one that each step begins with; others are of other branches of guidance.
         modulated_input: What the first block makes of the call's sample and timestep before its attention, found by
             running the denoiser up to there.
+        sample: What is denoised, as the denoiser is given it.
+        timestep: As the denoiser is given it, a tensor or a number; None where it cannot be told.
+        probe: What so many of the first blocks make of the call, found by running the denoiser up to there.
+        evaluate: Runs the denoiser; ``sample`` and ``timestep`` are keywords that take the place of the call's own.
     """
 
     step: int
@@ -44,10 +59,18 @@ class StepCall:
     stream: Hashable
     is_first: bool
     modulated_input: Callable[[], torch.Tensor]
+    sample: torch.Tensor
+    timestep: Any
+    probe: Callable[[int], Probe]
+    evaluate: Callable[..., Any]
 
 
 class Decider(Protocol):
-    """Decides for one run."""
+    """Decides for one run.
+
+    It may also have a method ``computed(call, value)``. That is told what is cached of a call that was computed and
+    whose step `keeps` has named: a structure of tensors, not to be changed; with ``cache="output"`` the output.
+    """
 
     most_kept: int  # steps that are cached at once, at most
 
@@ -69,6 +92,59 @@ class Policy(Protocol):
 
     def begin(self, num_steps: int) -> Decider:
         """For a run of so many steps."""
+
+
+class FirstDecides:
+    """Where branches of guidance are called one by one, the first decides for all of a step."""
+
+    def __init__(self) -> None:
+        self._computed: dict[Hashable, int] = {}  # the latest step of each stream that was
+        self._skipped: int | None = None  # the step, if its first call is served
+
+    def source(self, call: StepCall, skips: Callable[[StepCall], bool]) -> int | None:
+        """The step to serve the call from, None to compute it; only first calls are asked about."""
+        if call.is_first:
+            self._skipped = call.step if skips(call) else None
+        return self._computed.get(call.stream) if self._skipped == call.step else None
+
+    def keeps(self, call: StepCall, *, served: bool) -> tuple[int]:
+        """The latest computed step of the call's stream."""
+        if not served:
+            self._computed[call.stream] = call.step
+            if call.is_first:
+                self._skipped = None
+        return (self._computed[call.stream],)
+
+
+def refuse_negative(policy: Policy, *names: str) -> None:
+    """Raises InputError where one of these settings is no number of 0 or more."""
+    for name in names:
+        value = getattr(policy, name)
+        if not isinstance(value, (int, float)) or not value >= 0:
+            raise InputError(f"{policy.name}: {name}={value}: choose 0 or more")
+
+
+def refuse_fewer(policy: Policy, *, at_least: int, **counts: int) -> None:
+    """Raises InputError where a setting is no whole number, or a smaller one."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < at_least:
+            raise InputError(f"{policy.name}: {name}={value}: choose a whole number, {at_least} or more")
+
+
+def refuse_no_share(policy: Policy, name: str) -> None:
+    """Raises InputError where a setting is no share of the whole, from 0 to 1."""
+    value = getattr(policy, name)
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise InputError(f"{policy.name}: {name}={value}: choose 0 to 1")
+
+
+def set_numbers(policy: Policy, name: str, wanted: str, *, positive: bool = False) -> None:
+    """Make a setting a tuple of floats; a single number is one too. Raises InputError for what is none."""
+    given = getattr(policy, name)
+    given = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    if not given or not all(isinstance(each, (int, float)) and (each > 0 or not positive) for each in given):
+        raise InputError(f"{policy.name}: {name}: give {wanted}")
+    object.__setattr__(policy, name, tuple(map(float, given)))
 
 
 POLICIES: dict[str, type[Policy]] = {}

@@ -7,7 +7,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import cemq.runtime.teacache  # noqa: F401  which registers itself
+import cemq.runtime.dicache  # these register themselves
+import cemq.runtime.easycache
+import cemq.runtime.magcache
+import cemq.runtime.sencache
+import cemq.runtime.teacache  # noqa: F401
 from cemq.errors import InputError, choose
 from cemq.runtime.policies import POLICIES, Policy
 

@@ -19,12 +19,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from cemq.errors import InputError
 from cemq.pipelines.batches import Batch
 from cemq.pipelines.opening import denoisers
 from cemq.pipelines.outputs import first_tensor
 from cemq.runtime.attach import attached
-from cemq.runtime.policies import Serving, StepCall, register_policy
+from cemq.runtime.policies import Serving, StepCall, refuse_negative, register_policy, set_numbers
 from cemq.runtime.runner import Runner
 
 _DEGREE = 4  # of the published polynomials
@@ -50,12 +49,8 @@ class TeaCache:
     cache: str = "residual"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
-            raise InputError(f"teacache: threshold={self.threshold}: choose 0 or more")
-        given = self.coefficients if isinstance(self.coefficients, tuple) else (self.coefficients,)
-        if not given or not all(isinstance(each, (int, float)) for each in given):
-            raise InputError("teacache: coefficients: give numbers, highest power first")
-        object.__setattr__(self, "coefficients", tuple(map(float, given)))
+        refuse_negative(self, "threshold")
+        set_numbers(self, "coefficients", "numbers, highest power first")
 
     def begin(self, num_steps: int) -> _Accumulating:
         return _Accumulating(self)
