@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from cemq.bundle.schedule_file import export
     from cemq.errors import BundleError, CemqError
     from cemq.evaluation.compare import Evaluation, evaluate
+    from cemq.evaluation.rivals.comparison import Comparison, compare
     from cemq.evaluation.scores import register_metric
     from cemq.parallel import launched
     from cemq.predict.predictors import register_predictor
@@ -46,6 +47,7 @@ _PUBLIC = {
     "DiCache": "cemq.runtime.dicache",
     "EasyCache": "cemq.runtime.easycache",
     "ErrorPrior": "cemq.prior.error_prior",
+    "Comparison": "cemq.evaluation.rivals.comparison",
     "Evaluation": "cemq.evaluation.compare",
     "TextEncoderConfig": "cemq.quantize.in_transformers",
     "Format": "cemq.quantize",
@@ -57,6 +59,7 @@ _PUBLIC = {
     "apply_policy": "cemq.runtime",
     "apply_schedule": "cemq.bundle.apply",
     "attached": "cemq.runtime",
+    "compare": "cemq.evaluation.rivals.comparison",
     "detach": "cemq.runtime",
     "evaluate": "cemq.evaluation.compare",
     "export": "cemq.bundle.schedule_file",
@@ -78,12 +81,12 @@ _PUBLIC = {
     "quantize_text_encoder": "cemq.quantize.in_transformers",
 }
 __all__ = [  # written out, for type checkers
-    "__version__", "BundleError", "CacheSchedule", "CemqConfig", "CemqError", "DiCache", "EasyCache", "ErrorPrior",
-    "Evaluation", "Format", "MagCache", "Plan", "Runner", "SenCache", "TeaCache", "TextEncoderConfig", "apply_policy",
-    "apply_schedule", "attached", "detach", "evaluate", "export", "for_request", "from_pretrained", "generate",
-    "launched", "plan_memory", "plan_schedule", "push_to_hub", "quantize_and_schedule", "quantize_in_place",
-    "quantize_text_encoder", "register_format", "register_metric", "register_policy", "register_predictor", "replan",
-    "set_budget",
+    "__version__", "BundleError", "CacheSchedule", "CemqConfig", "CemqError", "Comparison", "DiCache", "EasyCache",
+    "ErrorPrior", "Evaluation", "Format", "MagCache", "Plan", "Runner", "SenCache", "TeaCache", "TextEncoderConfig",
+    "apply_policy", "apply_schedule", "attached", "compare", "detach", "evaluate", "export", "for_request",
+    "from_pretrained", "generate", "launched", "plan_memory", "plan_schedule", "push_to_hub", "quantize_and_schedule",
+    "quantize_in_place", "quantize_text_encoder", "register_format", "register_metric", "register_policy",
+    "register_predictor", "replan", "set_budget",
 ]  # fmt: skip
 
 

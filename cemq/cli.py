@@ -29,6 +29,7 @@ from cemq.recipe import OF_WEIGHTS, RENAMED, Recipe
 
 if TYPE_CHECKING:
     from cemq.bundle.manifest import Manifest
+    from cemq.evaluation.rivals.comparison import Comparison
     from cemq.pipelines.batches import Progress
 
 app: typer.Typer = typer.Typer(
@@ -426,6 +427,74 @@ def evaluate(
 
 @app.command()
 @_one_line_errors
+def compare(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_BUNDLE", help="Folder, Hub id, builtin:NAME, or a bundle.")],
+    budgets: Annotated[str, typer.Option(metavar="Rx,...", help="Compute ratios to compare at.")] = "2x,3.3x,5x",
+    methods: Annotated[str | None, typer.Option(metavar="NAME,...", help="Of docs/methods.md; default: all.")] = None,
+    schemes: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="none, w8a8, quanto:w4a8, ...; default: none. Not of a bundle."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples to judge by.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Shifts their seeds.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; default: the model's.")] = None,
+    calib: Annotated[str | None, typer.Option(help="Text file, one prompt or class label a line.")] = None,
+    call: Call = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 4,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG: PSNR over compute ratio.")] = None,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: by device.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Put every caching method on one model, at equal compute and on the same seeds.
+
+    Example: cemq compare builtin:dit-digits --schemes none,w8a8 --plot methods.png
+    """
+    from cemq import compare as run_comparison
+    from cemq.evaluation.compare import check_picture_path
+    from cemq.evaluation.rivals.comparison import draw
+
+    if plot is not None:
+        check_picture_path(plot, "plot")
+    with _at_work(quiet) as progress:
+        found = run_comparison(
+            model, ratios=_names(budgets), methods=_names(methods) if methods else None,
+            schemes=_names(schemes) if schemes else None, samples=samples, seed=seed, steps=steps, calib=calib,
+            call=_call_arguments(call), batch_size=batch_size, device=device, dtype=dtype, progress=progress,
+        )  # fmt: skip
+    if plot is not None:
+        draw(found.rows, plot)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _print_comparison(found)
+        if plot is not None:
+            print(plot)
+
+
+def _print_comparison(found: Comparison) -> None:
+    """A table for each scheme and compute ratio, the nearest to full precision first; then what failed, and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for scheme, target in dict.fromkeys((row.scheme, row.target) for row in found.rows):
+        rows = [row for row in found.rows if (row.scheme, row.target) == (scheme, target)]
+        table = Table("method", "compute", "wall", "PSNR dB", "p5", "worst", "SSIM", box=None, padding=(0, 2))
+        for row in sorted((row for row in rows if row.status == "ok"), key=lambda row: -row.psnr_db):
+            ratios = f"{row.compute_ratio:.2f}x", f"{row.wall_ratio:.2f}x"
+            levels = f"{row.psnr_db:.1f}", f"{row.p5_db:.1f}", f"{row.worst_db:.1f}", f"{row.ssim:.4f}"
+            table.add_row(row.method, *ratios, *levels)
+        console.print(f"\n{found.model}, {scheme}, {target:g}x of {found.num_steps} steps, {found.samples} samples")
+        console.print(table)
+        for row in rows:
+            if row.status != "ok":
+                console.print(f"{row.method}: {row.status}", markup=False)
+
+
+@app.command()
+@_one_line_errors
 def inspect(bundle: Bundle, as_json: Json = False) -> None:
     """Show what is in a bundle: scheme, sizes, schedule, per-step errors, fidelity at build time.
 
@@ -511,7 +580,7 @@ def analyze(
             with bundle_of(bundle, check=check, scheme=scheme, recipe=recipe, **shared) as folder:
                 found = run_analysis(folder, samples=samples, seed=seed, verify=verify, **asked, **shared)
         if plot and processes.is_main:
-            draw(found, plot)
+            draw(found.rows, plot)
         if as_json:
             _print_json(found)
             return

@@ -1,0 +1,307 @@
+"""`cemq compare`: every method on one model, the same seeds, near equal compute; one table and one plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+import cemq.evaluation.rivals.libraries
+import cemq.evaluation.rivals.planned
+import cemq.evaluation.rivals.watching  # noqa: F401  all three of which enter their methods
+from cemq.bundle.load import from_pretrained
+from cemq.bundle.manifest import MANIFEST, Manifest, read_bundle
+from cemq.bundle.original import find_original
+from cemq.errors import InputError, check_keywords, choose
+from cemq.evaluation.compare import check_picture_path
+from cemq.evaluation.rivals.contest import FULL, Contest, Row
+from cemq.evaluation.rivals.methods import METHODS, Bench
+from cemq.files import written_whole
+from cemq.pipelines.batches import (
+    EVALUATION_SEED_OFFSET,
+    Batch,
+    Progress,
+    check_conditions,
+    check_drivable,
+    default_steps,
+    make_batches,
+    read_conditions,
+    split_conditions,
+)
+from cemq.pipelines.opening import default_device, default_dtype, denoisers, locate, open_pipeline
+from cemq.quantize import QuantizationSettings, quantize_pipeline, record_calls
+from cemq.recipe import Recipe, find_calibration, load_recipe, recipe_for
+from cemq.runtime import detach
+from cemq.runtime.runner import Outcome, Runner
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from cemq.pipelines.trajectory import Trajectory
+
+RATIOS = ("2x", "3.3x", "5x")
+_PROFILED, _PLANNED = 12, 4  # samples, as in builds of the default effort
+_COLUMNS = 3  # panels of a plot side by side
+_CALLS = 5  # one call of the denoiser in so many is recorded for its weights
+
+
+class Settings(TypedDict, total=False):
+    """The finer settings of `compare`; each may be left out."""
+
+    samples: int
+    seed: int
+    steps: int | None
+    calib: str | None
+    call: Mapping[str, Any] | None
+    batch_size: int
+    device: str | None
+    dtype: str | None
+    progress: Progress | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What was found: a row for each method, scheme and compute ratio asked for, those that failed among them."""
+
+    model: str
+    num_steps: int
+    samples: int
+    device: str
+    dtype: str
+    rows: tuple[Row, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Course:
+    """What is run: the model, how, and on which samples."""
+
+    model: str
+    manifest: Manifest | None  # of a bundle
+    folder: Path
+    steps: int | None
+    call: Mapping[str, Any]
+    device: str
+    dtype: str
+    conditions: tuple[str | int, ...] | None  # None: the bundle's
+    samples: int
+    seed: int
+    batch_size: int
+    progress: Progress | None
+
+
+def compare(
+    model: str | Path,
+    *,
+    schemes: Sequence[str] | None = None,
+    ratios: Sequence[str | float] = RATIOS,
+    methods: Sequence[str] | None = None,
+    **settings: Unpack[Settings],
+) -> Comparison:
+    """Put every method on one model, at near equal compute and on the same seeds, and say what each is worth.
+
+    Fidelity is to the full-precision, uncached run. Compute is counted in multiply-accumulates of the denoiser's layers
+    for all alike; thresholds and intervals are set on samples that nothing is judged by, so that each method computes
+    as nearly as it can what was asked for. A method that fails is a row that says so.
+
+    Args:
+        model: A bundle, or a model as in `cemq.quantize_and_schedule`.
+        schemes: Of weights and activations, ``none``, ``w8a8``, ``quanto:w4a8`` and so on; None takes ``none``. A
+            bundle has its own.
+        ratios: Compute ratios, ``"3.3x"`` or 3.3, above 1.
+        methods: Names in `METHODS`; None takes all of them.
+        samples: To judge by; 16 by default.
+        seed: Shifts their seeds, which begin at 1000000.
+        steps: Denoising steps; None takes the bundle's, the recipe's or the pipeline's.
+        calib: Prompts or class labels, as of a build; None takes those of the bundle or the recipe.
+        call: Other arguments of the pipeline.
+        batch_size: Samples run together; 4 by default.
+        device: Where it runs; None takes CUDA where there is one.
+        dtype: None takes the bundle's, else that of the device.
+        progress: Told the name of what is being run, and the share of it done.
+
+    Raises:
+        CemqError: The model cannot be used, there is no such method or scheme, or a method left the pipeline other than
+            it was.
+    """
+    check_keywords("compare", settings, Settings)
+    targets = [_ratio(each) for each in ratios]
+    chosen = [METHODS[choose("method", name, METHODS)] for name in (methods or METHODS)]
+    course = _course(str(model), settings)
+    if course.manifest is not None and schemes is not None:
+        raise InputError(f"schemes: '{model}' is a bundle, which has its own: {course.manifest.scheme}")
+    kinds = [_scheme(name) for name in (schemes or ("none",))]
+    rows: list[Row] = []
+    for number, contest in enumerate(_contests(course, kinds)):
+        rows.append(contest.uncached())
+        for place, method in enumerate(chosen):
+            if course.progress is not None:
+                course.progress("methods", (number + place / len(chosen)) / len(kinds))
+            rows += [contest.row(method, target) for target in targets]
+            contest.check_clean(method)
+        steps = contest.bench.num_steps
+    if course.progress is not None:
+        course.progress("methods", 1.0)
+    return Comparison(
+        model=course.model, num_steps=steps, samples=course.samples, device=course.device, dtype=course.dtype,
+        rows=tuple(rows),
+    )  # fmt: skip
+
+
+def _ratio(given: str | float) -> float:
+    try:
+        found = float(str(given).strip().removesuffix("x"))
+    except ValueError:
+        found = math.nan
+    if not 1 < found < math.inf:
+        raise InputError(f"compute ratio {given!r}: give one above 1, such as 3.3x")
+    return found
+
+
+def _scheme(name: str) -> QuantizationSettings:
+    backend, _, scheme = name.rpartition(":")
+    settings = QuantizationSettings(scheme=scheme, backend=backend or "native")
+    if scheme != "none":
+        settings.check()
+    return settings
+
+
+def _course(model: str, settings: Settings) -> _Course:
+    """Raises CemqError for what cannot be run, before anything is loaded."""
+    shared = {
+        "samples": settings.get("samples", 16),
+        "seed": settings.get("seed", 0),
+        "batch_size": settings.get("batch_size", 4),
+        "device": settings.get("device") or default_device(),
+        "progress": settings.get("progress"),
+    }
+    call = dict(settings.get("call") or {})
+    if (Path(model) / MANIFEST).is_file():
+        manifest = read_bundle(Path(model), verify="once")
+        return _Course(
+            model=model, manifest=manifest, folder=Path(model), call=manifest.call | call,
+            steps=settings.get("steps") or manifest.num_inference_steps, dtype=manifest.dtype,
+            conditions=read_conditions(find_calibration(settings["calib"])) if settings.get("calib") else None,
+            **shared,
+        )  # fmt: skip
+    source, named = locate(model), recipe_for(model)
+    recipe = load_recipe(named) if named else Recipe()
+    calib = settings.get("calib") or recipe.calib
+    if calib is None:
+        raise InputError(f"'{model}': give prompts or class labels with --calib, one a line")
+    return _Course(
+        model=source.name, manifest=None, folder=source.folder, call=recipe.call | call,
+        steps=settings.get("steps") or recipe.steps,
+        dtype=settings.get("dtype") or recipe.dtype or default_dtype(shared["device"]),
+        conditions=read_conditions(find_calibration(calib)), **shared,
+    )  # fmt: skip
+
+
+def _contests(course: _Course, schemes: Sequence[QuantizationSettings]) -> Iterator[Contest]:
+    """One after the other, so that one quantized pipeline is held at a time."""
+    original = _original(course)
+    calibration, judged = _samples(course, original)
+    runner = _runner(course, original)
+    recorded = [runner.record_one(batch) for batch in calibration]
+    references = runner.run(judged, "reference runs")
+    for number, scheme in enumerate(schemes):
+        if course.manifest is not None:
+            pipe, name = from_pretrained(course.folder, device=course.device, verify="never"), course.manifest.scheme
+            detach(pipe)
+        else:
+            pipe = original if number == len(schemes) - 1 or scheme.scheme == "none" else _original(course)
+            name = scheme.scheme if scheme.backend == "native" else f"{scheme.backend}:{scheme.scheme}"
+            _quantize(_runner(course, pipe), scheme, calibration)
+        yield _contest(_runner(course, pipe), name, calibration, recorded, judged, references)
+
+
+def _original(course: _Course) -> DiffusionPipeline:
+    if course.manifest is not None:
+        return find_original(course.manifest).open(dtype=course.dtype, device=course.device)
+    pipe = open_pipeline(course.folder, dtype=course.dtype, device=course.device)
+    check_drivable(pipe)
+    return pipe
+
+
+def _runner(course: _Course, pipe: DiffusionPipeline) -> Runner:
+    pipe.set_progress_bar_config(disable=True)
+    steps = course.steps or default_steps(type(pipe))
+    return Runner(pipe=pipe, steps=steps, call=course.call)
+
+
+def _samples(course: _Course, pipe: DiffusionPipeline) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+    """Those that methods are fitted to and planned on, and those that they are judged by."""
+    if course.conditions is not None:
+        profiled, held_out = split_conditions(check_conditions(pipe, course.conditions), profiled=_PROFILED, seed=0)
+    else:
+        profiled = held_out = course.manifest.held_out_conditions
+    first = EVALUATION_SEED_OFFSET + course.seed
+    drawn = ((profiled, _PROFILED, 0), (held_out, course.samples, first))
+    return tuple(
+        make_batches(conditions, samples=samples, first_seed=seed, batch_size=course.batch_size)
+        for conditions, samples, seed in drawn
+    )
+
+
+def _quantize(runner: Runner, settings: QuantizationSettings, batches: Sequence[Batch]) -> None:
+    calls = {}
+    for name, denoiser in denoisers(runner.pipe):
+        if settings.scheme != "none" and settings.is_fitted(denoiser):
+            with record_calls(denoiser, every=_CALLS) as calls[name]:
+                runner.run(batches)
+    quantize_pipeline(runner.pipe, settings, calls)
+
+
+def _contest(
+    runner: Runner,
+    scheme: str,
+    calibration: Sequence[Batch],
+    recorded: Sequence[tuple[Trajectory, Outcome]],
+    judged: Sequence[Batch],
+    references: Sequence[Outcome],
+) -> Contest:
+    trajectories, outcomes = zip(*recorded, strict=True)
+    dtype = str(next(iter(denoisers(runner.pipe)))[1].dtype).removeprefix("torch.")
+    prior = runner.profile(calibration, trajectories, scheme=scheme, dtype=dtype)
+    planned = -(-_PLANNED // len(calibration[0].seeds))
+    bench = Bench(
+        runner=runner, batches=calibration, references=outcomes, trajectories=trajectories, prior=prior, planned=planned
+    )
+    return Contest(bench=bench, scheme=scheme, batches=judged, references=references)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A PNG: PSNR over compute ratio, a panel for each scheme; methods of cemq are drawn thick.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    check_picture_path(path, "plot")
+    schemes = list(dict.fromkeys(row.scheme for row in rows))
+    columns = min(len(schemes), _COLUMNS)
+    lines = -(-len(schemes) // columns)
+    figure = Figure(figsize=(5.5 * columns + 2.5, 5 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    names = [name for name in dict.fromkeys(row.method for row in rows) if name != FULL]
+    for axes, scheme in zip(panels, schemes, strict=False):
+        for number, name in enumerate(names):
+            points = sorted(
+                (row.compute_ratio, row.psnr_db)
+                for row in rows
+                if (row.scheme, row.method, row.status) == (scheme, name, "ok")
+            )
+            style = {"linewidth": 3, "zorder": 3} if name.startswith("cemq") else {"linewidth": 1, "alpha": 0.8}
+            where = zip(*points, strict=True) if points else ([], [])
+            axes.plot(*where, marker="osv^Dx+"[number // 10 % 7], color=f"C{number % 10}", label=name, **style)
+        axes.set(title=scheme, xlabel="compute ratio", ylabel="PSNR to full precision, dB")
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    with written_whole(path, "plot") as partial:
+        figure.savefig(partial, format="png", dpi=100)

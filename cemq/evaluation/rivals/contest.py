@@ -1,0 +1,136 @@
+"""Methods side by side: the same pipeline, the same seeds, as near to equal compute as their knobs allow."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cemq.errors import CemqError, first_line
+from cemq.evaluation.compare import Fidelity, measure_fidelity
+from cemq.evaluation.rivals.methods import Bench, Method
+from cemq.evaluation.rivals.sweep import settle
+from cemq.evaluation.rivals.work import counted_work
+from cemq.pipelines.batches import Batch
+from cemq.runtime.runner import Outcome, Runner
+
+FULL = "full compute"
+_PROBED = 2  # samples that settings are tried on, and that runs are timed on
+_TIMED = 2  # pairs of runs that wall ratios are the median of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method at one setting, or why there is none.
+
+    Args:
+        scheme: Of the pipeline that it was put on.
+        target: The compute ratio asked for.
+        setting: Of the method's knob.
+        compute_ratio: Multiply-accumulates of full compute over those of the method, in layers of the denoiser.
+        wall_ratio: Seconds of full compute over those of the method, two samples, runs taking turns; median.
+        psnr_db: To full precision, uncached; mean over samples.
+        p5_db: The fifth percentile of it.
+        worst_db: The worst of it.
+        status: ``ok``, or why there is nothing to tell.
+    """
+
+    method: str
+    source: str
+    scheme: str
+    target: float
+    setting: float | None = None
+    compute_ratio: float | None = None
+    wall_ratio: float | None = None
+    psnr_db: float | None = None
+    p5_db: float | None = None
+    worst_db: float | None = None
+    ssim: float | None = None
+    status: str = "ok"
+
+
+@dataclass(kw_only=True, eq=False)
+class Contest:
+    """One pipeline that methods take turns on.
+
+    Args:
+        bench: What they are fitted to.
+        scheme: Of its weights and activations, for the rows.
+        batches: The samples that they are compared on.
+        references: What the full-precision pipeline makes of those.
+    """
+
+    bench: Bench
+    scheme: str
+    batches: Sequence[Batch]
+    references: Sequence[Outcome]
+
+    def __post_init__(self) -> None:
+        first = self.bench.batches[0]
+        self._probe = Batch(conditions=first.conditions[:_PROBED], seeds=first.seeds[:_PROBED])
+        with counted_work(self.runner.pipe) as work:
+            self._expected = self.runner.run_one(self._probe)
+        self._full = work.operations
+
+    @property
+    def runner(self) -> Runner:
+        return self.bench.runner
+
+    def uncached(self) -> Row:
+        """Full compute, which loses what quantization does."""
+        fidelity = measure_fidelity(self.references, self.runner.run(self.batches), batches=self.batches)
+        return Row(
+            method=FULL, source="", scheme=self.scheme, target=1.0, compute_ratio=1.0, wall_ratio=1.0,
+            **_told(fidelity),
+        )  # fmt: skip
+
+    def row(self, method: Method, target: float) -> Row:
+        """Settle a method's knob, then run it on the samples; whatever it fails with is the row's status."""
+        known = {"method": method.name, "source": method.source, "scheme": self.scheme, "target": target}
+        if method.package is not None and importlib.util.find_spec(method.package) is None:
+            return Row(**known, status=f"{method.package} is not installed")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of libraries that are tried on what they do not know
+                setting = settle(method.knob, target, lambda at: self._ratio(method, at), self.bench.num_steps)
+                return Row(**known, setting=setting, **self._judged(method, setting))
+        except Exception as error:  # of other people's code on a model it may not know
+            return Row(**known, status=f"{type(error).__name__}: {first_line(error)}"[:300])
+
+    def _ratio(self, method: Method, setting: float) -> float:
+        with method.apply(self.bench, setting), counted_work(self.runner.pipe) as work:
+            self.runner.run_one(self._probe)
+        return self._full / work.operations
+
+    def _judged(self, method: Method, setting: float) -> dict[str, float]:
+        with method.apply(self.bench, setting), counted_work(self.runner.pipe) as work:
+            outcomes = self.runner.run(self.batches)
+        fidelity = measure_fidelity(self.references, outcomes, batches=self.batches)
+        probes = sum(len(batch.seeds) for batch in self.batches) / len(self._probe.seeds)
+        return {
+            "compute_ratio": self._full * probes / work.operations,
+            "wall_ratio": self._wall_ratio(method, setting),
+            **_told(fidelity),
+        }
+
+    def _wall_ratio(self, method: Method, setting: float) -> float:
+        ratios = []
+        for _ in range(_TIMED):
+            seconds = self.runner.run_one(self._probe).seconds
+            with method.apply(self.bench, setting):
+                ratios.append(seconds / self.runner.run_one(self._probe).seconds)
+        return float(np.median(ratios))
+
+    def check_clean(self, method: Method) -> None:
+        """Raises CemqError where a method left the pipeline other than it was: all that follows would be wrong."""
+        found = self.runner.run_one(self._probe)
+        if not np.array_equal(found.images, self._expected.images):
+            raise CemqError(f"method {method.name} left the pipeline other than it was: compare without it")
+
+
+def _told(fidelity: Fidelity) -> dict[str, float]:
+    scores = fidelity.scores["psnr_db"]
+    return {"psnr_db": fidelity.psnr_db, "p5_db": scores["p5"], "worst_db": scores["worst"], "ssim": fidelity.ssim}

@@ -1,0 +1,47 @@
+"""Methods that decide while a picture is drawn, as policies of ours."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from cemq.evaluation.rivals.methods import Bench, Threshold, add_method
+from cemq.runtime import attached
+from cemq.runtime.dicache import DiCache
+from cemq.runtime.easycache import EasyCache
+from cemq.runtime.magcache import MagCache, fitted_magnitudes
+from cemq.runtime.policies import Policy
+from cemq.runtime.sencache import SenCache, fitted_sensitivities
+from cemq.runtime.teacache import TeaCache, fitted_coefficients
+
+
+def _follow(bench: Bench, policy: Policy) -> AbstractContextManager[Any]:
+    return attached(bench.runner.pipe, policy)
+
+
+@add_method("teacache", "TeaCache, arXiv:2411.19108", Threshold(low=1e-3, high=10.0))
+def _teacache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
+    coefficients = bench.fitted("teacache", lambda: fitted_coefficients(bench.runner, bench.batches[: bench.planned]))
+    return _follow(bench, TeaCache(threshold=knob, coefficients=coefficients))
+
+
+@add_method("magcache", "MagCache, arXiv:2506.09045", Threshold(low=1e-4, high=20.0))
+def _magcache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
+    magnitudes = bench.fitted("magcache", lambda: fitted_magnitudes(bench.runner, bench.batches[:1]))
+    return _follow(bench, MagCache(threshold=knob, magnitudes=magnitudes, most_skipped=bench.num_steps))
+
+
+@add_method("easycache", "EasyCache, arXiv:2507.02860", Threshold(low=1e-3, high=20.0))
+def _easycache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
+    return _follow(bench, EasyCache(threshold=knob))
+
+
+@add_method("dicache", "DiCache, arXiv:2508.17356", Threshold(low=1e-3, high=20.0))
+def _dicache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
+    return _follow(bench, DiCache(threshold=knob))
+
+
+@add_method("sencache", "SenCache, arXiv:2602.24208", Threshold(low=1e-4, high=20.0))
+def _sencache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
+    tables = bench.fitted("sencache", lambda: fitted_sensitivities(bench.runner, bench.batches[: bench.planned]))
+    return _follow(bench, SenCache(threshold=knob, most_skipped=bench.num_steps, **tables._asdict()))
