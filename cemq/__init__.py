@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from cemq.bundle.schedule_file import export
     from cemq.errors import BundleError, CemqError
     from cemq.evaluation.compare import Evaluation, evaluate
+    from cemq.evaluation.page import report
     from cemq.evaluation.rivals.comparison import Comparison, compare
     from cemq.evaluation.scores import register_metric
     from cemq.parallel import launched
@@ -73,6 +74,7 @@ _PUBLIC = {
     "quantize_and_schedule": "cemq.build",
     "quantize_in_place": "cemq.quantize",
     "replan": "cemq.build.replan",
+    "report": "cemq.evaluation.page",
     "set_budget": "cemq.runtime",
     "register_format": "cemq.quantize",
     "register_metric": "cemq.evaluation.scores",
@@ -86,7 +88,7 @@ __all__ = [  # written out, for type checkers
     "apply_policy", "apply_schedule", "attached", "compare", "detach", "evaluate", "export", "for_request",
     "from_pretrained", "generate", "launched", "plan_memory", "plan_schedule", "push_to_hub", "quantize_and_schedule",
     "quantize_in_place", "quantize_text_encoder", "register_format", "register_metric", "register_policy",
-    "register_predictor", "replan", "set_budget",
+    "register_predictor", "replan", "report", "set_budget",
 ]  # fmt: skip
 
 

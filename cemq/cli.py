@@ -427,6 +427,34 @@ def evaluate(
 
 @app.command()
 @_one_line_errors
+def report(
+    bundle: Bundle,
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write; its name ends in .html.")],
+    samples: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 8,
+    reference: Annotated[str | None, typer.Option(help="Full-precision original; default: the bundle's model.")] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write one page of HTML to look at: pictures side by side, schedule, error prior, and what was measured.
+
+    Its samples are those of evaluate. The page needs no other file and no network.
+
+    Example: cemq report digits -o report.html
+    """
+    from cemq import report as write_report
+    from cemq.bundle.manifest import quality_text
+
+    with _at_work(quiet) as progress:
+        found = write_report(bundle, output, samples=samples, reference=reference, device=device, progress=progress)
+    if as_json:
+        _print_json(found.to_dict() | {"report": str(output)})
+        return
+    print(f"{output}: {found.samples} sample{'s'[: found.samples != 1]}, PSNR {quality_text(found.to_dict())}")
+
+
+@app.command()
+@_one_line_errors
 def compare(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_BUNDLE", help="Folder, Hub id, builtin:NAME, or a bundle.")],
     budgets: Annotated[str, typer.Option(metavar="Rx,...", help="Compute ratios to compare at.")] = "2x,3.3x,5x",

@@ -22,8 +22,8 @@ from cemq.files import absolute, check_writable, written_whole
 from cemq.metrics import relative_l2
 from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
-from cemq.pipelines.opening import default_device, weight_bytes
-from cemq.pipelines.outputs import as_pictures
+from cemq.pipelines.opening import component_bytes, default_device, weight_bytes
+from cemq.pipelines.outputs import as_pictures, output_kind, rate_of
 from cemq.runtime import schedule_hook
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
 
@@ -86,6 +86,24 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SideBySide:
+    """What `evaluate` ran: what full precision and the bundle made of each of this process's batches, and how far apart
+    that is.
+
+    Args:
+        component_bytes: Parameters and buffers of every component, in full precision and in the bundle.
+        frame_rate: Frames a second of videos; 0 of what is none.
+    """
+
+    evaluation: Evaluation
+    batches: Sequence[Batch]
+    references: Sequence[Outcome]
+    outcomes: Sequence[Outcome]
+    component_bytes: dict[str, tuple[int, int]]
+    frame_rate: float
 
 
 def measure_fidelity(
@@ -161,6 +179,34 @@ def evaluate(
         CemqError: The bundle or the reference cannot be used, or a seed was used for profiling.
     """
     check_keywords("evaluate", running, Running)
+    if picture is not None:
+        check_picture_path(Path(picture))
+        picture = absolute(picture)
+    found = run_both(
+        bundle, reference=reference, samples=samples, seed=seed, steps=steps, budget=budget, batch_size=batch_size,
+        **running,
+    )  # fmt: skip
+    if picture is not None and running.get("processes", ALONE).is_main:
+        write_side_by_side(picture, found.references[0].images, found.outcomes[0].images)
+    return found.evaluation
+
+
+def run_both(
+    bundle: str | Path,
+    *,
+    reference: str | None = None,
+    samples: int = 16,
+    seed: int = 0,
+    steps: int | None = None,
+    budget: int | str | None = None,
+    batch_size: int | None = None,
+    **running: Unpack[Running],
+) -> SideBySide:
+    """What `evaluate` runs, whose arguments these are, and all that was made on the way.
+
+    Raises:
+        CemqError: As `evaluate` does.
+    """
     manifest = read_bundle(Path(bundle), verify=running.get("verify", "once"))
     batches = make_batches(
         manifest.held_out_conditions,
@@ -171,25 +217,21 @@ def evaluate(
     seeds = tuple(seed for batch in batches for seed in batch.seeds)
     if used := set(seeds) & set(manifest.profiled_seeds):
         raise InputError(f"seed {min(used)} was used to profile this bundle: choose another --seed")
-    if picture is not None:
-        check_picture_path(Path(picture))
-        picture = absolute(picture)
     place, processes = running.get("device") or default_device(), running.get("processes", ALONE)
     original, scheduled = _open_both(bundle, manifest, reference, place, budget)
     steps = steps or manifest.num_inference_steps
+    share = processes.share(batches)
     pairs = [(Runner(pipe=pipe, steps=steps, call=manifest.call), []) for pipe in (original, scheduled)]
-    for batch, on_step in iterate(processes.share(batches), "reference and bundle", running.get("progress"), 2 * steps):
+    for batch, on_step in iterate(share, "reference and bundle", running.get("progress"), 2 * steps):
         for runner, made in pairs:  # taking turns, so that what else the machine does slows down both
             made.append(runner.run_one(batch, on_step))
     references, outcomes = (made for _, made in pairs)
     fidelity = measure_fidelity(references, outcomes, processes, batches)
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
-    if picture is not None and processes.is_main:
-        write_side_by_side(picture, references[0].images, outcomes[0].images)
     note = said_of_steps(schedule_hook(scheduled).schedule, fidelity.num_steps, fidelity.full_steps)
     if note:
-        warnings.warn(f"cemq: {note}", stacklevel=2)
-    return Evaluation(
+        warnings.warn(f"cemq: {note}", stacklevel=3)
+    evaluation = Evaluation(
         **dataclasses.asdict(fidelity),
         compute_ratio=fidelity.num_steps / fidelity.full_steps,
         wall_ratio=statistics.median(wall_ratios),
@@ -198,6 +240,15 @@ def evaluate(
         seeds=seeds,
         device=place,
         dtype=manifest.dtype,
+    )
+    before, after = component_bytes(original), component_bytes(scheduled)
+    return SideBySide(
+        evaluation=evaluation,
+        batches=share,
+        references=references,
+        outcomes=outcomes,
+        component_bytes={name: (count, after.get(name, 0)) for name, count in before.items()},
+        frame_rate=rate_of(scheduled, manifest.call) if output_kind(scheduled) == "video" else 0.0,
     )
 
 

@@ -16,6 +16,7 @@ from cemq.families import DENOISERS
 from cemq.files import absolute
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
 BUILTIN_PREFIX = "builtin:"
@@ -217,8 +218,16 @@ def _lost_weights(module: Any, prefix: str, *, brought: bool = False) -> Iterato
 
 def weight_bytes(pipe: DiffusionPipeline) -> int:
     """Bytes of the denoiser's parameters and buffers."""
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for _, model in denoisers(pipe)
-        for tensor in (*model.parameters(), *model.buffers())
-    )
+    return sum(_bytes_of(model) for _, model in denoisers(pipe))
+
+
+def component_bytes(pipe: DiffusionPipeline) -> dict[str, int]:
+    """Bytes of every component's parameters and buffers, by its name."""
+    import torch
+
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {name: _bytes_of(model) for name, model in models.items()}
+
+
+def _bytes_of(model: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
