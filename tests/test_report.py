@@ -1,6 +1,7 @@
 """The page of HTML: whole by itself, true to `evaluate`, and there for every kind of bundle and of sample."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -62,8 +63,15 @@ class Parsed(HTMLParser):
 
 
 def built(folder, name, **settings):
-    common = {"calib": str(folder / "labels.txt"), "steps": STEPS, "call": CALL, "device": "cpu", "rounding": "nearest"}
-    cemq.quantize_and_schedule(str(folder / "pipeline"), folder / name, scheme="w8a8", **common | settings)
+    common = {
+        "scheme": "w8a8",
+        "calib": str(folder / "labels.txt"),
+        "steps": STEPS,
+        "call": CALL,
+        "device": "cpu",
+        "rounding": "nearest",
+    }
+    cemq.quantize_and_schedule(str(folder / "pipeline"), folder / name, **common | settings)
     return folder / name
 
 
@@ -160,10 +168,13 @@ def test_what_was_run_is_drawn(planned, written):
     curve = curve_chart(said)
     assert [x for x, _ in curve.lines[0].points] == [point["budget"] for point in evidence["curve"]]
     assert curve.chosen == (evidence["winner"]["full_steps"], evidence["winner"]["psnr_db"])
-    trials = trial_chart(said, ErrorPrior.load(planned / "prior.safetensors"))
+    prior = ErrorPrior.load(planned / "prior.safetensors")
+    trials = trial_chart(said, prior)
     assert len(trials.dots[0].points) == len(evidence["trials"])
     assert {y for _, y in trials.dots[0].points} == {trial["psnr_db"] for trial in evidence["trials"]}
     assert trials.chosen in trials.dots[0].points
+    assert (list(trials.lines), prior.is_fitted) == ([], False)  # only then are both as high
+    assert len(trial_chart(said, dataclasses.replace(prior, coherence=3.0)).lines) == 1
     for drawn in ("PSNR over budget", "Schedules that were run", "combined", "cache", "self", "Provenance"):
         assert drawn in Parsed(written[0]).text
     assert written[0].count('class="full"') == 3
@@ -177,6 +188,12 @@ def test_a_bundle_that_ran_nothing_says_what_is_left_out(instant, tmp_path):
     assert "Fidelity was not measured at build time" in said
     assert "Schedules that were run" not in said
     assert "median" not in said
+
+
+def test_a_bundle_that_is_not_quantized_has_no_floor(folder, tmp_path):
+    bundle = built(folder, "none", scheme="none", budget=3, effort="instant")
+    cemq.report(bundle, tmp_path / "a.html", samples=1, device="cpu")
+    assert "was left in float32" in Parsed((tmp_path / "a.html").read_text(encoding="utf-8")).text
 
 
 def test_a_bundle_with_a_policy_has_no_strip(folder, tmp_path):
@@ -226,6 +243,10 @@ def test_audio_is_shown_as_spectrograms_one_channel_below_the_other():
     (sample,) = shown(tone, 0.9 * tone)
     assert (sample.kind, sample.height) == ("audio", 2 * 64)
     assert opened(sample.files[0]).size == (sample.width, sample.height)
+    (sample,) = shown(*[np.zeros((1, 1, 1 << 20), dtype=np.float32)] * 2)  # wider than a file can be
+    assert opened(sample.files[0]).size == (2048, 64)
+    (sample,) = shown(*[np.full((1, 1, 20_000, 3), np.nan)] * 2)  # and a picture that is no number
+    assert opened(sample.files[0]).size == (20_000, 1)
 
 
 def test_the_worst_comes_first_and_the_median_second():

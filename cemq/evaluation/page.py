@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cemq import __version__
-from cemq.bundle.checksums import Verify
 from cemq.bundle.manifest import PRIOR, Manifest, lora_text, policy_text, read_bundle
 from cemq.errors import InputError
 from cemq.evaluation.charts import Axis, Chart, Series, as_colours
@@ -34,7 +33,9 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "page.html.jinja"
 _TINY = 256  # pixels; smaller pictures are enlarged
-_LOSSLESS = 2e7  # pixels of a video, all frames of both; larger ones are compressed
+_WIDEST = 2048  # pixels of a spectrogram
+_MOST_OF_WEBP = 16383  # pixels of a side
+_LOSSLESS = 4e6  # pixels of a video, all frames of both; larger ones are compressed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Shown:
 
     @property
     def is_tiny(self) -> bool:
-        return max(self.width, self.height) < _TINY
+        return self.kind != "audio" and max(self.width, self.height) < _TINY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,6 @@ def report(
     samples: int = 8,
     reference: str | None = None,
     device: str | None = None,
-    verify: Verify | bool = "once",
     progress: Progress | None = None,
 ) -> Evaluation:
     """Draw samples of a bundle and of its original, as `evaluate` does, and write a page of HTML that shows both, the
@@ -122,7 +122,6 @@ def report(
         samples: How many; they have the seeds of `evaluate`.
         reference: The original, into which the bundle's LoRAs are fused; None takes the model the bundle was made from.
         device: Where both run; None takes CUDA where there is one.
-        verify: When checksums are compared: ``always``, ``once`` on this machine, or ``never``.
         progress: Told the name of what is being run, and the share of it done.
 
     Returns:
@@ -136,11 +135,9 @@ def report(
     if path.suffix.lower() != ".html":
         raise InputError(f"report '{output}': the name must end in .html")
     check_writable(path, "report")
-    manifest = read_bundle(folder, verify=verify)
-    page = page_of(
-        folder, manifest, describe(folder),
-        run_both(folder, reference=reference, samples=samples, device=device, verify="never", progress=progress),
-    )  # fmt: skip
+    description, manifest = describe(folder), read_bundle(folder)  # the first of which has verified it
+    found = run_both(folder, reference=reference, samples=samples, device=device, verify="never", progress=progress)
+    page = page_of(folder, manifest, description, found)
     with written_whole(path, "report") as partial:
         partial.write_text(render(page), encoding="utf-8")
     return page.evaluation
@@ -193,7 +190,9 @@ def samples_of(found: SideBySide) -> Iterator[Shown]:
                 files, shape = _moving(np.concatenate([left, right], axis=2), found.frame_rate), left.shape[1:]
             else:  # one below the other are the channels of audio
                 stacked = [np.concatenate(list(each)) for each in (left, right)]
-                files, shape = (_embedded(_image(stacked[0])), _embedded(_image(stacked[1]))), stacked[0].shape
+                shape = stacked[0].shape if kind == "image" else (len(stacked[0]), min(stacked[0].shape[1], _WIDEST))
+                left, right = (_embedded(_image(each, width=shape[1])) for each in stacked)
+                files = left, right
             yield Shown(
                 seed=seed, condition=condition, psnr_db=float(psnr), kind=kind, files=files, width=shape[1],
                 height=shape[0],
@@ -202,21 +201,25 @@ def samples_of(found: SideBySide) -> Iterator[Shown]:
 
 def worst_first(samples: Sequence[Shown]) -> list[Shown]:
     """The sample with the lowest PSNR, the median one where there are three or more, then the others as they come."""
-    ranked = sorted(samples, key=lambda each: each.psnr_db)
+    ranked = sorted(samples, key=lambda each: -math.inf if math.isnan(each.psnr_db) else each.psnr_db)
     ranks = {id(ranked[0]): "worst"} | ({id(ranked[len(ranked) // 2]): "median"} if len(ranked) > 2 else {})
     told = [replace(each, rank=ranks.get(id(each), "")) for each in samples]
     return sorted(told, key=lambda each: ("worst", "median", "").index(each.rank))
 
 
-def _image(picture: np.ndarray) -> Image:
+def _image(picture: np.ndarray, width: int | None = None) -> Image:
+    """Of values from 0 to 1; made narrower, by means, where ``width`` says so."""
     from PIL import Image
 
-    return Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+    image = Image.fromarray((np.clip(np.nan_to_num(picture), 0, 1) * 255).round().astype(np.uint8))
+    return image if width in (None, image.width) else image.resize((width, image.height), Image.Resampling.BOX)
 
 
 def _embedded(picture: Image, kind: str = "WEBP", **options: Any) -> str:
     """A data URI; without loss unless ``options`` say otherwise."""
     file = io.BytesIO()
+    if max(picture.size) > _MOST_OF_WEBP:
+        kind = "PNG"
     picture.save(file, kind, **({"lossless": True} if kind == "WEBP" else {}) | options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
