@@ -40,6 +40,7 @@ def commands(wrong):
 
 
 OUT = ("-o", "out")
+PAGE = ("-o", "a.html")
 LABEL = ("--label", "1", "-o", "a.png")
 BUILD = ("PIPELINE", *OUT, "--calib", "LABELS")
 FILES = ("/", ".", "..", "~", "none/a.png", "FILE/a.png", "EMPTY", "n" * 300 + ".png", "LOOP/a.png")
@@ -140,6 +141,16 @@ BAD = {
         *cases("--picture", *FILES, "a.txt", "a.jpg", "", before=["BUNDLE"]),
         *cases("--device", *DEVICES, before=["BUNDLE"]),
         *cases("--verify", "", "True", "twice", before=["BUNDLE"]),
+    ],
+    "report": [
+        *commands([["BUNDLE", *PAGE]]),
+        *bundles(*PAGE),
+        ["BUNDLE"],
+        *cases("--output", *FILES, "a.htm", "none/a.html", "FILE/a.html", "LOOP/a.html", "", before=["BUNDLE"]),
+        *cases("--reference", "", "nowhere", "/", "FILE", "EMPTY", "BUNDLE", "builtin:x", before=["BUNDLE", *PAGE]),
+        ["BUNDLE", *PAGE, "--samples", "1", "--reference", "OTHER"],
+        *cases("--samples", *NUMBERS, "0", HUGE, before=["BUNDLE", *PAGE]),
+        *cases("--device", *DEVICES, before=["BUNDLE", *PAGE]),
     ],
     "verify": [
         *commands([["BUNDLE"], ["BUNDLE", "--json"]]),
@@ -369,6 +380,7 @@ RUNS = {  # of a model's forward
     "replan": ["BUNDLE", *OUT],
     "generate": ["BUNDLE", *LABEL],
     "evaluate": ["BUNDLE", "--picture", "a.png"],
+    "report": ["BUNDLE", *PAGE],
     "analyze": ["BUNDLE", "--schedules", "5", "--budget", "3", "--plot", "a.png"],
     "bench": ["BUNDLE", "-o", "a.json"],
 }

@@ -71,6 +71,7 @@ def test_the_wheel_holds_models_recipes_calibration_texts_and_the_mark_of_types(
         "cemq/builtin/sd3-digits/tokenizer/tokenizer_config.json",
         "cemq/recipes/dit-digits.yaml",
         "cemq/calib_data/prompts.txt",
+        "cemq/evaluation/page.html.jinja",
         "cemq/py.typed",
     ):
         assert wanted in names
