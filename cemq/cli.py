@@ -487,8 +487,8 @@ def compare(
         check_picture_path(plot, "plot")
     with _at_work(quiet) as progress:
         found = run_comparison(
-            model, ratios=_names(budgets), methods=_names(methods) if methods else None,
-            schemes=_names(schemes) if schemes else None, samples=samples, seed=seed, steps=steps, calib=calib,
+            model, ratios=_names(budgets), methods=None if methods is None else _names(methods),
+            schemes=None if schemes is None else _names(schemes), samples=samples, seed=seed, steps=steps, calib=calib,
             call=_call_arguments(call), batch_size=batch_size, device=device, dtype=dtype, progress=progress,
         )  # fmt: skip
     if plot is not None:

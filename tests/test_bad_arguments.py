@@ -40,6 +40,7 @@ def commands(wrong):
 
 
 OUT = ("-o", "out")
+COMPARED = ("PIPELINE", "--calib", "LABELS")
 PAGE = ("-o", "a.html")
 LABEL = ("--label", "1", "-o", "a.png")
 BUILD = ("PIPELINE", *OUT, "--calib", "LABELS")
@@ -141,6 +142,24 @@ BAD = {
         *cases("--picture", *FILES, "a.txt", "a.jpg", "", before=["BUNDLE"]),
         *cases("--device", *DEVICES, before=["BUNDLE"]),
         *cases("--verify", "", "True", "twice", before=["BUNDLE"]),
+    ],
+    "compare": [
+        *commands([COMPARED]),
+        *bundles(*COMPARED[1:], but=("PIPELINE", "builtin:dit-digits")),
+        ["PIPELINE"],
+        *cases("--budgets", "", ",", "1x", "0", "-1", "nan", "inf", "x", "2x;3x", "0.5x", "1e999", before=COMPARED),
+        *cases("--methods", "", ",", "unifrom", "cem;uniform", before=COMPARED),
+        *cases("--schemes", "", ",", "w3a3", "nobody:w8a8", "native:", before=COMPARED),
+        ["BUNDLE", "--schemes", "w8a8"],
+        *cases("--calib", "", "nowhere", "/", "EMPTY", "NOTHING", "BINARY", before=["PIPELINE"]),
+        *cases("--call", *CALLS, before=COMPARED),
+        *cases("--samples", *NUMBERS, "0", HUGE, before=COMPARED),
+        *cases("--seed", *NUMBERS, HUGE, before=COMPARED),
+        *cases("--steps", *NUMBERS, "0", "1", "1001", before=COMPARED),
+        *cases("--batch-size", *NUMBERS, "0", before=COMPARED),
+        *cases("--plot", *FILES, "a.txt", "a.jpg", "", before=COMPARED),
+        *cases("--device", *DEVICES, before=COMPARED),
+        *cases("--dtype", "", "float8", "int8", before=COMPARED),
     ],
     "report": [
         *commands([["BUNDLE", *PAGE]]),
@@ -380,6 +399,7 @@ RUNS = {  # of a model's forward
     "replan": ["BUNDLE", *OUT],
     "generate": ["BUNDLE", *LABEL],
     "evaluate": ["BUNDLE", "--picture", "a.png"],
+    "compare": [*COMPARED, "--methods", "uniform", "--plot", "a.png"],
     "report": ["BUNDLE", *PAGE],
     "analyze": ["BUNDLE", "--schedules", "5", "--budget", "3", "--plot", "a.png"],
     "bench": ["BUNDLE", "-o", "a.json"],

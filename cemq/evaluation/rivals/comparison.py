@@ -14,7 +14,7 @@ import cemq.evaluation.rivals.planned
 import cemq.evaluation.rivals.watching  # noqa: F401  all three of which enter their methods
 from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import MANIFEST, Manifest, read_bundle
-from cemq.bundle.original import find_original
+from cemq.bundle.original import find_model, find_original
 from cemq.errors import InputError, check_keywords, choose
 from cemq.evaluation.compare import check_picture_path
 from cemq.evaluation.rivals.contest import FULL, Contest, Row
@@ -24,14 +24,26 @@ from cemq.pipelines.batches import (
     EVALUATION_SEED_OFFSET,
     Batch,
     Progress,
+    check_call,
     check_conditions,
     check_drivable,
+    check_steps,
     default_steps,
     make_batches,
+    read_call,
     read_conditions,
     split_conditions,
 )
-from cemq.pipelines.opening import default_device, default_dtype, denoisers, locate, open_pipeline
+from cemq.pipelines.opening import (
+    DTYPES,
+    check_device,
+    class_of_folder,
+    default_device,
+    default_dtype,
+    denoisers,
+    locate,
+    open_pipeline,
+)
 from cemq.quantize import QuantizationSettings, quantize_pipeline, record_calls
 from cemq.recipe import Recipe, find_calibration, load_recipe, recipe_for
 from cemq.runtime import detach
@@ -130,6 +142,9 @@ def compare(
             it was.
     """
     check_keywords("compare", settings, Settings)
+    for name, given in (("ratios", ratios), ("methods", methods), ("schemes", schemes)):
+        if given is not None and not given:
+            raise InputError(f"{name}: none is named; leave it out for the default")
     targets = [_ratio(each) for each in ratios]
     chosen = [METHODS[choose("method", name, METHODS)] for name in (methods or METHODS)]
     course = _course(str(model), settings)
@@ -180,11 +195,14 @@ def _course(model: str, settings: Settings) -> _Course:
         "device": settings.get("device") or default_device(),
         "progress": settings.get("progress"),
     }
+    check_device(shared["device"])
     call = dict(settings.get("call") or {})
     if (Path(model) / MANIFEST).is_file():
-        manifest = read_bundle(Path(model), verify="once")
+        folder = Path(model)
+        manifest = read_bundle(folder, verify="once")
+        find_model(manifest)
         return _Course(
-            model=model, manifest=manifest, folder=Path(model), call=manifest.call | call,
+            model=model, manifest=manifest, folder=folder, call=_read(folder, manifest.call | call),
             steps=settings.get("steps") or manifest.num_inference_steps, dtype=manifest.dtype,
             conditions=read_conditions(find_calibration(settings["calib"])) if settings.get("calib") else None,
             **shared,
@@ -195,11 +213,18 @@ def _course(model: str, settings: Settings) -> _Course:
     if calib is None:
         raise InputError(f"'{model}': give prompts or class labels with --calib, one a line")
     return _Course(
-        model=source.name, manifest=None, folder=source.folder, call=recipe.call | call,
+        model=source.name, manifest=None, folder=source.folder, call=_read(source.folder, recipe.call | call),
         steps=settings.get("steps") or recipe.steps,
-        dtype=settings.get("dtype") or recipe.dtype or default_dtype(shared["device"]),
+        dtype=choose("dtype", settings.get("dtype") or recipe.dtype or default_dtype(shared["device"]), DTYPES),
         conditions=read_conditions(find_calibration(calib)), **shared,
     )  # fmt: skip
+
+
+def _read(folder: Path, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as the pipeline in a folder wants them. Raises InputError."""
+    kind = class_of_folder(folder)
+    check_call(kind, call)
+    return read_call(kind, call)
 
 
 def _contests(course: _Course, schemes: Sequence[QuantizationSettings]) -> Iterator[Contest]:
@@ -207,6 +232,7 @@ def _contests(course: _Course, schemes: Sequence[QuantizationSettings]) -> Itera
     original = _original(course)
     calibration, judged = _samples(course, original)
     runner = _runner(course, original)
+    check_steps(original, runner.steps)
     recorded = [runner.record_one(batch) for batch in calibration]
     references = runner.run(judged, "reference runs")
     for number, scheme in enumerate(schemes):
@@ -287,21 +313,31 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     schemes = list(dict.fromkeys(row.scheme for row in rows))
     columns = min(len(schemes), _COLUMNS)
     lines = -(-len(schemes) // columns)
-    figure = Figure(figsize=(5.5 * columns + 2.5, 5 * lines), layout="constrained")
+    figure = Figure(figsize=(5.5 * columns + 3.5, max(5 * lines, 6.5)), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flat
-    names = [name for name in dict.fromkeys(row.method for row in rows) if name != FULL]
+    ours = {"linewidth": 3, "zorder": 3, "color": "black"}
     for axes, scheme in zip(panels, schemes, strict=False):
-        for number, name in enumerate(names):
+        for number, name in enumerate(_best_first(rows)):
             points = sorted(
                 (row.compute_ratio, row.psnr_db)
                 for row in rows
                 if (row.scheme, row.method, row.status) == (scheme, name, "ok")
             )
-            style = {"linewidth": 3, "zorder": 3} if name.startswith("cemq") else {"linewidth": 1, "alpha": 0.8}
+            style = ours if name.startswith("cemq") else {"linewidth": 1, "color": f"C{number % 10}"}
+            marker, dashes = "osv^Dx+"[number // 10 % 7], "--" if name == "cemq-instant" else "-"
             where = zip(*points, strict=True) if points else ([], [])
-            axes.plot(*where, marker="osv^Dx+"[number // 10 % 7], color=f"C{number % 10}", label=name, **style)
+            axes.plot(*where, marker=marker, linestyle=dashes, label=name, **style)
         axes.set(title=scheme, xlabel="compute ratio", ylabel="PSNR to full precision, dB")
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small", ncols=2)
     with written_whole(path, "plot") as partial:
         figure.savefig(partial, format="png", dpi=100)
+
+
+def _best_first(rows: Sequence[Row]) -> list[str]:
+    """Names of methods, by their mean PSNR in all rows that came to something."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row.method != FULL:
+            found.setdefault(row.method, []).extend([row.psnr_db] if row.psnr_db is not None else [])
+    return sorted(found, key=lambda name: -sum(found[name]) / max(len(found[name]), 1))

@@ -98,7 +98,8 @@ class Contest:
                 setting = settle(method.knob, target, lambda at: self._ratio(method, at), self.bench.num_steps)
                 return Row(**known, setting=setting, **self._judged(method, setting))
         except Exception as error:  # of other people's code on a model it may not know
-            return Row(**known, status=f"{type(error).__name__}: {first_line(error)}"[:300])
+            cause = error.__cause__ or error  # a run that fails is told as what the pipeline was called with
+            return Row(**known, status=f"{type(cause).__name__}: {first_line(cause)}"[:300])
 
     def _ratio(self, method: Method, setting: float) -> float:
         with method.apply(self.bench, setting), counted_work(self.runner.pipe) as work:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from cemq.evaluation.rivals.methods import Bench, Interval, Knob, Threshold, add_method
+from cemq.evaluation.rivals.methods import MOST_SKIPPED, Bench, Interval, Knob, Threshold, add_method
 from cemq.families import TIMESTEP_ARGUMENTS
 from cemq.pipelines.noise_scheduler import intercepted
 from cemq.pipelines.opening import denoisers
@@ -114,7 +114,7 @@ def _mag_cache(bench: Bench, model: Any, threshold: float) -> None:
 
     ratios = bench.fitted("diffusers-magcache", lambda: _magnitudes(bench))
     config = MagCacheConfig(
-        threshold=threshold, max_skip_steps=bench.num_steps, num_inference_steps=bench.num_steps, mag_ratios=ratios
+        threshold=threshold, max_skip_steps=MOST_SKIPPED, num_inference_steps=bench.num_steps, mag_ratios=ratios
     )
     apply_mag_cache(model, config)
 

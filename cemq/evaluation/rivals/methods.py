@@ -19,6 +19,8 @@ from cemq.runtime.runner import Outcome, Runner
 from cemq.schedule import CacheSchedule
 from cemq.search.trials import ClosedLoop
 
+MOST_SKIPPED = 5  # steps in a row, where a rule has such a limit: the longest that is published with one
+
 
 @dataclass(kw_only=True, eq=False)
 class Bench:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from cemq.evaluation.rivals.methods import Bench, Threshold, add_method
+from cemq.evaluation.rivals.methods import MOST_SKIPPED, Bench, Threshold, add_method
 from cemq.runtime import attached
 from cemq.runtime.dicache import DiCache
 from cemq.runtime.easycache import EasyCache
@@ -28,7 +28,7 @@ def _teacache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
 @add_method("magcache", "MagCache, arXiv:2506.09045", Threshold(low=1e-4, high=20.0))
 def _magcache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
     magnitudes = bench.fitted("magcache", lambda: fitted_magnitudes(bench.runner, bench.batches[:1]))
-    return _follow(bench, MagCache(threshold=knob, magnitudes=magnitudes, most_skipped=bench.num_steps))
+    return _follow(bench, MagCache(threshold=knob, magnitudes=magnitudes, most_skipped=MOST_SKIPPED))
 
 
 @add_method("easycache", "EasyCache, arXiv:2507.02860", Threshold(low=1e-3, high=20.0))
@@ -44,4 +44,4 @@ def _dicache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
 @add_method("sencache", "SenCache, arXiv:2602.24208", Threshold(low=1e-4, high=20.0))
 def _sencache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
     tables = bench.fitted("sencache", lambda: fitted_sensitivities(bench.runner, bench.batches[: bench.planned]))
-    return _follow(bench, SenCache(threshold=knob, most_skipped=bench.num_steps, **tables._asdict()))
+    return _follow(bench, SenCache(threshold=knob, most_skipped=MOST_SKIPPED, **tables._asdict()))
