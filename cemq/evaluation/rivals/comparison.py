@@ -324,7 +324,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 if (row.scheme, row.method, row.status) == (scheme, name, "ok")
             )
             style = ours if name.startswith("cemq") else {"linewidth": 1, "color": f"C{number % 10}"}
-            marker, dashes = "osv^Dx+"[number // 10 % 7], "--" if name == "cemq-instant" else "-"
+            marker, dashes = "osv^Dx+"[number // 10 % 7], "--" if name == "cemq-predicted" else "-"
             where = zip(*points, strict=True) if points else ([], [])
             axes.plot(*where, marker=marker, linestyle=dashes, label=name, **style)
         axes.set(title=scheme, xlabel="compute ratio", ylabel="PSNR to full precision, dB")

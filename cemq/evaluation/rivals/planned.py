@@ -45,8 +45,8 @@ def _cemq(bench: Bench, knob: float) -> AbstractContextManager[Any]:
     return attached(bench.runner.pipe, Plan(schedule=planned.schedule, sampler=sampler, correction=planned.correction))
 
 
-@add_method("cemq-instant", "cemq, effort instant: nothing is run", Steps())
-def _cemq_instant(bench: Bench, knob: float) -> AbstractContextManager[Any]:
+@add_method("cemq-predicted", "cemq, planned on the same prior, and nothing is run", Steps())
+def _cemq_predicted(bench: Bench, knob: float) -> AbstractContextManager[Any]:
     scheduler = bench.runner.pipe.scheduler
     settings = PlanSettings(budget=int(knob), effort="instant")
     found = predicted(bench.prior, settings, cache="output", scheduler=scheduler, steps=bench.num_steps)
