@@ -608,7 +608,7 @@ def analyze(
             with bundle_of(bundle, check=check, scheme=scheme, recipe=recipe, **shared) as folder:
                 found = run_analysis(folder, samples=samples, seed=seed, verify=verify, **asked, **shared)
         if plot and processes.is_main:
-            draw(found.rows, plot)
+            draw(found, plot)
         if as_json:
             _print_json(found)
             return

@@ -130,7 +130,7 @@ def timestep_value(call: StepCall) -> float:
     """The timestep that the denoiser is given; of several, one for each token, the noisiest. Raises ModelError."""
     if call.timestep is None:
         raise ModelError("sencache needs the timestep, and the denoiser's cannot be told; take another policy")
-    return float(torch.as_tensor(call.timestep).max())
+    return float(call.timestep.max() if torch.is_tensor(call.timestep) else call.timestep)
 
 
 def _rms(one: torch.Tensor, other: torch.Tensor) -> float:
