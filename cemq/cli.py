@@ -502,20 +502,24 @@ def compare(
 
 
 def _print_comparison(found: Comparison) -> None:
-    """A table for each scheme and compute ratio, the nearest to full precision first; then what failed, and why."""
+    """A table for each scheme and compute ratio, the nearest to full precision first; then what computes more than was
+    asked for, and what failed, and why."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console(highlight=False)
     for scheme, target in dict.fromkeys((row.scheme, row.target) for row in found.rows):
         rows = [row for row in found.rows if (row.scheme, row.target) == (scheme, target)]
-        table = Table("method", "compute", "wall", "PSNR dB", "p5", "worst", "SSIM", box=None, padding=(0, 2))
-        for row in sorted((row for row in rows if row.status == "ok"), key=lambda row: -row.psnr_db):
-            ratios = f"{row.compute_ratio:.2f}x", f"{row.wall_ratio:.2f}x"
+        names = Column("method", min_width=max(len(row.method) for row in rows), no_wrap=True)
+        table = Table(names, "compute", "wall", "PSNR dB", "p5", "worst", "SSIM", box=None)
+        for row in sorted((row for row in rows if row.status == "ok"), key=lambda row: (not row.is_near, -row.psnr_db)):
+            ratios = f"{row.compute_ratio:.2f}x{'' if row.is_near else '*'}", f"{row.wall_ratio:.2f}x"
             levels = f"{row.psnr_db:.1f}", f"{row.p5_db:.1f}", f"{row.worst_db:.1f}", f"{row.ssim:.4f}"
             table.add_row(row.method, *ratios, *levels)
         console.print(f"\n{found.model}, {scheme}, {target:g}x of {found.num_steps} steps, {found.samples} samples")
         console.print(table)
+        if not all(row.is_near for row in rows if row.status == "ok"):
+            console.print("* computes more than was asked for: it cannot do with less, or no setting comes nearer")
         for row in rows:
             if row.status != "ok":
                 console.print(f"{row.method}: {row.status}", markup=False)

@@ -166,6 +166,12 @@ def test_what_is_compared_is_the_scheme_against_full_precision(folder):
     assert ratios == [("none", 2.0), ("none", 4.0), ("w4a8", 2.0), ("w4a8", 4.0)]
 
 
+def test_what_computes_more_than_was_asked_for_is_told_apart(folder):
+    """Modules are cached, and the rest of the denoiser is computed on every step: 8x cannot be had."""
+    found = compared(folder, ["uniform", "fora"], ratios=["4x"])
+    assert [(row.method, row.is_near) for row in found.rows] == [(FULL, True), ("uniform", True), ("fora", False)]
+
+
 def test_a_method_that_fails_or_is_not_there_is_a_row_that_says_so(folder, another):
     @another("broken")
     def _(bench, knob):
@@ -231,6 +237,7 @@ def test_the_command_prints_tables_or_json_and_draws(folder, tmp_path):
     shown = CliRunner().invoke(app, [*map(str, asked), "--plot", str(tmp_path / "a.png")])
     assert shown.exit_code == 0, shown.output
     assert shown.stdout.count("uniform") == 2
+    assert "* computes more" not in shown.stdout
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads(CliRunner().invoke(app, [*map(str, asked), "--json"]).stdout)
     assert [(row["method"], row["target"]) for row in found["rows"]] == [

@@ -19,6 +19,7 @@ from cemq.runtime.runner import Outcome, Runner
 
 FULL = "full compute"
 _PROBED = 2  # samples that settings are tried on, and that runs are timed on
+_NEAR = 1.05  # of the work asked for: what computes more is another matter
 _TIMED = 2  # pairs of runs that wall ratios are the median of
 
 
@@ -50,6 +51,11 @@ class Row:
     worst_db: float | None = None
     ssim: float | None = None
     status: str = "ok"
+
+    @property
+    def is_near(self) -> bool:
+        """Whether it computes no more than was asked for, or hardly so."""
+        return self.compute_ratio is not None and self.compute_ratio * _NEAR >= self.target
 
 
 @dataclass(kw_only=True, eq=False)
