@@ -331,7 +331,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small", ncols=2)
     with written_whole(path, "plot") as partial:
-        figure.savefig(partial, format="png", dpi=100)
+        figure.savefig(partial, format="png", dpi=80)
 
 
 def _best_first(rows: Sequence[Row]) -> list[str]:
