@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -11,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from cemq.evaluation.rivals.methods import MOST_SKIPPED, Bench, Interval, Knob, Threshold, add_method
-from cemq.families import TIMESTEP_ARGUMENTS
 from cemq.pipelines.noise_scheduler import intercepted
 from cemq.pipelines.opening import denoisers
+from cemq.runtime.arguments import DenoiserArguments
 from cemq.runtime.cached.modules import find_parts
 
 _CONTEXT = "cemq"  # of calls that a pipeline gives none
@@ -41,7 +40,8 @@ def hooked(bench: Bench, enable: Callable[[Any], None]) -> Iterator[None]:
             enable(model)
             HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
             handles.append(model.register_forward_pre_hook(_give_context))
-            handles.append(model.register_forward_pre_hook(partial(_note_timestep, bench), with_kwargs=True))
+            note = partial(_note_timestep, bench, DenoiserArguments(model))
+            handles.append(model.register_forward_pre_hook(note, with_kwargs=True))
         with intercepted(pipe.scheduler, "set_timesteps", begin):
             yield
     finally:
@@ -73,11 +73,9 @@ def _give_context(model: Any, _: Any) -> None:
                 return
 
 
-def _note_timestep(bench: Bench, model: Any, args: Any, kwargs: Any) -> None:
+def _note_timestep(bench: Bench, arguments: DenoiserArguments, _: Any, args: Any, kwargs: Any) -> None:
     """Not every pipeline has the property that diffusers' documentation takes a run's timestep from."""
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    found = next((given[name] for name in TIMESTEP_ARGUMENTS if name in given), None)
+    found = arguments.timestep(args, kwargs)
     if found is not None:
         bench.timestep = float(found.flatten()[0] if hasattr(found, "flatten") else found)
 

@@ -19,7 +19,7 @@ from cemq.schedule.fixed import spectrum_steps
 from cemq.schedule.meancache import plan_meancache, velocity_errors
 from cemq.schedule.plan import Plan
 from cemq.schedule.procache import procache_steps
-from cemq.schedule.rectify import make_correction
+from cemq.schedule.rectify import Correction, make_correction
 from cemq.search.choose import plan, predicted
 from cemq.search.settings import PlanSettings
 
@@ -30,10 +30,9 @@ Scheduled = Callable[[Bench, int], CacheSchedule]
 
 
 def follow(
-    bench: Bench, schedule: CacheSchedule, *, cache: str = "output", rectify: str | None = None
+    bench: Bench, schedule: CacheSchedule, *, cache: str = "output", fix: Correction | None = None
 ) -> AbstractContextManager[Any]:
-    """A schedule, with a correction of it by name, on the pipeline of a bench."""
-    fix = make_correction(rectify, bench.prior, schedule) if rectify else None
+    """A schedule, and a correction of it, on the pipeline of a bench."""
     sampler = bench.prior.metadata.sampler
     return attached(bench.runner.pipe, Plan(schedule=schedule, sampler=sampler, correction=fix, cache=cache))
 
@@ -41,16 +40,12 @@ def follow(
 @add_method("cemq", "cemq, effort normal", Steps())
 def _cemq(bench: Bench, knob: float) -> AbstractContextManager[Any]:
     planned = bench.fitted(f"cemq-{knob}", lambda: plan(bench.loop, PlanSettings(budget=int(knob))))
-    sampler = bench.prior.metadata.sampler
-    return attached(bench.runner.pipe, Plan(schedule=planned.schedule, sampler=sampler, correction=planned.correction))
+    return follow(bench, planned.schedule, fix=planned.correction)
 
 
-@add_method("cemq-predicted", "cemq, planned on the same prior, and nothing is run", Steps())
-def _cemq_predicted(bench: Bench, knob: float) -> AbstractContextManager[Any]:
-    scheduler = bench.runner.pipe.scheduler
-    settings = PlanSettings(budget=int(knob), effort="instant")
-    found = predicted(bench.prior, settings, cache="output", scheduler=scheduler, steps=bench.num_steps)
-    return follow(bench, found.schedule)
+def _predicted(bench: Bench, budget: int) -> CacheSchedule:
+    settings, scheduler = PlanSettings(budget=budget, effort="instant"), bench.runner.pipe.scheduler
+    return predicted(bench.prior, settings, cache="output", scheduler=scheduler, steps=bench.num_steps).schedule
 
 
 def _uniform(predictor: str) -> Scheduled:
@@ -79,7 +74,8 @@ def _add(name: str, source: str, scheduled: Scheduled, *, cache: str = "output",
     @add_method(name, source, Steps())
     def _(bench: Bench, knob: float) -> AbstractContextManager[Any]:
         schedule = bench.fitted(f"{name}-{knob}", lambda: scheduled(bench, int(knob)))
-        return follow(bench, schedule, cache=cache, rectify=rectify)
+        fix = make_correction(rectify, bench.prior, schedule) if rectify else None
+        return follow(bench, schedule, cache=cache, fix=fix)
 
 
 def _cachequant(bench: Bench, budget: int) -> CacheSchedule:
@@ -125,6 +121,7 @@ def _spectrum(bench: Bench, knob: float) -> AbstractContextManager[Any]:
     return follow(bench, _reusing(bench, steps, "spectrum", predictor="chebyshev"))
 
 
+_add("cemq-predicted", "cemq, planned on the same prior, and nothing is run", _predicted)
 _add("uniform", "even spacing, the latest output again", _uniform("reuse"))
 _add("uniform-taylor1", "even spacing, first-order extrapolation of the output", _uniform("taylor1"))
 _add("uniform-residual", "even spacing, the latest residual of the blocks again", _uniform("reuse"), cache="residual")
