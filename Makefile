@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2
+# A hundred fresh processes of the tests import diffusers: what Python compiled for the first is kept for the rest.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: demo test coverage lint types fix wheel docs bench families train clean
