@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
+
+Name = TypeVar("Name", bound=str)
 
 
 class CemqError(Exception):
@@ -54,7 +57,7 @@ class InputError(CemqError):
     """A calibration file, recipe or call argument is missing or malformed."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What some library's exception says, short enough for a message of one line.
 
     >>> first_line(ValueError("not today\\nor ever")), first_line(ValueError())
@@ -83,11 +86,11 @@ def check_keywords(function: str, given: Iterable[str], taken: type) -> None:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
-def choose(kind: str, name: str, known: Iterable[str], error: type[CemqError] = InputError) -> str:
+def choose(kind: str, name: str, known: Iterable[Name], error: type[CemqError] = InputError) -> Name:
     """Return ``name`` if it is known, else raise ``error`` with the nearest known name."""
-    known = list(known)
-    if name in known:
-        return name
-    near = difflib.get_close_matches(name, known, n=1)
+    names = list(known)
+    if found := next((each for each in names if each == name), None):
+        return found
+    near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise error(f"unknown {kind} {name!r}: choose from {', '.join(known)}{hint}")
+    raise error(f"unknown {kind} {name!r}: choose from {', '.join(names)}{hint}")

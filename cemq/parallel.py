@@ -175,6 +175,7 @@ def _join() -> Processes:
         group = dist.new_group(backend="gloo")
     except (RuntimeError, ValueError) as error:
         raise ProcessError(f"the processes cannot reach each other: {first_line(error)}") from error
+    assert isinstance(group, dist.ProcessGroup)  # of all processes, so that this one is in it
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     store = dist.PrefixStore(f"cemq {group.group_name}", _get_default_store())

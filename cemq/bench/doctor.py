@@ -202,7 +202,7 @@ def _try(
     cells["runs"] = _caught(make)
     if subject is not None:
         for name, probe in probes.items():
-            cells[name] = _caught(lambda probe=probe: probe(subject))
+            cells[name] = _caught(lambda probe=probe, subject=subject: probe(subject))
     return {"error": error if error == error else None, "probes": cells}
 
 

@@ -70,7 +70,9 @@ def planned_bytes(model: nn.Module, dtype: torch.dtype, config: CemqConfig | Non
     total = sum(parameter.numel() * kinds[name].itemsize for name, parameter in model.named_parameters())
     kept = model.state_dict()
     total += sum(buffer.numel() * buffer.element_size() for name, buffer in model.named_buffers() if name in kept)
-    for name, linear, scheme in quantizable(model, config) if config else ():
+    if config is None:
+        return total
+    for name, linear, scheme in quantizable(model, config):
         total += layer_bytes(config, linear, scheme)
         total -= linear.weight.numel() * kinds[f"{name}.weight"].itemsize
     return total

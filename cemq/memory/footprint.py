@@ -159,7 +159,7 @@ def read_footprint(
         role, (library, kind) = headers.role(name), headers.classes[name]
         known = _diffusers_class(kind) if library == "diffusers" else None
         loaded = [_as_loaded(tensor, stored_dtype or dtype, dtype) for tensor in tensors]
-        whole, *reduced = _activations(role, tensors, configs, name, picture, dtype)
+        whole, *fewer = _activations(role, tensors, configs, name, picture, dtype)
         kept = 0
         if name == first:  # a second denoiser (Wan 2.2) goes on with what the first one left
             features = output_features(configs[name]) if cache == "output" else widths(tensors)[0]
@@ -177,7 +177,7 @@ def read_footprint(
                 largest_leaves=_largest_leaves(loaded),
                 in_sequence=name in sequence and name not in excluded,
                 groups=getattr(known, "_supports_group_offloading", True),
-                vae_activation_bytes=tuple(reduced) or None,
+                vae_activation_bytes=(fewer[0], fewer[1]) if fewer else None,
             )
         )
     return tuple(found)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
 import torch
@@ -74,6 +74,7 @@ def place(
     elif placement.disk:
         if device.type == "cpu":
             map_large_allocations()
+        assert offload_folder is not None  # whoever plans for a disk has one
         with whole_folder(offload_folder) as folder:
             for name, model in models.items():
                 _to_disk(name, model, plan, device, folder / name)
@@ -142,7 +143,8 @@ def _untie(model: nn.Module) -> None:
     """
     seen: set[int] = set()
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        owned = cast("tuple[dict[str, Any], ...]", (module._parameters, module._buffers))
+        for tensors in owned:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue

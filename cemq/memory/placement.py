@@ -273,7 +273,7 @@ def plan_placement(
     ['on device', 'model offload', 'group offload, block level, streams', 'group offload, block level']
     """
     components = tuple(components)
-    modes = [vae for vae in VAE_MODES if vae == "whole" or _vae_mode_helps(components, vae, samples)]
+    modes: list[Vae] = [vae for vae in VAE_MODES if vae == "whole" or _vae_mode_helps(components, vae, samples)]
     estimates = tuple(
         estimate(components, placement, vae, device=device, host_limit=host_limit)
         for placement in placements

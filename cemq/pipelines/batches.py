@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -278,21 +278,21 @@ def run(
     Raises:
         PipelineError: The pipeline refuses its arguments, or fails; the cause is its own exception.
     """
-
-    def step(original: Any, call: Call) -> Any:
-        result = original(*call.args, **call.kwargs)
-        on_step()
-        return result
-
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]  # CPU noise: the same on every device
     with ExitStack() as around:
         around.enter_context(torch.random.fork_rng(devices=_cuda_devices(pipe)))
         torch.manual_seed(batch.seeds[0])
-        if on_step:
+        if on_step is not None:
+
+            def step(original: Any, call: Call) -> Any:
+                result = original(*call.args, **call.kwargs)
+                on_step()
+                return result
+
             around.enter_context(intercepted(pipe.scheduler, "step", step))
         arguments = _for_batch(call, len(batch.conditions))
         try:
-            output = pipe(
+            output = cast("Callable[..., Any]", pipe)(  # all pipelines are, but for their base class
                 **{condition_argument(pipe): list(batch.conditions)},
                 num_inference_steps=steps,
                 generator=generators,

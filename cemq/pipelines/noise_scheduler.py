@@ -44,7 +44,10 @@ class Call:
         args, kwargs = list(self.args), dict(self.kwargs)
         for name, value in changes.items():
             place = self._place(name)
-            (args if isinstance(place, int) else kwargs)[place] = value
+            if isinstance(place, int):
+                args[place] = value
+            else:
+                kwargs[place] = value
         return Call(tuple(args), kwargs, self.names)
 
     def _place(self, name: str) -> int | str:

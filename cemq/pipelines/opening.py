@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -46,8 +45,7 @@ def locate(name: str, *, variant: str | None = None, revision: str | None = None
     """
     if name.startswith(BUILTIN_PREFIX):
         short = choose("built-in model", name.removeprefix(BUILTIN_PREFIX), BUILTINS, ModelError)
-        root = Path(importlib.util.find_spec("cemq").origin).parent
-        return ModelSource(name=name, folder=root / "builtin" / short)
+        return ModelSource(name=name, folder=Path(__file__).parents[1] / "builtin" / short)
     folder = absolute(name)
     if name and os.path.lexists(folder):
         if not os.path.isfile(folder / "model_index.json"):
@@ -208,7 +206,9 @@ def refuse_lost_weights(model: Any) -> None:
 
 def _lost_weights(module: Any, prefix: str, *, brought: bool = False) -> Iterator[str]:
     hook = getattr(module, "_hf_hook", None)  # accelerate's
-    offloading = [each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False) is True]
+    offloading: list[Any] = [
+        each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False) is True
+    ]
     if not brought and not offloading:
         yield from (prefix + name for name, tensor in module.named_parameters(recurse=False) if tensor.is_meta)
     brought = brought or any(each.place_submodules for each in offloading)

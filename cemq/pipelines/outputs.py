@@ -147,7 +147,8 @@ def as_array(output: Any) -> np.ndarray:
 
 def kind_of(values: np.ndarray) -> Kind:
     """What an array of `as_array` holds."""
-    return {3: "audio", 4: "image", 5: "video"}[values.ndim]
+    kinds: dict[int, Kind] = {3: "audio", 4: "image", 5: "video"}
+    return kinds[values.ndim]
 
 
 def rate_of(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> float:
