@@ -401,3 +401,5 @@ def test_a_prior_that_does_not_know_its_sampler_does_not_carry_over():
     prior = dataclasses.replace(smooth_prior(sampler_of(50)), metadata=None)
     with pytest.raises(PriorMismatchError, match="profile anew"):
         prior.resampled(sampler_of(20))
+    with pytest.raises(PriorMismatchError, match="nothing says which sampler it was measured under"):
+        _ = prior.sampler

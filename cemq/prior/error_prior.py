@@ -97,7 +97,7 @@ class ErrorPrior:
     ``qq``, ``qv`` and ``vv`` are (num_steps, num_steps), float64, divided by the number of latent elements.
     ``step_sizes`` (num_steps,) is how much one unit of model output moves the sample at each step, ``sensitivity``
     (2, num_steps) how much one unit of displacement after that step moves the final sample: where the step is computed
-    or extrapolated, and where it reuses an earlier output as it is. (num_steps,) is for both, None counts as ones.
+    or extrapolated, and where it reuses an earlier output as it is. (num_steps,) is for both, (1,) for all steps.
     ``coherence`` is over how many steps errors keep their direction on the way to the final sample: those of two steps
     add up with sign if it is large, in squares if it is small. ``response`` (2, num_steps) is how far the output of a
     step moves for a unit that its sample has strayed by, the way it has strayed and across it; (2,) is that of all
@@ -113,7 +113,7 @@ class ErrorPrior:
     qv: np.ndarray
     vv: np.ndarray
     step_sizes: np.ndarray
-    sensitivity: np.ndarray | None = None
+    sensitivity: np.ndarray = dataclasses.field(default_factory=lambda: np.ones(1))
     coherence: float = np.inf
     response: np.ndarray = dataclasses.field(default_factory=lambda: np.array(RESPONSE))
     token_cosines: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((3, 0, 0)))
@@ -123,10 +123,9 @@ class ErrorPrior:
 
     def __post_init__(self) -> None:
         steps = len(self.step_sizes)
-        sensitivity = np.ones(steps) if self.sensitivity is None else self.sensitivity
-        if sensitivity.shape not in ((steps,), (2, steps)):
-            raise InputError(f"error prior: sensitivity has shape {sensitivity.shape}, expected {(2, steps)}")
-        object.__setattr__(self, "sensitivity", np.broadcast_to(sensitivity, (2, steps)))
+        if self.sensitivity.shape not in ((1,), (steps,), (2, steps)):
+            raise InputError(f"error prior: sensitivity has shape {self.sensitivity.shape}, expected {(2, steps)}")
+        object.__setattr__(self, "sensitivity", np.broadcast_to(self.sensitivity, (2, steps)))
         for name in ("qq", "qv", "vv"):
             matrix = getattr(self, name)
             if matrix.shape != (steps, steps):
@@ -151,6 +150,13 @@ class ErrorPrior:
     def is_fitted(self) -> bool:
         """Whether runs in closed loop have said how errors reach the final sample."""
         return math.isfinite(self.coherence)
+
+    @property
+    def sampler(self) -> SamplerFingerprint:
+        """That it was measured under. Raises PriorMismatchError where its file does not say so."""
+        if self.metadata is None:
+            raise PriorMismatchError("error prior: nothing says which sampler it was measured under: profile anew")
+        return self.metadata.sampler
 
     @property
     def corrector(self) -> str:
@@ -296,16 +302,16 @@ class ErrorPrior:
         """The prior of a run with ``kept`` of the steps, rising and beginning with 0, each as long as all up to the
         next: to plan many steps on few. Without sampler and channels, which nothing would be left to do with.
         """
-        kept = np.asarray(kept)
-        pairs = np.ix_(kept, kept)
+        steps = np.asarray(kept)
+        pairs = np.ix_(steps, steps)
         return ErrorPrior(
             qq=self.qq[pairs],
             qv=self.qv[pairs],
             vv=self.vv[pairs],
-            step_sizes=np.add.reduceat(self.step_sizes, kept),
-            sensitivity=self.sensitivity[:, kept],
-            coherence=self.coherence * len(kept) / self.num_steps,
-            response=self.response[:, kept],
+            step_sizes=np.add.reduceat(self.step_sizes, steps),
+            sensitivity=self.sensitivity[:, steps],
+            coherence=self.coherence * len(steps) / self.num_steps,
+            response=self.response[:, steps],
         )
 
     def save(self, path: Path) -> None:

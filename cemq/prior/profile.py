@@ -45,7 +45,9 @@ def profiled(
         measured.append((len(batch.seeds), statistics, reference.step_sizes, reference.sampler))
     found = processes.gather(measured)
     total = sum(count for count, *_ in found)
-    averages = {name: sum(count / total * each[name] for count, each, *_ in found) for name in found[0][1]}
+    averages: dict[str, Any] = {
+        name: sum(count / total * each[name] for count, each, *_ in found) for name in found[0][1]
+    }
     metadata = PriorMetadata(
         sampler=found[0][3],
         scheme=scheme,
