@@ -444,6 +444,12 @@ def test_a_longest_gap_too_short_for_the_budget_names_the_budgets_that_fit():
         plan_schedule(prior, 4, max_gap=0)
 
 
+def test_with_a_longest_gap_all_budgets_at_once_are_those_that_can_keep_it():
+    prior = prior_of(*trajectories(11))
+    plans = plan_all(prior, 6, max_gap=3)
+    assert plans == [plan_schedule(prior, budget, predictor=AUTO, max_gap=3) for budget in (4, 5, 6)]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_schedule_records_how_it_was_planned(solver):
     schedule = plan_schedule(prior_of(*trajectories(12)), "3x", solver=solver, predictor="reuse")

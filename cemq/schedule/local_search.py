@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Unpack
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from cemq.predict.correctors import NO_CORRECTOR, straying_matrix
 from cemq.prior.error_prior import ErrorPrior
 from cemq.schedule.cache_schedule import CacheSchedule
 from cemq.schedule.segment import SLOPES
-from cemq.schedule.solvers import AUTO, longest_gap, parse_budget, plan_schedule
+from cemq.schedule.solvers import AUTO, Aims, longest_gap, parse_budget, plan_schedule
 
 SEARCH = "search"  # the solver that is all of this, and of `cemq.search.explore`
 SEGMENT_PREDICTORS = ("reuse", "damped", "taylor1", "taylor2")  # that it gives to single segments
@@ -123,10 +124,10 @@ def plan_predicted(
         InfeasibleBudgetError: The budget is out of range.
     """
     count, whole = parse_budget(budget, prior.num_steps), "taylor1" if predictor == AUTO else predictor
-    settings = {"corrector": corrector, "view": view}
+    settings: Aims = {"corrector": corrector, "view": view}
     names = dict.fromkeys((predictor, whole))
     if prior.num_steps > _MOST_STEPS and count < prior.num_steps:
-        starts = [_plan_many(prior, count, predictor=predictor, **settings)]
+        starts = [_plan_many(prior, count, predictor, **settings)]
     else:
         starts = [plan_schedule(prior, count, predictor=name, **settings) for name in names]
     evenly = plan_schedule(prior, count, solver="uniform", predictor=whole, **settings)
@@ -139,14 +140,15 @@ def plan_predicted(
     return improve(prior, starts, predictors=SEGMENT_PREDICTORS if predictor == AUTO else (), view=view)
 
 
-def _plan_many(prior: ErrorPrior, count: int, **settings: str) -> CacheSchedule:
+def _plan_many(prior: ErrorPrior, count: int, predictor: str, **settings: Unpack[Aims]) -> CacheSchedule:
     """`plan_schedule`, or what it plans for fewer steps, stretched over all."""
     steps = prior.num_steps
     if steps * longest_gap(steps, count) ** 2 <= _LARGEST_TABLE:
-        return plan_schedule(prior, count, **settings)
-    kept = np.linspace(0, steps, _MOST_STEPS, endpoint=False).astype(int)
-    few = plan_schedule(prior.thinned(kept), max(2, round(count * _MOST_STEPS / steps)), **settings)
-    return stretched(few, kept[list(few.full_steps)], steps, count)
+        return plan_schedule(prior, count, predictor=predictor, **settings)
+    kept = np.linspace(0, steps, _MOST_STEPS, endpoint=False).astype(int).tolist()
+    fewer = max(2, round(count * _MOST_STEPS / steps))
+    few = plan_schedule(prior.thinned(kept), fewer, predictor=predictor, **settings)
+    return stretched(few, [kept[step] for step in few.full_steps], steps, count)
 
 
 def settle(prior: ErrorPrior, schedule: CacheSchedule, *, view: str = "combined") -> CacheSchedule:

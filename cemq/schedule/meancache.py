@@ -75,5 +75,5 @@ def plan_meancache(
     for used in range(int(best[:, -1].argmin()), 0, -1):
         path.append(int(came[used, path[-1]]))
     full = tuple(reversed(path))
-    chosen = [predictors[index] for index in errors[:, full[:-1], full[1:]].argmin(0)]
+    chosen = [predictors[int(index)] for index in errors[:, full[:-1], full[1:]].argmin(0)]
     return CacheSchedule(num_steps=steps, full_steps=full, predictor=(*chosen, chosen[-1]), solver="meancache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from cemq.schedule import (
     suited_corrector,
 )
 from cemq.schedule.rectify import Correction
+from cemq.schedule.solvers import Aims
 
 CACHES = ("output", "residual", "modules")
 
@@ -53,6 +55,12 @@ class Plan:
         if self.schedule.corrects and self.cache != "output":
             raise InputError(f"cache={self.cache}: skipped steps are corrected later with cache=output only")
 
+    @property
+    def own_sampler(self) -> SamplerFingerprint:
+        """That of a plan that was made for one."""
+        assert self.sampler is not None
+        return self.sampler
+
     def with_budget(self, budget: int | str) -> Plan:
         """The same with a schedule of that budget; as it is, if it has that budget: its schedule may have been run.
 
@@ -79,7 +87,7 @@ class Plan:
         One of ``others`` if it was made for these timesteps, else planned from the prior.
         """
         for other in self.others:
-            if sampler.ends_like(other.sampler):
+            if sampler.ends_like(other.own_sampler):
                 return other
         if self.prior is None or self.sampler is None or not self.sampler.carries_over(sampler):
             return None
@@ -96,19 +104,21 @@ class Plan:
         corrector = self.schedule.corrector
         if corrector == NO_CORRECTOR and self.cache == "output":  # it may pay at this budget
             corrector = suited_corrector(prior, budget, predictor=self.predictor, view=self.view)
-        settings = {"predictor": self.predictor, "corrector": corrector, "view": self.view}
-        solver = solver or self.solver
+        aims: Aims = {"corrector": corrector, "view": self.view}
+        solver, predictor = solver or self.solver, self.predictor
         if solver == SEARCH and not prior.is_fitted:  # local search then believes what is not so, by up to 7 dB
-            solver, settings["predictor"] = "segment", "taylor1" if self.predictor == AUTO else self.predictor
+            solver, predictor = "segment", "taylor1" if predictor == AUTO else predictor
         share = 1 - len(self.schedule.branch_steps) / len(self.schedule.full_steps)
         if solver == SEARCH and share == 1:
             count = parse_budget(budget, prior.num_steps)
             full_steps = list(self.schedule.full_steps)
-            places = full_steps if sampler is self.sampler else self.sampler.places_in(sampler)[full_steps]
+            places: Sequence[float] = full_steps
+            if sampler is not self.sampler:
+                places = self.own_sampler.places_in(sampler)[full_steps].tolist()
             known = replace(stretched(self.schedule, places, prior.num_steps, count), corrector=corrector)
-            schedule = plan_predicted(prior, count, known=known, **settings)
+            schedule = plan_predicted(prior, count, predictor=predictor, known=known, **aims)
         else:
             solver = "segment" if solver == SEARCH else solver
-            schedule = plan_branches(prior, budget, share, solver=solver, **settings)
+            schedule = plan_branches(prior, budget, share, solver=solver, predictor=predictor, **aims)
         correction = self.correction and self.correction.carried_over(prior, schedule)
         return replace(self, schedule=schedule, sampler=sampler, prior=prior, correction=correction, others=())

@@ -77,6 +77,13 @@ def longest_gap(num_steps: int, budget: int) -> int:
     return num_steps if num_steps <= _UNLIMITED else max(_UNLIMITED // 4, 3 * -(-num_steps // budget))
 
 
+class Aims(TypedDict):
+    """What a plan is made for: how skipped steps are put right later, and which errors of the prior count."""
+
+    corrector: str
+    view: str
+
+
 class Rules(TypedDict, total=False):
     """The finer rules of `plan_schedule`, each of which has a default there."""
 
@@ -175,21 +182,23 @@ def plan_all(
 ) -> list[CacheSchedule]:
     """The ``segment`` schedule for every budget 2..largest, in one solution; none costs more than the one before it.
 
+    With ``max_gap`` only for those that are large enough for such gaps.
+
     Raises:
         InfeasibleBudgetError: No path of at most ``largest`` steps fits the gaps allowed.
     """
     settings = {"predictor": predictor, "corrector": corrector, "view": view, "gamma": gamma}
     schedules = _plan_within(prior, largest, max_gap=max_gap, **settings)
-    small = schedules.count(None)  # budgets too small for these gaps; they are planned with longer ones
+    small = largest - len(schedules)  # budgets too small for these gaps; they are planned with longer ones
     if max_gap is None and small > 1:
-        return [*plan_all(prior, small, **settings), *schedules[small:]]
-    return schedules[1:]
+        return [*plan_all(prior, small, **settings), *schedules]
+    return schedules if small else schedules[1:]
 
 
 def _plan_within(
     prior: ErrorPrior, largest: int, *, predictor: str, corrector: str, view: str, gamma: float, max_gap: int | None
-) -> list[CacheSchedule | None]:
-    """Those of `plan_all`, from a budget of 1 on, with the gaps that suit the largest: None where they are too short.
+) -> list[CacheSchedule]:
+    """Those of `plan_all` with the gaps that suit the largest: from the first budget on, 1 or more, that these reach.
 
     Raises:
         InfeasibleBudgetError: They are for the largest.
@@ -200,18 +209,18 @@ def _plan_within(
     longest = min(max_gap or longest_gap(num_steps, largest), num_steps)
     names = tuple(SLOPES) if predictor == AUTO else (predictor,)
     table = segment_costs(prior, names, view=view, corrector=corrector, gamma=gamma, max_gap=longest)
-    found = solve_segments(table.costs, largest)
-    schedules: list[CacheSchedule | None] = []
+    schedules: list[CacheSchedule] = []
     cheapest = np.inf
-    for full_steps, total in found:
+    for full_steps, total in solve_segments(table.costs, largest):
         if total < cheapest:
             cheapest = total
             chosen = _chosen(table, full_steps) if predictor == AUTO else predictor
             latest = CacheSchedule(
                 num_steps=num_steps, full_steps=full_steps, predictor=chosen, solver="segment", corrector=corrector
             )
-        schedules.append(latest if np.isfinite(cheapest) else None)
-    if schedules[-1] is None:
+        if np.isfinite(cheapest):
+            schedules.append(latest)
+    if not schedules:
         raise InfeasibleBudgetError(
             f"budget={largest} cannot cover {num_steps} steps with gaps of at most {longest}: "
             f"choose {-(-num_steps // longest)}..{num_steps}, or a larger max_gap"
