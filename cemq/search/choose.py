@@ -21,12 +21,12 @@ from cemq.schedule import (
     AUTO,
     SEARCH,
     CacheSchedule,
-    full_compute,
     plan_schedule,
     suited_corrector,
     usual_budget,
 )
 from cemq.schedule.rectify import METHODS, Correction, make_correction
+from cemq.schedule.solvers import Aims
 from cemq.search.explore import Search, Wanted, gained, is_certain, planned
 from cemq.search.propagation import sample_schedules
 from cemq.search.settings import AUTO_BUDGET, PlanSettings
@@ -76,24 +76,23 @@ def plan(loop: ClosedLoop, settings: PlanSettings, *, known: CacheSchedule | Non
         InputError: The sampler or the cache leaves no room for the corrector asked for.
     """
     budget, solver, view = settings.full_steps(loop.num_steps), settings.solver, settings.view
-    full = None
-    if settings.fits or budget in (None, loop.num_steps):
-        full = loop.run(full_compute(loop.num_steps))
-    if budget is None and settings.target_psnr is None and not full.relative_l2:
+    full = loop.full() if settings.fits or budget in (None, loop.num_steps) else None
+    if budget is None and settings.target_psnr is None and not loop.full().relative_l2:
         raise InputError("budget=auto: full compute has no error without quantization, so give a target PSNR")
-    corrector = _chosen_corrector(loop, settings, full, budget)
-    calibrated = _calibrate(loop, settings, full, budget, corrector) if settings.fits else 0
+    corrector = _chosen_corrector(loop, settings, budget)
+    calibrated = _calibrate(loop, settings, budget, corrector) if settings.fits else 0
     search = Search(loop=loop, settings=settings, corrector=corrector, known=known)
     if budget is None:
-        wanted = Wanted(full=full, tolerance=settings.tolerance, psnr_db=settings.target_psnr)
+        wanted = Wanted(full=loop.full(), tolerance=settings.tolerance, psnr_db=settings.target_psnr)
         best = search.fewest(wanted) if settings.fits else search.fewest_picked(wanted)
     elif budget == loop.num_steps:
-        best = full
+        best = loop.full()
     elif solver == SEARCH:
         best = search.best(budget) if settings.fits else search.picked(budget)
     else:
-        named = {"solver": solver, "predictor": settings.predictor, "corrector": corrector, "view": view}
-        best = loop.run(plan_schedule(loop.fit(view).prior, budget, **named))
+        aims: Aims = {"corrector": corrector, "view": view}
+        fitted = loop.fit(view).prior
+        best = loop.run(plan_schedule(fitted, budget, solver=solver, predictor=settings.predictor, **aims))
     chosen, fix = _rectified(loop, settings, best, loop.spent + search.kept_for_corrections)
     if best is not full:
         chosen, fix = search.with_skipped_branches(chosen, fix)
@@ -134,15 +133,16 @@ def predicted(prior: ErrorPrior, settings: PlanSettings, *, cache: str, schedule
     """
     check_runs(settings, samples=0)
     budget = settings.full_steps(prior.num_steps)
+    assert budget is not None  # ``auto`` was refused
     corrector = _settled_corrector(settings, cache, scheduler, steps) or _expected_corrector(prior, settings, budget)
-    named = {"predictor": settings.predictor, "corrector": corrector, "view": settings.view}
+    aims: Aims = {"corrector": corrector, "view": settings.view}
     if settings.solver == SEARCH:
-        schedule = next(planned(prior, budget, **named))
+        schedule = next(planned(prior, budget, predictor=settings.predictor, **aims))
     else:
-        schedule = plan_schedule(prior, budget, solver=settings.solver, **named)
+        schedule = plan_schedule(prior, budget, solver=settings.solver, predictor=settings.predictor, **aims)
     asked = settings.rectify
     fix = None if asked in (AUTO, "none") else make_correction(asked, prior, schedule)
-    prior = replace(prior, metadata=replace(prior.metadata, corrector=corrector))
+    prior = replace(prior, metadata=prior.metadata and replace(prior.metadata, corrector=corrector))
     evidence = {"solver": settings.solver, "effort": settings.effort, "search_generations": 0.0, "samples": 0}
     return Planned(schedule=schedule, correction=fix, prior=prior, evidence=evidence)
 
@@ -167,22 +167,22 @@ def _expected_corrector(prior: ErrorPrior, settings: PlanSettings, budget: int) 
     )
 
 
-def _chosen_corrector(loop: ClosedLoop, settings: PlanSettings, full: Trial | None, budget: int | None) -> str:
+def _chosen_corrector(loop: ClosedLoop, settings: PlanSettings, budget: int | None) -> str:
     """The one to plan a budget with."""
     if settled := _settled_corrector(settings, loop.cache, loop.runner.pipe.scheduler, loop.runner.steps):
         return settled
     if budget in (None, loop.num_steps):
         budget = usual_budget(loop.num_steps)
-    if full is None or not settings.fits:
+    if not settings.fits:
         return _expected_corrector(loop.prior, settings, budget)
     name = "taylor1" if settings.predictor == AUTO else settings.predictor
     uniform = plan_schedule(loop.prior, budget, solver="uniform", predictor=name)
     even = loop.run(uniform, samples=settings.search.searched)
-    lost = middle_mean(full.sample_psnr_db[: even.samples] - even.sample_psnr_db)
+    lost = middle_mean(loop.full().sample_psnr_db[: even.samples] - even.sample_psnr_db)
     return settings.search.corrector if lost > settings.search.worth_correcting else NO_CORRECTOR
 
 
-def _calibrate(loop: ClosedLoop, settings: PlanSettings, full: Trial, budget: int | None, corrector: str) -> int:
+def _calibrate(loop: ClosedLoop, settings: PlanSettings, budget: int | None, corrector: str) -> int:
     """Run what says how errors reach the final sample, and count all of it as spent, also what an earlier plan has run.
 
     Schedules of the budget that is planned for, since how errors spread depends on how many steps are skipped; and some
@@ -204,7 +204,7 @@ def _calibrate(loop: ClosedLoop, settings: PlanSettings, full: Trial, budget: in
         half = max(2, budget // 2)
         of_half = corrector  # what pays with more steps pays with fewer
         if corrector == NO_CORRECTOR:
-            of_half = _chosen_corrector(loop, settings, full, half)
+            of_half = _chosen_corrector(loop, settings, half)
         own = draw(search.fitted_to, seed=0, budget=budget, corrector=corrector)
         other = draw(search.fitted_to // 3, seed=1, budget=half, corrector=of_half)
         drawn = []

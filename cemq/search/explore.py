@@ -35,6 +35,7 @@ from cemq.schedule import (
     skip_branches,
 )
 from cemq.schedule.rectify import Correction
+from cemq.schedule.solvers import Aims
 from cemq.search.propagation import SAMPLE
 from cemq.search.settings import PlanSettings
 from cemq.search.trials import ClosedLoop, Trial
@@ -71,7 +72,7 @@ def affordable(trials: Sequence[Trial], budget: int) -> list[Trial]:
 def planned(prior: ErrorPrior, budget: int, *, predictor: str, corrector: str, view: str) -> Iterator[CacheSchedule]:
     """What a prior says without any runs, the most reliable first: the dynamic program's schedule for one predictor,
     and what local search on the predicted error makes of it."""
-    settings = {"corrector": corrector, "view": view}
+    settings: Aims = {"corrector": corrector, "view": view}
     yield plan_schedule(prior, budget, predictor="taylor1" if predictor == AUTO else predictor, **settings)
     yield plan_predicted(prior, budget, predictor=predictor, **settings)
 
@@ -89,7 +90,7 @@ class Wanted:
             return trial.psnr_db >= self.psnr_db
         excess = trial.sample_relative_l2 - (1 + self.tolerance) * self.full.sample_relative_l2[: trial.samples]
         # with a standard error to spare: what only just passes here fails on half of all other samples
-        return middle_mean(excess) + middle_error(excess) <= 0
+        return bool(middle_mean(excess) + middle_error(excess) <= 0)
 
     def check(self) -> None:
         """Raises InfeasibleBudgetError where not even full compute is good enough."""
@@ -166,7 +167,7 @@ class Search:
     def own(self, prior: ErrorPrior, budget: int) -> Iterator[CacheSchedule]:
         if self.known is not None and self.known.budget <= budget:
             yield self.known
-        settings = {"corrector": self.corrector, "view": self.view}
+        settings: Aims = {"corrector": self.corrector, "view": self.view}
         for name in dict.fromkeys((self.predictor, *self._names)):
             # taylor2 begins with taylor1's steps, and goes on from there by local search
             planned = plan_schedule(prior, budget, predictor="taylor1" if name == "taylor2" else name, **settings)

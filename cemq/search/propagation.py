@@ -75,7 +75,7 @@ def sample_schedules(
         found.append(
             CacheSchedule(
                 num_steps=num_steps,
-                full_steps=sorted(chosen),
+                full_steps=tuple(sorted(chosen)),
                 predictor=predictors[index // 2 % len(predictors)],
                 solver=SAMPLE,
                 corrector=corrector,
@@ -109,10 +109,9 @@ def fit_propagation(
     answers = legendre.legvander(places, len(_ANSWERED) - 1).T
     strayed = None
     if any(schedule.corrects for schedule in schedules):
-        strayed = tuple(
-            np.stack(terms, axis=-3) * moved
-            for terms in zip(*(_strayed_terms(prior, schedule, answers, view) for schedule in schedules), strict=True)
-        )
+        terms = (_strayed_terms(prior, schedule, answers, view) for schedule in schedules)
+        first, second = (np.stack(each, axis=-3) * moved for each in zip(*terms, strict=True))
+        strayed = first, second
     wanted = np.log(np.maximum(errors, 1e-12))
     shares = np.sqrt(np.ones(len(wanted)) if counts is None else counts)
     signs = np.where([reused_steps(each) for each in integrated], 1.0, -1.0)
@@ -144,7 +143,8 @@ def fit_propagation(
     lowest, highest = np.full(len(start), -np.inf), np.full(len(start), np.inf)
     lowest[at_coherence], highest[at_coherence] = np.log(0.2), np.log(100 * prior.num_steps)
     solution = least_squares(
-        lambda at: residuals(at)[0], start, lambda at: residuals(at)[1], (lowest, highest),
+        lambda at: residuals(at)[0], start, lambda at: residuals(at)[1],  # pyright: ignore[reportArgumentType]  # SciPy has no types
+        (lowest, highest),
         ftol=_TOLERANCE, xtol=_TOLERANCE, gtol=_TOLERANCE,
     )  # fmt: skip
     parameters, value = solution.x, solution.fun

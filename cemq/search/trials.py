@@ -16,7 +16,7 @@ from cemq.predict.correctors import NO_CORRECTOR
 from cemq.prior.error_prior import ErrorPrior
 from cemq.runtime import attached
 from cemq.runtime.runner import Outcome, Runner
-from cemq.schedule import FULL, CacheSchedule
+from cemq.schedule import FULL, CacheSchedule, full_compute
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import Correction
 from cemq.search.propagation import SAMPLE, Fit, fit_propagation
@@ -151,6 +151,10 @@ class ClosedLoop:
         """
         return self._run(schedule, correction, range(self._batches_of(samples)))
 
+    def full(self) -> Trial:
+        """The trial of full compute on all samples."""
+        return self.run(full_compute(self.num_steps))
+
     def calibrate(self, schedule: CacheSchedule, number: int, *, share: float = SearchSettings.calibrated) -> Trial:
         """Run a schedule for what it says about how errors spread, on a ``share`` of the samples or more.
 
@@ -169,13 +173,12 @@ class ClosedLoop:
         key = (schedule.key, correction and correction.method, part_from)
         known = self._trials.get(key)
         missing = range(self._batches_run.get(key, wanted.start), wanted.stop)
-        if not missing:
+        if known is not None and not missing:
             return known
         # each process plans for itself, from the same numbers; on unequal machines they might come to differ
         self.runner.processes.agree("the schedule to run", key)
         references = dict(zip(self.runner.processes.share(range(len(self.batches))), self.references, strict=True))
-        sampler = self.prior.metadata.sampler
-        followed = Plan(schedule=schedule, sampler=sampler, correction=correction, cache=self.cache)
+        followed = Plan(schedule=schedule, sampler=self.prior.sampler, correction=correction, cache=self.cache)
         with attached(self.runner.pipe, followed) as hook:
             mine = {
                 index: self._scores(index, references[index], key, hook) for index in missing if index in references
