@@ -26,10 +26,10 @@ from cemq.bundle.manifest import read_bundle
 from cemq.errors import InputError, ModelError
 from cemq.pipelines.batches import run
 from cemq.runtime import attach, attached, cache_checked, detach, schedule_hook
-from cemq.runtime.attach import HOOK
 from cemq.runtime.cached.inner import block_stack
 from cemq.runtime.cached.modules import find_parts
 from cemq.runtime.cached.residual import ResidualCache
+from cemq.runtime.registration import HOOK
 from cemq.schedule import CacheSchedule
 from cemq.schedule.plan import Plan
 

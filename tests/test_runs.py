@@ -23,7 +23,7 @@ from cemq.pipelines.batches import Batch, run
 from cemq.pipelines.noise_scheduler import fingerprint, intercepted
 from cemq.pipelines.trajectory import force, record
 from cemq.runtime import attach, attached, detach, for_request, schedule_hook, set_budget
-from cemq.runtime.attach import HOOK
+from cemq.runtime.registration import HOOK
 from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule
 

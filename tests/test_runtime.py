@@ -15,7 +15,7 @@ from cemq.pipelines.noise_scheduler import fingerprint, intercepted, landing_len
 from cemq.pipelines.trajectory import record
 from cemq.predict.predictors import PREDICTORS
 from cemq.runtime import attach, attached, detach, schedule_hook, set_budget
-from cemq.runtime.attach import HOOK
+from cemq.runtime.registration import HOOK
 from cemq.schedule import CacheSchedule, plan_predicted, plan_schedule, stretched
 from cemq.schedule.plan import Plan
 from cemq.schedule.rectify import METHODS, Correction, make_correction

@@ -25,7 +25,8 @@ class DenoiserArguments:
         """A tensor; lists of them, one a picture, are put together."""
         found = self._given("sample", args, kwargs)
         if isinstance(found, (list, tuple)):
-            return torch.cat([each.reshape(-1) for each in found]) if len(found) > 1 else found[0]
+            first, *others = found
+            return torch.cat([each.reshape(-1) for each in found]) if others else first
         return found
 
     def timestep(self, args: Any, kwargs: Any) -> Any:

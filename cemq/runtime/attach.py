@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.hooks.hooks import HookRegistry, ModelHook
 
 from cemq.errors import ModelError
 from cemq.memory.placement import format_bytes
@@ -27,7 +26,15 @@ from cemq.runtime.cached.modulated import modulated_input, probed
 from cemq.runtime.callers import Caller, ThreadContexts, find_caller
 from cemq.runtime.history import History, shapes_of
 from cemq.runtime.policies import Decider, Policy, Scheduled, StepCall
-from cemq.runtime.registration import HOOK, Uncopied, install, keep_outermost, refuse_other_caches, uninstall
+from cemq.runtime.registration import (
+    OutermostHook,
+    Uncopied,
+    install,
+    installed_hook,
+    keep_outermost,
+    refuse_other_caches,
+    uninstall,
+)
 from cemq.runtime.steps import AnySamplerTracker, AnyStepsTracker, StepTracker, Stream
 from cemq.schedule import CacheSchedule, full_compute
 from cemq.schedule.plan import Plan
@@ -178,9 +185,7 @@ class ScheduleHook(Uncopied):
         """Undo `attach`, whatever the pipeline holds by now."""
         self.tracker.release()
         for reference in self._models:
-            model = reference()
-            hook = None if model is None else _find(model)
-            if hook is not None:
+            if (model := reference()) is not None and (hook := _find(model)) is not None:
                 hook.part(self)
                 _uninstall_unused(model)
         if self.pipe is not None and vars(self.pipe).get(_OWN) is self:
@@ -231,8 +236,9 @@ class ScheduleHook(Uncopied):
             kept = branches.less_the_first(value, is_first=is_first)
             if is_needed and kept is not None:
                 history.keep(step_index, kept)
-                if step_index in needed and hasattr(decider, "computed"):
-                    decider.computed(asked, kept)
+                computed = getattr(decider, "computed", None)
+                if step_index in needed and computed is not None:
+                    computed(asked, kept)
 
         return _Call(wanted=is_needed or (branches.by_difference and is_first), shapes=shapes, keep=keep)
 
@@ -266,7 +272,7 @@ class ScheduleHook(Uncopied):
         return step_index
 
 
-class DenoiserHook(Uncopied, ModelHook):
+class DenoiserHook(OutermostHook):
     """Lies on a denoiser and asks the schedule of the run that calls it; calls of anybody else are computed.
 
     Pipelines that share the denoiser share this hook and the cache's hooks inside of the denoiser, nothing else.
@@ -279,7 +285,6 @@ class DenoiserHook(Uncopied, ModelHook):
         self.kind: str = kind
         self.cache: Cache = cache
         self.contexts: ThreadContexts = ThreadContexts()
-        self.installed: Any = None  # the denoiser's forward once this hook is in it
         self.lock: threading.Lock = threading.Lock()  # runs of several pipelines may begin at once, and put it on top
         self._schedules: tuple[weakref.ref[ScheduleHook], ...] = ()
         self.arguments: DenoiserArguments = DenoiserArguments(module)
@@ -318,7 +323,7 @@ class DenoiserHook(Uncopied, ModelHook):
         self._after(call, value)
         return output
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> _Call:
         schedules = self.schedules
         caller = find_caller(origin for each in schedules for origin in each.tracker.origins)
@@ -344,14 +349,15 @@ class DenoiserHook(Uncopied, ModelHook):
                     each.tracker.warn_once("the denoiser is called from elsewhere than where its run began")
         return _Call()
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _after(self, call: _Call, value: Any) -> None:
-        if value is not None:
+        if value is not None and call.keep is not None:
             call.keep(value)
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _not_served(self, call: _Call) -> None:
-        call.not_served()
+        if call.not_served is not None:
+            call.not_served()
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         """A pipeline has ended its run, or somebody wants the memory back: not that of runs of others."""
@@ -413,11 +419,13 @@ def attach(
     )
     found = ScheduleHook(pipe, plan, tracker, run, models)
     try:
-        for denoiser, cache in zip(models, caches, strict=True):
-            if _find(denoiser) is None:
-                install(denoiser, DenoiserHook(denoiser, plan.cache, cache))
-            _find(denoiser).join(found)
-            _find(denoiser).cache.install()
+        for denoiser, own in zip(models, caches, strict=True):
+            hook = _find(denoiser)
+            if hook is None:
+                hook = DenoiserHook(denoiser, plan.cache, own)
+                install(denoiser, hook)
+            hook.join(found)
+            hook.cache.install()
     except ModelError:
         found.leave()
         raise
@@ -431,7 +439,9 @@ def _refuse_others(pipe: DiffusionPipeline, plan: Plan, models: list[torch.nn.Mo
     for denoiser in models:
         _uninstall_unused(denoiser)
         hook = _find(denoiser)
-        for other in hook.schedules if hook is not None else ():
+        if hook is None:
+            continue
+        for other in hook.schedules:
             if other.pipe is pipe:
                 raise ModelError("a cemq schedule is attached to this pipeline already: detach it first")
             if other.follows(pipe):
@@ -486,7 +496,8 @@ def detach(pipe: DiffusionPipeline) -> None:
 
 
 def _find(denoiser: torch.nn.Module) -> DenoiserHook | None:
-    return HookRegistry.check_if_exists_or_initialize(denoiser).get_hook(HOOK)
+    hook = installed_hook(denoiser)
+    return hook if isinstance(hook, DenoiserHook) else None
 
 
 def _uninstall_unused(denoiser: torch.nn.Module) -> None:

@@ -152,7 +152,7 @@ class ThreadContexts(StateManager):
 
     def __init__(self) -> None:
         self._local = threading.local()
-        super().__init__(BaseState)
+        super().__init__(BaseState)  # pyright: ignore[reportArgumentType]  # it takes the class, not one of it
 
     @property
     def _context(self) -> CacheContext | None:

@@ -98,9 +98,11 @@ class _Returned:
         """Where the sample is the same, within rounding, in all of its channels (one of another may be alike by
         chance); nowhere if it has another shape. One answer for all where predictions, of ``shape``, lie elsewhere.
         """
+        if sample is None:
+            return False
         if sample is self._sample and self._version is not None and _version(sample) == self._version:
             return True
-        if sample is None or layout(sample) != layout(self._values):
+        if layout(sample) != layout(self._values):
             return False
         same = torch.isclose(sample.float(), self._values.float(), rtol=_ROUNDING, atol=_NEXT_TO_NOTHING)
         same = same.all(dim=(axis := channel_axis(sample.ndim)), keepdim=True)

@@ -91,15 +91,15 @@ class _Probing:
     def decide(self, call: StepCall) -> Serving | None:
         stream, probe = self._streams[call.stream], call.probe(self._settings.blocks)
         before, stream.after = stream.after, probe.after
-        stream.change = probe.after.float() - probe.before.float()
+        stream.change = change = probe.after.float() - probe.before.float()
         if call.step <= self._retained or call.step == call.num_steps - 1:
             return None
-        if not stream.computed or before.shape != probe.after.shape:
+        if before is None or not stream.computed or before.shape != probe.after.shape:
             return None
         stream.accumulated += relative_change(before, probe.after)
         if stream.accumulated >= self._settings.threshold:
             return None
-        weight = self._aligned(stream)
+        weight = self._aligned(stream, change)
         if weight is None:
             return Serving((stream.computed[0],), (1.0,))
         return Serving(tuple(stream.computed), (weight, 1.0 - weight))
@@ -107,15 +107,16 @@ class _Probing:
     def keeps(self, call: StepCall, *, served: bool) -> Collection[int]:
         stream = self._streams[call.stream]
         if not served:
+            assert stream.change is not None  # `decide` was asked before
             alike = [each for each in stream.changes[:1] if each.shape == stream.change.shape]
             stream.computed = [call.step, *stream.computed[: len(alike)]]
             stream.changes = [stream.change, *alike]
             stream.accumulated = 0.0
         return stream.computed
 
-    def _aligned(self, stream: _Stream) -> float | None:
+    def _aligned(self, stream: _Stream, change: torch.Tensor) -> float | None:
         if len(stream.changes) < 2:
             return None
         newer, older = stream.changes
-        weight = (stream.change - older).abs().mean() / (newer - older).abs().mean().clamp_min(1e-20)
+        weight = (change - older).abs().mean() / (newer - older).abs().mean().clamp_min(1e-20)
         return min(max(weight.item(), 1.0), self._settings.most_aligned)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -58,11 +58,17 @@ class EasyCache:
         return _Following(self)
 
 
+class _Computed(NamedTuple):
+    """What a call was given and returned."""
+
+    sample: torch.Tensor
+    output: torch.Tensor
+
+
 @dataclass
 class _Stream:
     latest: torch.Tensor | None = None  # sample of the latest call
-    sample: torch.Tensor | None = None  # of the latest computed one, as the output
-    output: torch.Tensor | None = None
+    computed: _Computed | None = None  # the latest call that was
     rate: float | None = None
     accumulated: float = 0.0
 
@@ -78,10 +84,10 @@ class _Following:
         self._streams: defaultdict[Hashable, _Stream] = defaultdict(_Stream)
 
     def decide(self, call: StepCall) -> Serving | None:
-        source, stream = self._branches.source(call, self._skips), self._streams[call.stream]
-        if source is None or stream.output is None or stream.sample.shape != call.sample.shape:
+        source, computed = self._branches.source(call, self._skips), self._streams[call.stream].computed
+        if source is None or computed is None or computed.sample.shape != call.sample.shape:
             return None
-        return Serving((source,), (1.0,), added=_moved(stream, call.sample))
+        return Serving((source,), (1.0,), added=_moved(computed, call.sample))
 
     def keeps(self, call: StepCall, *, served: bool) -> Collection[int]:
         if not served:
@@ -89,26 +95,25 @@ class _Following:
         return self._branches.keeps(call, served=served)
 
     def computed(self, call: StepCall, output: Any) -> None:
-        before, found = self._streams[call.stream], first_tensor(output)
-        now = _Stream(latest=before.latest, sample=call.sample.detach().clone(), output=found, rate=before.rate)
-        if before.output is not None and before.sample.shape == now.sample.shape:
+        stream, now = self._streams[call.stream], _Computed(call.sample.detach().clone(), first_tensor(output))
+        before, stream.computed, stream.accumulated = stream.computed, now, 0.0
+        if before is not None and before.sample.shape == now.sample.shape:
             changed, moved = _difference(now, before)
-            now.rate = _size(changed) / max(_size(moved), _TINY)
-        self._streams[call.stream] = now
+            stream.rate = _size(changed) / max(_size(moved), _TINY)
 
     def _skips(self, call: StepCall) -> bool:
         stream = self._streams[call.stream]
         before, stream.latest = stream.latest, call.sample.detach().clone()
-        if call.step < self._settings.warm_up or call.step == call.num_steps - 1 or stream.rate is None:
+        if call.step < self._settings.warm_up or call.step == call.num_steps - 1:
             return False
-        if before is None or before.shape != call.sample.shape:
+        if stream.computed is None or stream.rate is None or before is None or before.shape != call.sample.shape:
             return False
-        output, moved = shared_channels(stream.output, call.sample.float() - before.float())
+        output, moved = shared_channels(stream.computed.output, call.sample.float() - before.float())
         stream.accumulated += stream.rate * _size(moved) / max(_size(output), _TINY)
         return stream.accumulated < self._settings.threshold
 
 
-def _difference(now: _Stream, before: _Stream) -> tuple[torch.Tensor, torch.Tensor]:
+def _difference(now: _Computed, before: _Computed) -> tuple[torch.Tensor, torch.Tensor]:
     """Of outputs and samples, in the channels that they share."""
     return shared_channels(now.output.float() - before.output.float(), now.sample.float() - before.sample.float())
 
@@ -117,10 +122,10 @@ def _size(values: torch.Tensor) -> float:
     return values.float().abs().mean().item()
 
 
-def _moved(stream: _Stream, sample: torch.Tensor) -> torch.Tensor:
+def _moved(computed: _Computed, sample: torch.Tensor) -> torch.Tensor:
     """How far the sample is from the computed one, in the shape of the output."""
-    _, moved = shared_channels(stream.output, sample.float() - stream.sample.float())
-    missing = stream.output.shape[axis := channel_axis(moved.dim())] - moved.shape[axis]
+    _, moved = shared_channels(computed.output, sample.float() - computed.sample.float())
+    missing = computed.output.shape[axis := channel_axis(moved.dim())] - moved.shape[axis]
     shape = list(moved.shape)
     shape[axis] = missing
     return torch.cat([moved, moved.new_zeros(shape)], dim=axis) if missing else moved

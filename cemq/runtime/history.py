@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -26,7 +26,8 @@ class Weighted:
         newest = self.leaves[0]
         if not _is_number(newest) or (self.weights == (1.0,) and self.added is None):
             return copied(newest)
-        total = sum(weight * leaf.float() for weight, leaf in zip(self.weights, self.leaves, strict=True))
+        parts = (weight * leaf.float() for weight, leaf in zip(self.weights, self.leaves, strict=True))
+        total = cast(torch.Tensor, sum(parts))
         if self.added is not None:
             total += self.added
         return total.to(newest.dtype)

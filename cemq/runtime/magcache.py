@@ -74,7 +74,7 @@ class _Stream:
     ratio: float = 1.0
     error: float = 0.0
     skipped: int = 0
-    computed: int | None = None  # the latest step that was
+    computed: tuple[int, ...] = ()  # the latest step that was
 
 
 class _Drifting:
@@ -90,19 +90,19 @@ class _Drifting:
 
     def decide(self, call: StepCall) -> Serving | None:
         stream = self._streams[call.stream]
-        if stream.computed is None or call.step < self._retained:
+        if not stream.computed or call.step < self._retained:
             return None
         stream.ratio *= self._magnitudes[call.step]
         stream.error += abs(1 - stream.ratio)
         stream.skipped += 1
         if stream.error < self._settings.threshold and stream.skipped <= self._settings.most_skipped:
-            return Serving((stream.computed,), (1.0,))
+            return Serving(stream.computed, (1.0,))
         return None
 
     def keeps(self, call: StepCall, *, served: bool) -> Collection[int]:
         if not served:
-            self._streams[call.stream] = _Stream(computed=call.step)
-        return (self._streams[call.stream].computed,)
+            self._streams[call.stream] = _Stream(computed=(call.step,))
+        return self._streams[call.stream].computed
 
 
 def resampled(table: Sequence[float], num_steps: int) -> list[float]:

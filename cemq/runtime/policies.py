@@ -7,10 +7,9 @@ sees, as TeaCache does, is a file of its own and is entered with `register_polic
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -76,22 +75,32 @@ class Decider(Protocol):
 
     def decide(self, call: StepCall) -> Serving | None:
         """What to serve; None to compute the call."""
+        ...
 
     def keeps(self, call: StepCall, *, served: bool) -> Collection[int]:
         """The steps, this one among them if it is computed, that later calls of the stream may be served from.
 
         Asked after `decide`; ``served`` is False also where there was nothing to serve what was decided from.
         """
+        ...
 
 
 class Policy(Protocol):
     """Settings of a way to decide; a frozen dataclass, whose fields JSON can hold."""
 
     name: ClassVar[str]
-    cache: str  # what is cached, see `Plan`
+
+    @property
+    def cache(self) -> str:
+        """What is cached, see `Plan`."""
+        ...
 
     def begin(self, num_steps: int) -> Decider:
         """For a run of so many steps."""
+        ...
+
+
+AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 
 
 class FirstDecides:
@@ -150,14 +159,15 @@ def set_numbers(policy: Policy, name: str, wanted: str, *, positive: bool = Fals
 POLICIES: dict[str, type[Policy]] = {}
 
 
-def register_policy(kind: type[Policy]) -> type[Policy]:
+def register_policy(kind: type[AnyPolicy]) -> type[AnyPolicy]:
     """Make a policy known by its ``name``, to the command line and to bundles. Also a decorator.
 
     Raises:
         InputError: It is no frozen dataclass with a name, or another has the name.
     """
     name = getattr(kind, "name", None)
-    if not isinstance(name, str) or not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:
+    parameters = getattr(kind, "__dataclass_params__", None)
+    if not isinstance(name, str) or parameters is None or not parameters.frozen:
         raise InputError(f"policy {kind.__name__}: a policy is a frozen dataclass with a class attribute 'name'")
     if POLICIES.get(name, kind) is not kind:
         raise InputError(f"policy '{name}': there is one of that name already")

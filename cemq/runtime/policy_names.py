@@ -24,6 +24,7 @@ def known_policies() -> dict[str, type[Policy]]:
 def make_policy(name: str, settings: Mapping[str, Any]) -> Policy:
     """A registered policy with these settings. Raises InputError for what it does not take."""
     kind = known_policies()[choose("policy", name, known_policies())]
+    assert dataclasses.is_dataclass(kind)  # nothing else can be registered
     fields = dataclasses.fields(kind)
     for key in settings:
         choose(f"setting of policy {name}", key, [field.name for field in fields])
@@ -64,4 +65,5 @@ def _value(text: str) -> Any:
 
 def describe_policy(policy: Policy) -> dict[str, Any]:
     """What `make_policy` makes it of again; JSON can hold it."""
+    assert dataclasses.is_dataclass(policy)
     return {"name": policy.name, "settings": json.loads(json.dumps(dataclasses.asdict(policy)))}

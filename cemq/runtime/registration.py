@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import nn
@@ -28,6 +29,23 @@ class Uncopied:
         raise ModelError("a cemq schedule is attached and cannot be pickled: detach() it first, or load its bundle")
 
 
+class _Reference(Protocol):
+    """What diffusers notes down for a hook that has a ``new_forward``, once it is registered."""
+
+    forward: Callable[..., Any]
+    original_forward: Callable[..., Any]
+
+
+class OutermostHook(Uncopied, ModelHook):
+    """A hook that `install` puts above all else on a module, for its ``new_forward`` to be called."""
+
+    fn_ref: _Reference
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.installed: Any = None  # the module's forward once this hook is in it
+
+
 class _Cushion(ModelHook):
     """Lies right below the schedule and does nothing.
 
@@ -36,7 +54,7 @@ class _Cushion(ModelHook):
     """
 
 
-def install(module: nn.Module, hook: ModelHook) -> None:
+def install(module: nn.Module, hook: OutermostHook) -> None:
     """Have ``hook`` called in place of a module's forward, above everything that wraps it now, until `uninstall`.
 
     Raises:
@@ -50,19 +68,24 @@ def install(module: nn.Module, hook: ModelHook) -> None:
     hook.installed = module.forward
 
 
-def uninstall(module: nn.Module) -> ModelHook | None:
+def installed_hook(module: nn.Module) -> OutermostHook | None:
+    """The one that `install` has put on a module."""
+    hook = HookRegistry.check_if_exists_or_initialize(module).get_hook(HOOK)
+    return hook if isinstance(hook, OutermostHook) else None
+
+
+def uninstall(module: nn.Module) -> OutermostHook | None:
     """Take the hook off and return it; what was put around it later, or in its place, stays and works as before.
 
     Diffusers' own removal would cut off what lies above: it overwrites what that calls, be it the hook's forward, what
     that one calls in turn, or something of another kind in between.
     """
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    hook = registry.get_hook(HOOK)
+    registry, hook = HookRegistry.check_if_exists_or_initialize(module), installed_hook(module)
     if hook is None:
         return None
     forward, references = module.forward, [each.fn_ref for each in registry.hooks.values()]
     linked = [(each, each.forward) for each in references]
-    below = registry.get_hook(_CUSHION).fn_ref.forward
+    below: Any = registry.hooks[_CUSHION].fn_ref.forward
     for name in (HOOK, _CUSHION):
         registry.remove_hook(name, recurse=False)
     for each, called in linked:
@@ -70,7 +93,7 @@ def uninstall(module: nn.Module) -> ModelHook | None:
         if each.original_forward is hook.installed:
             each.original_forward = below
     if module.__dict__.get("_old_forward") is hook.installed:  # of accelerate's hooks, which call what they keep there
-        module._old_forward = below
+        module.__dict__["_old_forward"] = below
     hook.fn_ref.forward = below  # for whatever wraps it without saying where it keeps what it wraps
     module.forward = below if forward is hook.installed else forward
     if module.forward == type(module).forward.__get__(module):
@@ -78,7 +101,7 @@ def uninstall(module: nn.Module) -> ModelHook | None:
     return hook
 
 
-def keep_outermost(module: nn.Module, hook: ModelHook) -> None:
+def keep_outermost(module: nn.Module, hook: OutermostHook) -> None:
     """Put the hook back on top if something was wrapped around it, or if it was lost.
 
     Whatever lies above it moves weights on skipped steps: diffusers' group offloading, applied later, and accelerate's
@@ -97,7 +120,7 @@ def refuse_other_caches(denoiser: nn.Module) -> None:
         name.startswith(_CACHE_HOOKS)
         for module in denoiser.modules()
         if "_diffusers_hook" in module.__dict__
-        for name in module._diffusers_hook.hooks
+        for name in module.__dict__["_diffusers_hook"].hooks
     )
     if active:
         raise ModelError("a diffusers cache is enabled on this denoiser: call its disable_cache() first")

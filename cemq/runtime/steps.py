@@ -48,8 +48,6 @@ class StepTracker:
     timesteps. Then the caller computes in full. On planned steps the plan's correction is applied to the prediction.
     """
 
-    keeps_first_step = False  # whether what follows may be served from it though the schedule does not say so
-
     def __init__(
         self,
         plan: Plan,
@@ -94,6 +92,11 @@ class StepTracker:
         self._undo.close()
 
     @property
+    def keeps_first_step(self) -> bool:
+        """Whether what follows this step may be served from it though the schedule does not say so."""
+        return False
+
+    @property
     def is_under_way(self) -> bool:
         """Whether a run has begun that has not made all of its steps."""
         if self.step_index is not None:
@@ -135,10 +138,10 @@ class StepTracker:
         """Whether this is the step that the pipeline's cache context says it is, where it says so."""
         if step_index is not None and step_index != self.step_index:
             return False
-        sigmas = getattr(self.scheduler, "sigmas", None)
-        if sigma is None or sigmas is None or self.step_index >= len(sigmas):
+        sigmas, own = getattr(self.scheduler, "sigmas", None), self.step_index
+        if sigma is None or sigmas is None or own is None or own >= len(sigmas):
             return True
-        expected = float(sigmas[self.step_index + (getattr(self.scheduler, "begin_index", None) or 0)])
+        expected = float(sigmas[own + (getattr(self.scheduler, "begin_index", None) or 0)])
         return abs(sigma - expected) <= 1e-3 * max(1.0, abs(expected))
 
     def _check_thread(self, caller: Caller) -> None:
@@ -155,7 +158,7 @@ class StepTracker:
     def _set_timesteps(self, original: Any, call: Call) -> Any:
         result = original(*call.args, **call.kwargs)
         self._begin()
-        found, expected = fingerprint(self.scheduler), self.plan.sampler
+        found, expected = fingerprint(self.scheduler), self.plan.own_sampler
         if found.ends_like(expected):
             self.current = self.plan
         else:
@@ -163,7 +166,7 @@ class StepTracker:
             self.current = carried or self.plan
             self.step_index = None if carried is None else 0
         self.on_start(self.current.schedule)
-        self._timesteps = self.current.sampler.timesteps
+        self._timesteps = self.current.own_sampler.timesteps
         correction = self.current.correction
         if self.step_index is not None and correction is not None and correction.step_factors is not None:
             self._timesteps = retimed(self.scheduler, correction.step_factors)
@@ -183,7 +186,7 @@ class StepTracker:
         origin = Origin(self.scheduler, self._ended)
         broken_into = [o for o in self.origins if o.is_known and not o.is_over and o.thread != origin.thread]
         self.origins = [origin, *broken_into]
-        if not self._stepping.is_seen:
+        if self._stepping is None or not self._stepping.is_seen:
             self._follow_steps()
         self.step_index, self.steps_taken, self.as_planned = 0, 0, True
         self._first_stream, self._first_timesteps = None, {}
@@ -229,7 +232,7 @@ class StepTracker:
         self._check_thread(caller)
         corrector, step_index = None, self.step_index
         if step_index is not None:
-            objection = self._objection(call.get("timestep"))
+            objection = self._objection(step_index, call.get("timestep"))
             if objection:
                 self.give_up(objection)
             else:
@@ -239,17 +242,17 @@ class StepTracker:
                 if correction is not None:
                     output = correction.apply(output, step_index)
                 call = call.replaced(model_output=output)
-                self.step_index += 1
+                self.step_index = step_index + 1
         self._calls.clear()
         self.steps_taken, self.as_planned = self.steps_taken + 1, True
         result = original(*call.args, **call.kwargs)
-        if corrector is not None:
+        if corrector is not None and step_index is not None:
             corrector.returned(next_sample(result), step_index)
         return result
 
-    def _objection(self, timestep: Any) -> str | None:
-        """Why the run does not follow its plan if its next step is at this one."""
-        expected = self._timesteps[self.step_index : self.step_index + 1]
+    def _objection(self, step_index: int, timestep: Any) -> str | None:
+        """Why the run does not follow its plan if this step of it is at this timestep."""
+        expected = self._timesteps[step_index : step_index + 1]
         if timestep is not None and expected and _is_near(_number(timestep), *expected):
             return None
         return "the run takes its timesteps from another place than the schedule was planned for"
@@ -313,20 +316,20 @@ class AnySamplerTracker(StepTracker):
         schedule = self._whole.schedule
         return self.step_index == 0 and len(schedule.full_steps) < schedule.num_steps
 
-    def _objection(self, timestep: Any) -> str | None:
-        if self.step_index == 0 and timestep is not None:
+    def _objection(self, step_index: int, timestep: Any) -> str | None:
+        if step_index == 0 and timestep is not None:
             steps, found = self._whole.schedule.num_steps, _number(timestep)
             start = next((i for i, each in enumerate(self._all_timesteps) if _is_near(found, each)), None)
             if start is not None and len(self._all_timesteps) == steps:
                 return self._begin_at(start) if start else None
             if start is not None and len(self._all_timesteps) - start != steps:
                 return _count_differs(len(self._all_timesteps) - start, steps)
-        return super()._objection(timestep)
+        return super()._objection(step_index, timestep)
 
     def _begin_at(self, start: int) -> str | None:
         """Follow the schedule from this step of it on; why not, if that cannot be."""
         schedule, correction = self._whole.schedule.from_step(start), self._whole.correction
-        sampler = dataclasses.replace(self.plan.sampler, timesteps=self._all_timesteps[start:])
+        sampler = dataclasses.replace(self.plan.own_sampler, timesteps=self._all_timesteps[start:])
         correction = correction and correction.from_step(start)
         self.current = dataclasses.replace(self.plan, schedule=schedule, sampler=sampler, correction=correction)
         self._timesteps = self._timesteps[start:]
@@ -343,7 +346,9 @@ class AnySamplerTracker(StepTracker):
 class AnyStepsTracker(AnySamplerTracker):
     """For policies that follow no plan: every run is theirs, however many steps it has."""
 
-    keeps_first_step = False
+    @property
+    def keeps_first_step(self) -> bool:
+        return False
 
     def _set_timesteps(self, original: Any, call: Call) -> Any:
         def learn(*args: Any, **kwargs: Any) -> Any:

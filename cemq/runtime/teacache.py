@@ -60,7 +60,7 @@ class TeaCache:
 class _Stream:
     input: torch.Tensor | None = None  # of the latest call
     accumulated: float = 0.0
-    computed: int | None = None  # the latest step that was
+    computed: tuple[int, ...] = ()  # the latest step that was
 
 
 class _Accumulating:
@@ -75,16 +75,16 @@ class _Accumulating:
     def decide(self, call: StepCall) -> Serving | None:
         stream, found = self._streams[call.stream], call.modulated_input()
         before, stream.input = stream.input, found
-        if stream.computed is None or before is None or before.shape != found.shape or call.step == call.num_steps - 1:
+        if not stream.computed or before is None or before.shape != found.shape or call.step == call.num_steps - 1:
             return None
         stream.accumulated += float(np.polyval(self._settings.coefficients, relative_change(before, found)))
-        return Serving((stream.computed,), (1.0,)) if stream.accumulated < self._settings.threshold else None
+        return Serving(stream.computed, (1.0,)) if stream.accumulated < self._settings.threshold else None
 
     def keeps(self, call: StepCall, *, served: bool) -> Collection[int]:
         stream = self._streams[call.stream]
         if not served:
-            stream.computed, stream.accumulated = call.step, 0.0
-        return (stream.computed,)
+            stream.computed, stream.accumulated = (call.step,), 0.0
+        return stream.computed
 
 
 def relative_change(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -33,9 +33,9 @@ from cemq.pipelines.outputs import as_array, rate_of
 from cemq.pipelines.trajectory import Trajectory, force, record
 from cemq.quantize import QuantizationSettings, quantize_pipeline, record_calls
 from cemq.runtime import attached, detach, schedule_hook
-from cemq.runtime.attach import HOOK
 from cemq.runtime.cached.inner import block_stack
 from cemq.runtime.cached.modules import find_parts
+from cemq.runtime.registration import HOOK
 from cemq.runtime.runner import Runner
 from cemq.schedule import CacheSchedule
 from support.families import STEPS, Family, small_hidream

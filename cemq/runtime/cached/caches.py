@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers.hooks.hooks import ModelHook
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -18,7 +17,7 @@ from cemq.runtime.cached.inner import Forward
 from cemq.runtime.cached.modules import ModuleCache
 from cemq.runtime.cached.residual import ResidualCache, Routes
 from cemq.runtime.history import copied, summed, tensor_bytes
-from cemq.runtime.registration import Uncopied, install, uninstall
+from cemq.runtime.registration import OutermostHook, install, uninstall
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,8 +30,9 @@ class Cache(Protocol):
 
     def compute(self, forward: Forward, *, wanted: bool, shapes: Any) -> tuple[Any, Any]:
         """The denoiser's output and, if it is wanted, what is kept of this call; its arguments have these shapes."""
+        ...
 
-    def serve(self, forward: Forward, prediction: Any) -> Any:
+    def serve(self, forward: Forward, prediction: Any, /) -> Any:
         """The output made from a prediction of what is kept, whose leaves may be `Weighted`; None if it cannot be."""
 
     def install(self) -> None: ...
@@ -50,11 +50,11 @@ class OutputCache:
         output = forward()
         return output, self._copy(output) if wanted else None
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def serve(self, forward: Forward, prediction: Any) -> Any:
         return summed(prediction)
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _copy(self, output: Any) -> Any:
         return tree_map(copied, output)
 
@@ -83,13 +83,12 @@ class CacheMemory:
     step_bytes: int = 0
 
 
-class _Probe(Uncopied, ModelHook):
+class _Probe(OutermostHook):
     """Keeps nothing, but checks every call and adds up what would be kept of it."""
 
     def __init__(self, cache: Cache, memory: CacheMemory):
         super().__init__()
         self.cache, self.memory = cache, memory
-        self.installed: Any = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = functools.partial(self.fn_ref.original_forward, *args, **kwargs)

@@ -9,13 +9,13 @@ from fnmatch import fnmatchcase
 from typing import Any, NoReturn, Protocol
 
 import torch
-from diffusers.hooks.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import HookRegistry
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from cemq.errors import ModelError
 from cemq.families import BLOCK_LISTS
-from cemq.runtime.registration import Uncopied, install, keep_outermost, uninstall
+from cemq.runtime.registration import OutermostHook, install, keep_outermost, uninstall
 
 Forward = Callable[[], Any]
 Arguments = dict[int | str, Any]  # of a call, by position or name
@@ -41,14 +41,13 @@ class Pass(Protocol):
         """What a module returns in place of computing it. Raises StrayError."""
 
 
-class _InnerHook(Uncopied, ModelHook):
+class _InnerHook(OutermostHook):
     """Runs its module, or returns what the current pass serves; outside of a pass it only runs it."""
 
     def __init__(self, hooks: InnerHooks):
         super().__init__()
         self.hooks = hooks
         self.position: Any = None
-        self.installed: Any = None
 
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -58,19 +57,21 @@ class _InnerHook(Uncopied, ModelHook):
         self._note(module, args, kwargs, output)
         return output
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _computes(self) -> bool:
         current = self.hooks.current
         return current is None or current.computes
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.hooks.current is not None:
             self.hooks.current.note(self.position, module, dict(enumerate(args)) | kwargs, output)
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _serve(self, args: Any, kwargs: Any) -> Any:
-        return self.hooks.current.serve(self.position, dict(enumerate(args)) | kwargs)
+        current = self.hooks.current
+        assert current is not None  # or the module would compute
+        return current.serve(self.position, dict(enumerate(args)) | kwargs)
 
 
 class InnerHooks:
@@ -118,7 +119,7 @@ class InnerHooks:
         finally:
             self._enter(None)
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _enter(self, current: Pass | None) -> None:
         self._local.current = current
 
@@ -158,7 +159,7 @@ class InnerCache:
     def remove(self) -> None:
         self.hooks.remove()
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _check(self, computed: Any, served: Any) -> None:
         """Raises ModelError if the denoiser, served what was cached of the very same input, gives another output."""
         if served is None:

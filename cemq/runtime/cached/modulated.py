@@ -38,6 +38,7 @@ def modulated_input(denoiser: nn.Module, forward: Callable[[], Any]) -> torch.Te
         ModelError: It has no list of blocks.
     """
     block = block_stack(denoiser)[0]
+    norm = getattr(block, "norm1", None)
     thread = threading.get_ident()  # another may run the same denoiser for another pipeline
     names = list(inspect.signature(type(block).forward).parameters)[1:]
     given: dict[str, Any] = {}
@@ -46,7 +47,7 @@ def modulated_input(denoiser: nn.Module, forward: Callable[[], Any]) -> torch.Te
         if threading.get_ident() != thread:
             return
         given.update(zip(names, args, strict=False), **kwargs)
-        if not hasattr(block, "norm1"):
+        if norm is None:
             raise _ReachedError(_unmodulated(given))
 
     def normalized(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -58,8 +59,8 @@ def modulated_input(denoiser: nn.Module, forward: Callable[[], Any]) -> torch.Te
 
     with ExitStack() as hooks:
         hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        if hasattr(block, "norm1"):
-            hooks.callback(block.norm1.register_forward_hook(normalized, with_kwargs=True).remove)
+        if norm is not None:
+            hooks.callback(norm.register_forward_hook(normalized, with_kwargs=True).remove)
         try:
             forward()
         except _ReachedError as reached:

@@ -138,6 +138,6 @@ class ModuleCache(InnerCache):
             return None
         return output if current.served == len(outputs) else None
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _as_prediction(self, recorded: _Pass) -> Any:
         return tree_map(lambda leaf: Weighted((leaf,), (1.0,)), recorded.outputs)

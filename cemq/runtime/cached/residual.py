@@ -161,18 +161,20 @@ class ResidualCache(InnerCache):
     @torch.compiler.disable(recursive=False)
     def serve(self, forward: Forward, residual: Residual) -> Any:
         """The output with this residual in place of the blocks; None if the blocks are called in another way now."""
-        bare = self._bare(residual)
+        bare, calls = self._bare(residual)
         try:
             output = self.hooks.run(forward, bare)
         except StrayError:
             return None
-        return output if len(bare.called) == bare.residual[0] else None
+        return output if len(bare.called) == calls else None
 
-    @torch.compiler.disable
-    def _bare(self, residual: Residual) -> _Pass:
-        return _Pass(self.routes, residual=summed(residual))
+    @torch.compiler.disable()
+    def _bare(self, residual: Residual) -> tuple[_Pass, int]:
+        """The pass that serves it, and how many calls that is to have."""
+        found = summed(residual)
+        return _Pass(self.routes, residual=found), found[0]
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _difference(self, full: _Pass, bare: _Pass) -> Residual:
         if not full.called:
             self._refuse("it calls none of its blocks")
@@ -184,7 +186,7 @@ class ResidualCache(InnerCache):
         ]
         return len(full.called), leaves
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _rounded(self, residual: Residual, full: _Pass) -> Residual:
         calls, leaves = residual
         return calls, [
