@@ -163,9 +163,10 @@ def test_the_scheme_none_quantizes_nothing(dit):
     assert not schemes_of(dit.transformer)
 
 
-def test_a_plan_that_needs_calls_is_refused_without(dit):
+@pytest.mark.parametrize("bits_budget", [None, 6.0])
+def test_a_plan_that_needs_calls_is_refused_without(dit, bits_budget):
     with pytest.raises(SchemeError, match="native w4a8 is fitted to recorded inputs, and none were recorded"):
-        quantize_pipeline(dit, QuantizationSettings(scheme="w4a8"), {})
+        quantize_pipeline(dit, QuantizationSettings(scheme="w4a8", bits_budget=bits_budget), {})
     assert not schemes_of(dit.transformer)
 
 

@@ -16,6 +16,7 @@ from cemq.pipelines.batches import BUILD_LOG
 from cemq.quantize.calls import Call, replay
 from cemq.quantize.in_diffusers import (
     CemqConfig,
+    linear_of,
     mark_quantized,
     nothing_to_quantize,
     quantizable,
@@ -164,7 +165,7 @@ class Observer:
         self._begin(state["part"])
         self._sums.restore(state["sums"], next(self._denoiser.parameters()).device)
         for name, tensors in state["quantized"].items():
-            linear, scheme = self._weights.get_submodule(name), self._layers[name]
+            linear, scheme = linear_of(self._weights, name), self._layers[name]
             self._quantized[name] = self.config.layer_class(scheme).from_stored(linear, scheme, tensors)
 
     def _learn(self, call: FirstCall) -> None:
@@ -177,7 +178,7 @@ class Observer:
             raise nothing_to_quantize(self._denoiser)
         owners = {name: self._owners.get(name, name) for name in self._layers}
         reached = {owner for owner in owners.values() if owner in self._owners}
-        sizes = {owner: _hessian_bytes(self._denoiser.get_submodule(owner).in_features) for owner in reached}
+        sizes = {owner: _hessian_bytes(linear_of(self._denoiser, owner).in_features) for owner in reached}
         self._fitted = {owner for owner in reached if sizes[owner] <= self._limit} if self._gptq else set()
         while len(parts := _passes(owners, {owner: sizes[owner] for owner in self._fitted}, self._limit)) > self._runs:
             self._fitted.remove(max(sorted(self._fitted), key=sizes.__getitem__))
@@ -201,7 +202,7 @@ class Observer:
     def _quantize_part(self, progress: Progress | None = None) -> None:
         names = self._parts[self._part]
         for done, name in enumerate(names, start=1):
-            linear, scheme = self._weights.get_submodule(name), self._layers[name]
+            linear, scheme = linear_of(self._weights, name), self._layers[name]
             known = self._sums.statistics(self._owners.get(name, name))
             kind = self.config.layer_class(scheme)
             self._put(name, quantized_there(linear, kind, scheme, known, self._sums.device))
@@ -235,7 +236,7 @@ def quantize_calibrated(
     first = _first_call(denoiser, layers, calls[0])
     owners = {name: first.owners.get(name, name) for name in layers}
     fitted = set(owners.values()) if gptq and config.backend == "native" else set()
-    sizes = {owner: _hessian_bytes(denoiser.get_submodule(owner).in_features) for owner in fitted}
+    sizes = {owner: _hessian_bytes(linear_of(denoiser, owner).in_features) for owner in fitted}
     passes = _passes(owners, sizes, hessian_bytes)
     done, total = 0, sum(len(calls) + len(names) for names in passes)
 
@@ -261,7 +262,7 @@ def quantize_calibrated(
             for handle in handles:
                 handle.remove()
         for name in names:
-            linear, scheme = denoiser.get_submodule(name), layers[name]
+            linear, scheme = linear_of(denoiser, name), layers[name]
             layer = config.layer_class(scheme).from_linear(linear, scheme, sums.statistics(owners[name]))
             denoiser.set_submodule(name, layer)
             advance()

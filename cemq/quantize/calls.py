@@ -109,7 +109,7 @@ class _Recorder:
         name = type(self._denoiser).__name__
         if self._problem is not None:
             raise ReplayError(f"a call of {name} cannot be copied: {first_line(self._problem)}") from self._problem
-        if self._output is None:
+        if self._output is None or self._last is None:
             return
         device = next(self._denoiser.parameters()).device
         try:

@@ -16,6 +16,8 @@ class CodedLinear(QuantizedLinear):
     With few rows (time embedding, adaLN) activations stay as they are, as in the native layer.
     """
 
+    weight_scale: torch.Tensor
+
     @classmethod
     def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:
         codec = _codec(scheme.weight)

@@ -121,12 +121,19 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def linear_of(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of this name."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
 def quantizable(model: nn.Module, config: CemqConfig) -> Iterator[tuple[str, nn.Linear, Scheme]]:
     """Name, layer and scheme of every linear layer that the config quantizes, in the order of definition."""
     # names first, and each layer looked up in its turn: a list of modules would keep replaced ones alive
     for name in [name for name, module in model.named_modules() if type(module) is nn.Linear]:
         if (scheme := config.scheme_for(name)) is not None:
-            yield name, model.get_submodule(name), scheme
+            yield name, linear_of(model, name), scheme
 
 
 @torch.no_grad()
@@ -174,7 +181,7 @@ def quantized_layers(
         raise nothing_to_quantize(model)
     for name, scheme in layers:
         known = statistics.get(name) if statistics else None
-        yield name, quantized_there(model.get_submodule(name), config.layer_class(scheme), scheme, known, device)
+        yield name, quantized_there(linear_of(model, name), config.layer_class(scheme), scheme, known, device)
 
 
 def quantized_there(
@@ -228,7 +235,7 @@ def nothing_to_quantize(model: nn.Module) -> SchemeError:
     )
 
 
-def mark_quantized(model: nn.Module, config: CemqConfig) -> None:
+def mark_quantized(model: Any, config: CemqConfig) -> None:
     """Tell diffusers that the model is quantized, and how, so that it saves it as such."""
     fuse_gelu(model)
     quantizer = CemqQuantizer(config, pre_quantized=True)
@@ -240,13 +247,14 @@ def mark_quantized(model: nn.Module, config: CemqConfig) -> None:
 class CemqQuantizer(DiffusersQuantizer):
     """The glue diffusers calls while it loads a model."""
 
+    quantization_config: CemqConfig
     use_keep_in_fp32_modules = True  # what a model keeps in float32 is so when it is measured, and when it is loaded
-    is_serializable = True
-    is_trainable = False
-    is_compileable = True
+    is_serializable: bool = True
+    is_trainable: bool = False
+    is_compileable: bool = True
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
+        self, model: Any, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
     ) -> None:
         config = self.quantization_config
         for name, module, scheme in quantizable(model, config):
@@ -260,7 +268,7 @@ class CemqQuantizer(DiffusersQuantizer):
                 device="meta",
             )
             if not self.pre_quantized:  # the float weight is about to be loaded under this name
-                empty.weight = nn.Parameter(module.weight, requires_grad=False)
+                empty.register_parameter("weight", nn.Parameter(module.weight, requires_grad=False))
             model.set_submodule(name, empty)
         fuse_gelu(model)
         model.config.quantization_config = config

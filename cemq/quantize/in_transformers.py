@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cemq.errors import BundleError
-from cemq.quantize.in_diffusers import METHOD, CemqConfig, nothing_to_quantize, refuse_float_methods
+from cemq.quantize.in_diffusers import METHOD, CemqConfig, linear_of, nothing_to_quantize, refuse_float_methods
 from cemq.quantize.layers import QuantizedLinear
 from cemq.quantize.schemes import Scheme
 
@@ -43,7 +43,7 @@ class TextEncoderConfig(CemqConfig, QuantizationConfigMixin):
 
 
 @torch.no_grad()
-def quantize_text_encoder(model: nn.Module, config: CemqConfig) -> int:
+def quantize_text_encoder(model: Any, config: TextEncoderConfig) -> int:
     """Replace the linear layers of a transformers model one by one, so that each float weight is freed in turn.
 
     Returns the number of layers replaced; the model then saves and reloads as a quantized transformers model.
@@ -65,7 +65,7 @@ def quantize_text_encoder(model: nn.Module, config: CemqConfig) -> int:
 
 
 def quantizable_layers(
-    model: nn.Module, config: CemqConfig
+    model: Any, config: CemqConfig
 ) -> Iterator[tuple[str, nn.Linear, type[QuantizedLinear], Scheme]]:
     """Name, layer, class to be and scheme of every linear layer that the config quantizes."""
     tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
@@ -73,13 +73,13 @@ def quantizable_layers(
         scheme = None if name in tied else config.scheme_for(name)
         if scheme is None:
             continue
-        linear, layer = model.get_submodule(name), config.layer_class(scheme)
+        linear, layer = linear_of(model, name), config.layer_class(scheme)
         weight_dtype = layer.layout(linear.in_features, linear.out_features, scheme)["weight"][1]
         if not _kept_in_float32(model, name) or weight_dtype == torch.int8:  # see EIGHT_BIT
             yield name, linear, layer, scheme
 
 
-def _kept_in_float32(model: nn.Module, name: str) -> bool:
+def _kept_in_float32(model: Any, name: str) -> bool:
     """Whether transformers computes this layer in float32 when the model is float16, where it would overflow."""
     return any(re.search(pattern, name) for pattern in model._keep_in_fp32_modules or ())
 
@@ -101,8 +101,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
 class TextEncoderQuantizer(HfQuantizer):
     """The glue transformers calls while it loads or saves a model."""
 
-    is_trainable = False
-    is_compileable = True
+    quantization_config: TextEncoderConfig
+    is_trainable: bool = False
+    is_compileable: bool = True
 
     def is_serializable(self) -> bool:
         return True
@@ -128,7 +129,7 @@ class TextEncoderQuantizer(HfQuantizer):
             _put(model, name, layer(*sizes, scheme=scheme, bias=bias, dtype=dtype, device="meta"))
             parent = model.get_submodule(name.rpartition(".")[0])
             if not parent._buffers:  # or transformers draws normal numbers for a missing weight, and fails: it is int8
-                parent._is_hf_initialized = True
+                vars(parent)["_is_hf_initialized"] = True
         self.shapes: dict[str, torch.Size] = {name: tensor.shape for name, tensor in model.named_parameters()}
         self.exact: dict[str, torch.dtype] = {  # the dtypes of what must be loaded as it is stored
             f"{name}.{leaf}": tensor.dtype

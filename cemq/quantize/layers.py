@@ -66,7 +66,7 @@ class IntegerWeight(nn.Parameter):
 
     @data.setter
     def data(self, tensor: torch.Tensor) -> None:  # how offloaders and casts put other memory in
-        nn.Parameter.data.__set__(self, tensor)
+        nn.Parameter.data.__set__(self, tensor)  # pyright: ignore[reportAttributeAccessIssue]  # it is a descriptor
         self.integers = tensor.data
 
     @property
@@ -93,6 +93,8 @@ class QuantizedLinear(nn.Module):
 
     is_fitted: ClassVar[bool] = False  # `quantize` makes use of a Hessian
     needs_largest: ClassVar[bool] = False  # static activation scales: cannot be made without statistics
+    weight: IntegerWeight
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -146,8 +148,8 @@ class QuantizedLinear(nn.Module):
         if name == "weight" and param is not None and not param.data.is_floating_point():
             kind = _integer_weight(self.dtype, param.data.dtype)
             if type(param) is not kind:
-                marks, param = param.__dict__, kind(param)
-                param.__dict__.update(marks | param.__dict__)  # transformers' loader marks what it has loaded
+                marks, param = vars(param), kind(param)
+                vars(param).update(marks | vars(param))  # transformers' loader marks what it has loaded
         super().register_parameter(name, param)
 
     def answer_in_compute_dtype(self) -> None:
@@ -252,6 +254,10 @@ class NativeLinear(QuantizedLinear):
 
     is_fitted = True
     gelu = False
+    weight_scale: torch.Tensor
+    weight_sum: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
 
     @classmethod
     def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:

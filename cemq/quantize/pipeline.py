@@ -173,16 +173,18 @@ def quantize_pipeline(
         if isinstance(known, Observer):
             known.install(model, report("quantization"))
             continue
-        if known:
-            config = config.with_full_precision(weights_read_elsewhere(model, config, known[0]))
+        if not known:
+            if settings.is_fitted(model):
+                raise SchemeError(
+                    f"{settings.backend} {settings.scheme} is fitted to recorded inputs, and none were recorded"
+                )
+            quantize_in_place(model, config)
+            continue
+        config = config.with_full_precision(weights_read_elsewhere(model, config, known[0]))
         if settings.bits_budget is not None:
             chosen = choose_eight_bit(model, config, known, settings.bits_budget, progress=report("bits per layer"))
             config = config.with_eight_bit(chosen)
         if not settings.is_fitted(model):
             quantize_in_place(model, config)
             continue
-        if not known:
-            raise SchemeError(
-                f"{settings.backend} {settings.scheme} is fitted to recorded inputs, and none were recorded"
-            )
         quantize_calibrated(model, config, known, gptq=settings.gptq, progress=report("quantization"))

@@ -21,9 +21,11 @@ class Codec(Protocol):
 
     def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 (rows, columns) to codes (rows, columns / packed, rounded up) and float32 scales (rows, 1)."""
+        ...
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """The opposite, float32 (rows, at least columns)."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

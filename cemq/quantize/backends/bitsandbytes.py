@@ -28,6 +28,8 @@ class Int8Linear(QuantizedLinear):
     product as well.
     """
 
+    weight_absmax: torch.Tensor
+
     @classmethod
     def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:
         return {
@@ -61,6 +63,8 @@ class FourBitLinear(QuantizedLinear):
     bitsandbytes has no fast kernel for others. `bitsandbytes.nn.Linear4bit` is left out of it, because on some CPUs its
     first forward repacks the weight and rounds the scales to bfloat16.
     """
+
+    weight_absmax: torch.Tensor
 
     @classmethod
     def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:

@@ -39,6 +39,9 @@ class QuantoLinear(QuantizedLinear):
     """
 
     needs_largest: ClassVar[bool] = True
+    weight_scale: torch.Tensor
+    weight_shift: torch.Tensor
+    input_scale: torch.Tensor
 
     @classmethod
     def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:
@@ -76,21 +79,23 @@ class QuantoLinear(QuantizedLinear):
         weight = weight.float()
         if scheme.weight_bits == 8:
             scale = AbsmaxOptimizer()(weight, qint8, axis=0).clamp_min(_TINY)  # quanto divides a row of zeros by zero
-            quantized = quantize_weight(weight, qint8, axis=0, scale=scale, optimized=False)
-            return tensors | {"weight": quantized._data, "weight_scale": scale.reshape(-1, 1)}
+            bytes_of = quantize_weight(weight, qint8, axis=0, scale=scale, optimized=False)
+            assert isinstance(bytes_of, WeightQBytesTensor)
+            return tensors | {"weight": bytes_of._data, "weight_scale": scale.reshape(-1, 1)}
         size = group_size(weight.shape[1])
         # not called but optimize: of a single group, a call takes the minimum per column
         scale, shift = MaxOptimizer().optimize(group(weight, axis=0, group_size=size), qint4, axis=0)
         scale = scale.clamp_min(_TINY)
-        quantized = quantize_weight(weight, qint4, axis=0, scale=scale, shift=shift, group_size=size, optimized=False)
-        return tensors | {"weight": quantized._data._data, "weight_scale": scale, "weight_shift": shift}
+        bits_of = quantize_weight(weight, qint4, axis=0, scale=scale, shift=shift, group_size=size, optimized=False)
+        assert isinstance(bits_of, WeightQBitsTensor)
+        return tensors | {"weight": bits_of._data._data, "weight_scale": scale, "weight_shift": shift}
 
     def multiply(self, values: torch.Tensor) -> torch.Tensor:
         rows, dtype = values.shape[0], values.dtype
         values = values.contiguous()
         if self.scheme.activation_bits == 16:
             weight = self._quanto_weight(dtype)
-            if dtype == torch.bfloat16 and self.scheme.weight_bits == 8 and not values.is_cuda:
+            if dtype == torch.bfloat16 and isinstance(weight, WeightQBytesTensor) and not values.is_cuda:
                 values, weight = self._for_int8pack(values, weight)
             return F.linear(values, weight, self.bias)
         scale = self.input_scale.squeeze()

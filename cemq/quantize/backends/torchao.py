@@ -19,6 +19,8 @@ class TorchaoLinear(QuantizedLinear):
     `Int8DynamicActivationInt8WeightConfig` and put together again for each product.
     """
 
+    weight_scale: torch.Tensor
+
     @classmethod
     def layout(cls, in_features: int, out_features: int, scheme: Scheme) -> Layout:
         return {
@@ -48,6 +50,7 @@ def _int8_tensor(weight: torch.Tensor) -> Int8Tensor:
     linear.weight = nn.Parameter(weight.float(), requires_grad=False)
     # the inductor config is the process's own affair
     quantize_(linear, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    assert isinstance(linear.weight, Int8Tensor)
     return linear.weight
 
 

@@ -5,6 +5,8 @@ instead, slowly; the tests do that.
 """
 
 # no `from __future__ import annotations`: torch derives the operators' schemas from the annotations
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -37,9 +39,10 @@ def _quantize_kernel(values, tokens, scale, zero_point, k, BLOCK: tl.constexpr):
         high = tl.maximum(high, value)
         poison += value - value  # NaN, which minimum and maximum ignore, must not give a plausible row
     lowest = tl.min(low, 0)
-    step = tl.maximum((tl.max(high, 0) - lowest) * (1 / 255), 1e-12) + tl.sum(poison, 0)
+    span = tl.max(high, 0) - lowest  # pyright: ignore[reportOperatorIssue]  # tuples only where indices are asked for
+    step = tl.maximum(span * (1 / 255), 1e-12) + tl.sum(poison, 0)
     inverse = tl.div_rn(1.0, step)
-    zero = _round(-128 - lowest * inverse)
+    zero = _round(-128 - lowest * inverse)  # pyright: ignore[reportOperatorIssue]  # likewise
     tl.store(scale + row, step)
     tl.store(zero_point + row, zero.to(tl.int32))
     for start in range(0, k, BLOCK):
@@ -181,7 +184,8 @@ def _quantize(values: torch.Tensor) -> Tokens:
     block = min(triton.next_power_of_2(k), _QUANTIZE_BLOCK)
     with torch.cuda.device_of(values):
         # a fused multiply-add would skip a rounding
-        _quantize_kernel[(rows,)](values, tokens, scale, zero_point, k, BLOCK=block, enable_fp_fusion=False)
+        launch: Any = _quantize_kernel[(rows,)]
+        launch(values, tokens, scale, zero_point, k, BLOCK=block, enable_fp_fusion=False)
     return tokens, scale, zero_point
 
 
