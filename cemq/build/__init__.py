@@ -107,7 +107,7 @@ def bundle_of(
         return
     check(resolve_recipe(str(name), recipe, {}).steps)
     with tempfile.TemporaryDirectory(prefix="cemq-") if processes.is_main else nullcontext() as mine:
-        folder = Path(processes.gather([mine])[0]) / "bundle"
+        folder = Path(processes.gather([mine or ""])[0]) / "bundle"
         asked = resolve(str(name), recipe, device, {"scheme": scheme, "also_steps": []})
         with building(folder, asked, keeps=False, processes=processes) as work:
             _build(asked, work, progress)

@@ -23,9 +23,11 @@ class Fitting(Protocol):
 
     def watch(self, number: int) -> AbstractContextManager[Any]:
         """Enter it for the run of a batch."""
+        ...
 
     def found(self) -> Calls | ReplayError:
         """After all runs, what `quantize_pipeline` takes, or why there is nothing."""
+        ...
 
     def state(self) -> Any:
         """What is known up to now, as values that `stored` can keep."""
@@ -148,7 +150,8 @@ class _Recorded:
         self._found = []
         if failed := next((each for each in found if isinstance(each, ReplayError)), None):
             return failed
-        return {name: [call for calls in found for call in calls[name]] for name in found[0]}
+        recorded = [each for each in found if not isinstance(each, ReplayError)]
+        return {name: [call for calls in recorded for call in calls[name]] for name in recorded[0]}
 
     def state(self) -> list[Any]:
         return [str(each) if isinstance(each, ReplayError) else each for each in self._found]

@@ -78,13 +78,13 @@ def measure_pace(
     width = min(max(_HEAD, run.width // _HEAD * _HEAD), _WIDEST.get(kind, run.width or _HEAD))
     sizes = [(width, min(max(run.widest, width), 4 * width)), (_SMALL, _SMALL)]
     paces = []
-    for quantized in (False, True) if config and _can_be_timed(config) else (False,):
+    for each in (None, config) if config and _can_be_timed(config) else (None,):
         found = []
         for wide, widest in sizes:
             block = _Block(wide, widest).eval().to(device=device, dtype=getattr(torch, dtype))
-            if quantized:
-                for name, linear, scheme in list(quantizable(block, config)):
-                    block.set_submodule(name, config.layer_class(scheme).from_linear(linear, scheme))
+            if each is not None:
+                for name, linear, scheme in list(quantizable(block, each)):
+                    block.set_submodule(name, each.layer_class(scheme).from_linear(linear, scheme))
             inputs, tokens = (
                 _rows(block, run, _MOST_OPERATIONS.get(kind, _MOST_ELSEWHERE)) if wide != _SMALL else (1, _LEAST_ROWS)
             )

@@ -223,10 +223,11 @@ def run_originals(
             logging.getLogger(BUILD_LOG).info(said)
     needed = fits and not work.has_folder(PIPELINE)
     profiled, fitted = _profiled(full, samples.profiled, opened.steps, needed=needed)
-    if profiled:
-        steps = sum(each.trajectory.num_steps for each in profiled)
+    trajectories = [each.trajectory for each in profiled if each.trajectory is not None]
+    if trajectories:
+        steps = sum(each.num_steps for each in trajectories)
         per_batch = sum(each.denoiser_calls for each in profiled) // steps
-        work.generations.steps = profiled[0].trajectory.num_steps
+        work.generations.steps = trajectories[0].num_steps
         work.generations.calls_per_step = per_batch / settings.recipe.batch_size
     others = samples.planning[len(samples.profiled) :]
     shared = len(work.processes.share(samples.planning[: len(samples.profiled)]))
@@ -238,7 +239,7 @@ def run_originals(
     originals = Originals(
         dtypes=opened.dtypes,
         weight_bytes=opened.weight_bytes,
-        trajectories=[each.trajectory for each in profiled],
+        trajectories=trajectories,
         planning={count: [each.outcome for each in references] for count, references in planning.items()},
         check=[each.outcome for each in check],
     )
@@ -277,16 +278,18 @@ def _profiled(
     state = f"{FITTED}{work.processes.rank}"
     known = work.kept(state) if needed else None
     covered = numbers[: known["runs"] if known else 0] if needed else numbers
-    found = {number: work.kept(_name(stage, number)) if number in covered else None for number in numbers}
-    watching, replayed = None, known["replayed"] if known else 0
-    if needed:
-        watching = fitting(full.runner, full.settings.quantization, batches, full.pieces)
-        if known:
-            watching.restore(known["state"])
+    found: dict[int, Any] = {
+        number: work.kept(_name(stage, number)) if number in covered else None for number in numbers
+    }
+    watching = fitting(full.runner, full.settings.quantization, batches, full.pieces) if needed else None
+    replayed = known["replayed"] if known else 0
+    if watching is not None and known:
+        watching.restore(known["state"])
 
     def profile(number: int, batch: Batch, on_step: Callable[[], None]) -> Reference:
         nonlocal replayed
-        runner, watched = full.runner, nullcontext() if number in covered else watching.watch(number)
+        runner = full.runner
+        watched = nullcontext() if watching is None or number in covered else watching.watch(number)
         with counted_calls(runner.pipe) as calls, watched, counted_calls(runner.pipe) as own:
             trajectory, outcome = runner.record_one(batch, on_step)
         replayed += len(calls) - len(own)
@@ -294,10 +297,10 @@ def _profiled(
 
     for number, batch, on_step in _missing(full, batches, steps, stage, found):
         found[number] = work.keep_own(_name(stage, number), partial(profile, number, batch, on_step))
-        if number not in covered:
+        if watching is not None and number not in covered:
             runs = numbers.index(number) + 1
             work.keep_own(state, partial(dict, runs=runs, replayed=replayed, state=watching.state()))
-    calls = watching.found() if needed else {}
+    calls = watching.found() if watching is not None else {}
     return [found[number] for number in numbers], Fitted(calls=calls, replayed=replayed)
 
 

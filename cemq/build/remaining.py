@@ -62,7 +62,7 @@ class Remaining:
         if self._steps == 1:
             self._stepped = now  # what comes before the first step, and the first call of anything, is no measure
         kind = _kind(self._stages[number])
-        if kind not in self._known and kind != QUANTIZATION and self._under_way()[1] >= _LEAST_SECONDS:
+        if kind not in self._known and kind != QUANTIZATION and self._under_way(number)[1] >= _LEAST_SECONDS:
             self._known.add(kind)
             self._say(self.left())
 
@@ -72,7 +72,7 @@ class Remaining:
         found = sum(stage.seconds * self._factor(_kind(stage)) for stage in later)
         if self._current is None:
             return found
-        stage, (expected, taken) = self._stages[self._current], self._under_way()
+        stage, (expected, taken) = self._stages[self._current], self._under_way(self._current)
         own = taken / expected if expected and taken >= _LEAST_SECONDS else self._factor(_kind(stage))
         return found + (1 - self._latest[0]) * stage.seconds * own
 
@@ -83,10 +83,10 @@ class Remaining:
                 return number
         return None
 
-    def _under_way(self) -> tuple[float, float]:
-        """Of the stage that is: seconds estimated and taken, between its first step and its latest one."""
+    def _under_way(self, number: int) -> tuple[float, float]:
+        """Of the stage of this number, which is: seconds estimated and taken, between its first and its latest step."""
         (first, since), (latest, until) = self._stepped, self._latest
-        return (latest - first) * self._stages[self._current].seconds, until - since
+        return (latest - first) * self._stages[number].seconds, until - since
 
     def _end(self) -> None:
         """The stage is over, whether it used all that it was allowed or not."""
@@ -100,7 +100,7 @@ class Remaining:
         """What the estimate is to be multiplied with."""
         timed = dict(self._timed)
         if self._current is not None:
-            under_way = self._under_way()
+            under_way = self._under_way(self._current)
             own = _kind(self._stages[self._current])
             expected, taken = timed.get(own, (0.0, 0.0))
             timed[own] = expected + under_way[0], taken + under_way[1]

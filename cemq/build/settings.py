@@ -200,6 +200,7 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
     asked = [read_lora(text) for text in settled.lora or ()]
     place = device or default_device()
     check_device(place)
+    assert settled.model is not None  # or it would have been refused
     source = locate(settled.model, variant=settled.variant)
     if (source.folder / MANIFEST).is_file():
         raise ModelError(f"'{settled.model}' is a cemq bundle already: give the full-precision model it was made from")

@@ -102,8 +102,11 @@ def bundle_bytes(
     tensors = sum(map(len, headers.tensors.values()))
     for layer in sketched.layers:
         numbers = layer.linear.weight.numel()
-        spends = budget is not None and layer.component in DENOISERS
-        found += (int(numbers * budget / 8) if spends else sketched.stored_bytes(layer)) - numbers * itemsize
+        if budget is not None and layer.component in DENOISERS:
+            stored = int(numbers * budget / 8)
+        else:
+            stored = sketched.stored_bytes(layer)
+        found += stored - numbers * itemsize
         tensors += sketched.tensors(layer) - 1
     return (
         found

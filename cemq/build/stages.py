@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -28,7 +28,7 @@ from cemq.pipelines.batches import BUILD_LOG
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.pipelines.opening import denoisers, open_pipeline, weight_bytes
 from cemq.prior.error_prior import ErrorPrior
-from cemq.quantize import QuantizationSettings, quantize_pipeline
+from cemq.quantize import Observer, QuantizationSettings, quantize_pipeline
 from cemq.runtime import attached
 from cemq.runtime.policy_names import describe_policy
 from cemq.runtime.runner import Runner, said_of_steps
@@ -80,7 +80,8 @@ def write_quantized(full: FullPrecision, opened: Opened, fitted: Fitted, folder:
     """
     settings = full.settings
     if full.pieces:
-        full.pieces.finish(folder, settings.quantization, fitted.calls, full.progress)
+        observers = cast("Mapping[str, Observer]", fitted.calls)  # a limit leaves nothing else to fit to
+        full.pieces.finish(folder, settings.quantization, observers, full.progress)
         return
     runner = full.runner
     runner.generations.replayed += fitted.replayed / runner.generations.calls_per_step
@@ -143,15 +144,16 @@ def choose_plans(
         return _unplanned(prior, settings)
     planned = _plan(runner, prior, samples, originals, settings, journal)
     own = Plan(
-        schedule=planned.schedule, sampler=prior.metadata.sampler, prior=planned.prior, correction=planned.correction,
+        schedule=planned.schedule, sampler=prior.sampler, prior=planned.prior, correction=planned.correction,
         view=recipe.view, cache=recipe.cache, solver=recipe.solver, predictor=recipe.predictor,
     )  # fmt: skip
     others = {}
     for count in settings.other_steps(runner.steps):
         references = originals.planning[count]
         sampler = runner.processes.gather([references[0].sampler] if references else [])[0]
+        assert sampler is not None  # a run that ends knows what it stepped
         carried = own.carried_over(sampler)
-        if carried is not None:
+        if carried is not None and carried.prior is not None:
             there = runner.at(count)
             others[count] = _plan(there, carried.prior, samples, originals, settings, journal, carried), sampler
         elif runner.processes.is_main:
@@ -201,8 +203,8 @@ def describe(
         schedule=own.schedule,
         correction=own.correction and own.correction.method,
         cache=settings.cache,
-        sampler=own.sampler,
-        policy=settings.policy and describe_policy(settings.policy),
+        sampler=own.own_sampler,
+        policy=describe_policy(settings.policy) if settings.policy is not None else None,
         call=dict(runner.call),
         profiled_seeds=samples.seeds,
         held_out_conditions=samples.held_out[:MAX_HELD_OUT],
@@ -246,7 +248,7 @@ def _unplanned(prior: ErrorPrior, settings: BuildSettings) -> Plans:
     """Nothing but the prior, which says what a policy has to cope with."""
     schedule = full_compute(prior.num_steps)
     planned = Planned(schedule=schedule, correction=None, prior=prior, evidence={"policy": settings.recipe.policy})
-    own = Plan(schedule=schedule, sampler=prior.metadata.sampler, prior=prior, cache=settings.cache)
+    own = Plan(schedule=schedule, sampler=prior.sampler, prior=prior, cache=settings.cache)
     return Plans(own=own, planned=planned, others={})
 
 
@@ -287,5 +289,5 @@ def _digest(pipe: DiffusionPipeline) -> str:
         for key, value in component.state_dict().items() if isinstance(component, torch.nn.Module) else ():
             found.update(f"{name}.{key}".encode())
             if torch.is_tensor(value):
-                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

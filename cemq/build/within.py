@@ -50,6 +50,7 @@ def plan_build(settings: BuildSettings, quantized: Path | None = None) -> Memory
         PlacementError: Nothing fits, or weights would be converted on their way from disk.
     """
     recipe, limit, dtype = settings.recipe, settings.limit, settings.dtype
+    assert limit is not None
     folder = quantized or settings.source.folder
     components = read_footprint(
         folder,
@@ -163,6 +164,7 @@ class PieceByPiece:
     """
 
     def __init__(self, settings: BuildSettings, folder: Path):
+        assert settings.limit is not None
         self._settings, self._limit, self._folder = settings, settings.limit, folder
         source = settings.source.folder
         self._pipe = open_pipeline(  # mapped, not read

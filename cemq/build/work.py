@@ -52,12 +52,18 @@ class Work:
     def __init__(
         self, folder: Path | None, processes: Processes = ALONE, place: Place | None = None, *, keeps: bool = True
     ):
-        self.folder: Path | None = folder
+        self._folder = folder
         self.processes: Processes = processes
         self.generations: Generations = Generations()
         self._place, self._keeps = place, keeps
         self._whole: dict[str, bool] = {}  # folders, by name
         self._lost: set[str] = set()  # what was said of results that cannot be kept
+
+    @property
+    def folder(self) -> Path:
+        """Where results are kept."""
+        assert self._folder is not None
+        return self._folder
 
     def keep(self, name: str, make: Callable[[], Result]) -> Result:
         """What a stage gives, in which all processes take part: run by all of them unless every one can read it."""
@@ -87,19 +93,19 @@ class Work:
         self._count(counts)
         return value
 
-    def keep_folder(self, name: str, write: Callable[[Path], None]) -> tuple[Path, dict[str, str] | None]:
+    def keep_folder(self, name: str, write: Callable[[Path], None]) -> tuple[Path, dict[str, str]]:
         """A folder that ``write`` fills in the main process, while the others take part in what it takes; and there the
         checksums of its files as they were written."""
         folder, partial = self.folder / name, self.folder / f".{name}"
 
-        def make() -> dict[str, str] | None:
+        def make() -> dict[str, str]:
             if self.processes.is_main:
                 for old in (folder, partial):
                     shutil.rmtree(old, ignore_errors=True)
                 partial.mkdir()
             write(partial)
             if not self.processes.is_main:
-                return None
+                return {}
             flush(partial)
             partial.rename(folder)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -138,7 +144,7 @@ class Work:
 
     def finish(self, bundle: Path) -> None:
         """Put the bundle in its place, and remove all that was kept for it; in all processes, once it is there."""
-        if self.processes.is_main:
+        if self._place is not None:
             self._place.take(bundle)
         self.processes.wait()
 
@@ -252,7 +258,7 @@ def building(
     with claimed(output, overwrite=overwrite) if processes.is_main else nullcontext() as place:
         if place and fresh:
             place.clear()
-        folder = Path(processes.gather([place and str(_begun(place, asked))])[0])
+        folder = Path(processes.gather([str(_begun(place, asked)) if place else ""])[0])
         if unseen := [rank for rank, seen in enumerate(processes.gather([folder.is_dir()])) if not seen]:
             raise ProcessError(f"output '{output}': process {unseen[0]} does not see its folder: name one that all see")
         work = Work(folder, processes, place, keeps=keeps)

@@ -20,6 +20,7 @@ from cemq.errors import InputError, choose
 from cemq.files import cache_folder, sha256, written_whole
 
 Verify = Literal["always", "once", "never"]
+VERIFY: tuple[Verify, ...] = get_args(Verify)
 Mark = list[int]  # size, mtime_ns, ctime_ns, inode, device: nobody sets ctime_ns back
 _SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system (FAT's): two changes within one tick look alike
 _MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # what reading damaged JSON raises
@@ -33,13 +34,14 @@ class Listed:
     sha256: str
 
 
-def check_verify(verify: Verify | bool) -> Verify:
+def check_verify(verify: str | bool) -> Verify:
     """When to compare checksums; True and False, of before, stand for always and never.
 
     Raises:
         InputError: It is none of these.
     """
-    return choose("verify", {True: "always", False: "never"}.get(verify, str(verify)), get_args(Verify))
+    named: dict[str | bool, str] = {True: "always", False: "never"}
+    return choose("verify", named.get(verify, str(verify)), VERIFY)
 
 
 def find_faults(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from cemq.bundle.manifest import MANIFEST, read_bundle
 from cemq.errors import HubError, InputError
@@ -27,7 +28,7 @@ def find_bundle(name: str | Path, revision: str | None = None) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    def fetch(**options: object) -> Path:
+    def fetch(**options: Any) -> Path:
         try:
             return Path(snapshot_download(str(name), revision=revision, **options))
         except Exception as error:  # huggingface_hub and its transport raise many unrelated types

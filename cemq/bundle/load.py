@@ -97,7 +97,7 @@ def from_pretrained(
     dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype
     choose("dtype", dtype, DTYPES)
     where = check_device(device or default_device())
-    policy = manifest.policy and make_policy(manifest.policy["name"], manifest.policy["settings"])
+    policy = make_policy(manifest.policy["name"], manifest.policy["settings"]) if manifest.policy else None
     memory, on_disk = None, False
     if (vram := placing.get("vram")) is not None:
         free, steps = free_host_memory(), plan.schedule.budget
@@ -158,7 +158,7 @@ def _read_plan(folder: Path, manifest: Manifest, budget: int | str | None) -> Pl
         solver=asked.get("solver", SEARCH),
         predictor=asked.get("predictor", AUTO),
     )
-    plan = replace(plan, others=tuple(_other(plan, run) for run in manifest.other_runs))
+    plan = replace(plan, others=tuple(_other(plan, prior, run) for run in manifest.other_runs))
     if budget is None:
         return plan
     if manifest.policy is not None:
@@ -177,11 +177,11 @@ def _place(
     logging.getLogger("cemq").info("%s: %s", folder, memory.summary())
 
 
-def _other(plan: Plan, run: OtherRun) -> Plan:
+def _other(plan: Plan, prior: ErrorPrior, run: OtherRun) -> Plan:
     """The same at another step count."""
-    prior = plan.prior.resampled(run.sampler)
-    correction = _correction(run, prior)
-    return replace(plan, schedule=run.schedule, sampler=run.sampler, prior=prior, correction=correction)
+    there = prior.resampled(run.sampler)
+    correction = _correction(run, there)
+    return replace(plan, schedule=run.schedule, sampler=run.sampler, prior=there, correction=correction)
 
 
 def _correction(run: Manifest | OtherRun, prior: ErrorPrior) -> Correction | None:

@@ -158,7 +158,8 @@ def _typed(kind: type, fields: dict[str, Any]) -> Any:
 
     hints = typing.get_type_hints(kind)
     config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
-    model = create_model(kind.__name__, __config__=config, **{name: (hints[name], ...) for name in fields})
+    wanted: dict[str, Any] = {name: (hints[name], ...) for name in fields}
+    model = create_model(kind.__name__, __config__=config, **wanted)
     checked = model(**fields)
     return kind(**{name: getattr(checked, name) for name in fields})
 
