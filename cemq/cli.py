@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -205,7 +205,7 @@ def _recipe_options(*, defaults: bool) -> dict[str, tuple[type, Any]]:
             continue
         kinds = {typing.get_origin(kind) or kind for kind in typing.get_args(field.annotation) or (field.annotation,)}
         kind = next((each for each in (bool, float, int) if {each} == kinds - {type(None)}), str)
-        shown = field.json_schema_extra or {}
+        shown = cast("dict[str, Any]", field.json_schema_extra or {})  # ours are no functions
         if shown.get("repeated"):
             kind = list[str]
         least = next((each.ge for each in field.metadata if hasattr(each, "ge")), None)
@@ -295,6 +295,7 @@ def _print_built(manifest: Manifest, output: Path, as_json: bool) -> None:
         _print_json(dataclasses.asdict(manifest) | {"bundle": str(output)})
         return
     schedule, took = manifest.schedule, manifest.generations
+    assert took is not None  # only older bundles do not say
     replayed = f", {took['replayed']:.4g} replayed to quantize" if took["replayed"] else ""
     print(schedule.strip())
     print(
@@ -364,18 +365,19 @@ def generate(
 
     Example: cemq generate digits --label seven -o seven.png
     """
-    if (prompt is None) == (label is None):
+    condition = label if prompt is None else prompt
+    if condition is None or (prompt is not None and label is not None):
         raise InputError("give either --prompt or --label")
     arguments = _call_arguments(call)
+    from cemq.bundle.checksums import check_verify
     from cemq.bundle.generate import generate_sample
     from cemq.pipelines.outputs import check_path
 
     check_path(output)
-    condition = label if prompt is None else prompt
     with _at_work(quiet) as progress:
         sample = generate_sample(
             bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device, vram=vram,
-            offload_folder=offload_folder, verify=verify, output=output, progress=progress,
+            offload_folder=offload_folder, verify=check_verify(verify), output=output, progress=progress,
         )  # fmt: skip
     sample.save(output)
     print(output)
@@ -403,6 +405,7 @@ def evaluate(
     Example: cemq evaluate digits --samples 16 --picture side-by-side.png
     """
     from cemq import evaluate as run_evaluation
+    from cemq.bundle.checksums import check_verify
     from cemq.bundle.manifest import quality_text
     from cemq.parallel import launched
 
@@ -410,7 +413,7 @@ def evaluate(
         with _at_work(quiet) as progress:
             found = run_evaluation(
                 bundle, reference=reference, samples=samples, seed=seed, steps=steps, budget=budget, picture=picture,
-                device=device, verify=verify, progress=progress, processes=processes,
+                device=device, verify=check_verify(verify), progress=progress, processes=processes,
             )  # fmt: skip
         if as_json:
             _print_json(found.to_dict())
@@ -512,7 +515,8 @@ def _print_comparison(found: Comparison) -> None:
         rows = [row for row in found.rows if (row.scheme, row.target) == (scheme, target)]
         names = Column("method", min_width=max(len(row.method) for row in rows), no_wrap=True)
         table = Table(names, "compute", "wall", "PSNR dB", "p5", "worst", "SSIM", box=None)
-        for row in sorted((row for row in rows if row.status == "ok"), key=lambda row: (not row.is_near, -row.psnr_db)):
+        done = (row for row in rows if row.status == "ok")
+        for row in sorted(done, key=lambda row: (not row.is_near, -(row.psnr_db or 0))):
             ratios = f"{row.compute_ratio:.2f}x{'' if row.is_near else '*'}", f"{row.wall_ratio:.2f}x"
             levels = f"{row.psnr_db:.1f}", f"{row.p5_db:.1f}", f"{row.worst_db:.1f}", f"{row.ssim:.4f}"
             table.add_row(row.method, *ratios, *levels)
@@ -602,7 +606,7 @@ def analyze(
     with launched() as processes:
         if plot:
             check_picture_path(plot, "plot")
-        check_verify(verify)  # where a MODEL is quantized first, that is hours later
+        checked = check_verify(verify)  # where a MODEL is quantized first, that is hours later
         with _at_work(quiet) as progress:
             asked = {
                 "schedules": schedules, "predictors": _names(predictors), "budget": budget, "corrector": corrector,
@@ -610,7 +614,7 @@ def analyze(
             shared = {"device": device, "progress": progress, "processes": processes}
             check = functools.partial(check_analysis, **asked)
             with bundle_of(bundle, check=check, scheme=scheme, recipe=recipe, **shared) as folder:
-                found = run_analysis(folder, samples=samples, seed=seed, verify=verify, **asked, **shared)
+                found = run_analysis(folder, samples=samples, seed=seed, verify=checked, **asked, **shared)
         if plot and processes.is_main:
             draw(found, plot)
         if as_json:

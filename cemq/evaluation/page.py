@@ -227,7 +227,9 @@ def _embedded(picture: Image, kind: str = "WEBP", **options: Any) -> str:
 def _moving(frames: np.ndarray, rate: float) -> tuple[str, str]:
     """Of a video (frames, height, width, 3) a file that moves, and its first frame."""
     first, *others = [_image(frame) for frame in frames]
-    kept = {"lossless": True} if frames[..., 0].size <= _LOSSLESS else {"lossless": False, "quality": 90}
+    kept: dict[str, Any] = (
+        {"lossless": True} if frames[..., 0].size <= _LOSSLESS else {"lossless": False, "quality": 90}
+    )
     moving = _embedded(first, save_all=True, append_images=others, duration=round(1000 / rate), loop=0, **kept)
     return moving, _embedded(first)
 

@@ -36,7 +36,7 @@ def describe(bundle: Path) -> dict[str, Any]:
         "sampler": dataclasses.asdict(manifest.sampler),
         "prior": {
             "view": manifest.view,
-            "samples": prior.metadata.samples,
+            "samples": prior.metadata and prior.metadata.samples,
             "quantization_floor": prior.quantization_floor.tolist(),
             "predicted_error": prior.step_errors(schedule.served, "combined").tolist(),
             "step_sizes": prior.step_sizes.tolist(),
@@ -119,10 +119,10 @@ def print_description(description: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _counted(schedule: dict[str, Any], fidelity: dict[str, float]) -> str:
+def _counted(schedule: dict[str, Any], fidelity: dict[str, Any] | None) -> str:
     """What was counted at build time, where that is not what is planned."""
     planned = schedule["num_steps"] / schedule["compute_ratio"]
-    counted = (fidelity or {}).get("full_steps", planned)  # bundles of before do not say
+    counted = fidelity.get("full_steps", planned) if fidelity else planned  # bundles of before do not say
     return "" if math.isclose(counted, planned) else f" ({counted:g} steps were computed at build time)"
 
 

@@ -55,7 +55,7 @@ def flip(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
     from flip_evaluator import evaluate
 
     pairs = zip(*(each.astype(np.float32) for each in (reference, images)), strict=True)
-    return np.array([evaluate(*pair, "LDR", computeMeanError=True, applyMagma=False)[1] for pair in pairs])
+    return np.array([evaluate(left, right, "LDR", computeMeanError=True, applyMagma=False)[1] for left, right in pairs])
 
 
 def change_psnr_db(reference: np.ndarray, videos: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ from cemq.pipelines.opening import (
     open_pipeline,
 )
 from cemq.quantize import QuantizationSettings, quantize_pipeline, record_calls
-from cemq.recipe import Recipe, find_calibration, load_recipe, recipe_for
+from cemq.recipe import find_calibration, load_recipe, make_recipe, recipe_for
 from cemq.runtime import detach
 from cemq.runtime.runner import Outcome, Runner
 
@@ -196,7 +196,7 @@ def _course(model: str, settings: Settings) -> _Course:
         "progress": settings.get("progress"),
     }
     check_device(shared["device"])
-    call = dict(settings.get("call") or {})
+    call, calib = dict(settings.get("call") or {}), settings.get("calib")
     if (Path(model) / MANIFEST).is_file():
         folder = Path(model)
         manifest = read_bundle(folder, verify="once")
@@ -204,12 +204,12 @@ def _course(model: str, settings: Settings) -> _Course:
         return _Course(
             model=model, manifest=manifest, folder=folder, call=_read(folder, manifest.call | call),
             steps=settings.get("steps") or manifest.num_inference_steps, dtype=manifest.dtype,
-            conditions=read_conditions(find_calibration(settings["calib"])) if settings.get("calib") else None,
+            conditions=read_conditions(find_calibration(calib)) if calib else None,
             **shared,
         )  # fmt: skip
     source, named = locate(model), recipe_for(model)
-    recipe = load_recipe(named) if named else Recipe()
-    calib = settings.get("calib") or recipe.calib
+    recipe = load_recipe(named) if named else make_recipe({})
+    calib = calib or recipe.calib
     if calib is None:
         raise InputError(f"'{model}': give prompts or class labels with --calib, one a line")
     return _Course(
@@ -265,13 +265,15 @@ def _samples(course: _Course, pipe: DiffusionPipeline) -> tuple[tuple[Batch, ...
     if course.conditions is not None:
         profiled, held_out = split_conditions(check_conditions(pipe, course.conditions), profiled=_PROFILED, seed=0)
     else:
+        assert course.manifest is not None  # a model has no conditions but those that were asked for
         profiled = held_out = course.manifest.held_out_conditions
     first = EVALUATION_SEED_OFFSET + course.seed
     drawn = ((profiled, _PROFILED, 0), (held_out, course.samples, first))
-    return tuple(
+    fitted_to, judged_by = (
         make_batches(conditions, samples=samples, first_seed=seed, batch_size=course.batch_size)
         for conditions, samples, seed in drawn
     )
+    return fitted_to, judged_by
 
 
 def _quantize(runner: Runner, settings: QuantizationSettings, batches: Sequence[Batch]) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +96,12 @@ class Contest:
 
     def row(self, method: Method, target: float) -> Row:
         """Settle a method's knob, then run it on the samples; whatever it fails with is the row's status."""
-        known = {"method": method.name, "source": method.source, "scheme": self.scheme, "target": target}
+        known: dict[str, Any] = {
+            "method": method.name,
+            "source": method.source,
+            "scheme": self.scheme,
+            "target": target,
+        }
         if method.package is not None and importlib.util.find_spec(method.package) is None:
             return Row(**known, status=f"{method.package} is not installed")
         try:
@@ -112,7 +118,7 @@ class Contest:
             self.runner.run_one(self._probe)
         return self._full / work.operations
 
-    def _judged(self, method: Method, setting: float) -> dict[str, float]:
+    def _judged(self, method: Method, setting: float) -> dict[str, Any]:
         with method.apply(self.bench, setting), counted_work(self.runner.pipe) as work:
             outcomes = self.runner.run(self.batches)
         fidelity = measure_fidelity(self.references, outcomes, batches=self.batches)
@@ -138,6 +144,6 @@ class Contest:
             raise CemqError(f"method {method.name} left the pipeline other than it was: compare without it")
 
 
-def _told(fidelity: Fidelity) -> dict[str, float]:
+def _told(fidelity: Fidelity) -> dict[str, Any]:
     scores = fidelity.scores["psnr_db"]
     return {"psnr_db": fidelity.psnr_db, "p5_db": scores["p5"], "worst_db": scores["worst"], "ssim": fidelity.ssim}

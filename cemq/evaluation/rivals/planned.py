@@ -33,8 +33,8 @@ def follow(
     bench: Bench, schedule: CacheSchedule, *, cache: str = "output", fix: Correction | None = None
 ) -> AbstractContextManager[Any]:
     """A schedule, and a correction of it, on the pipeline of a bench."""
-    sampler = bench.prior.metadata.sampler
-    return attached(bench.runner.pipe, Plan(schedule=schedule, sampler=sampler, correction=fix, cache=cache))
+    followed = Plan(schedule=schedule, sampler=bench.prior.sampler, correction=fix, cache=cache)
+    return attached(bench.runner.pipe, followed)
 
 
 @add_method("cemq", "cemq, effort normal", Steps())
