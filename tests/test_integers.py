@@ -153,18 +153,18 @@ def test_expanded_int4_is_int4_times_its_group_scale_and_fits_in_int8(rows, colu
     expanded = expand_int4(packed, group_scale, columns)
     assert expanded.dtype == torch.int8
     assert expanded.shape == (rows, columns)
-    assert group_scale.min() >= 1
-    assert group_scale.max() <= 18
+    assert group_scale.abs().min() >= 1
+    assert group_scale.abs().max() <= 15
     for row, column in np.ndindex(rows, columns):
         int4 = half_byte(packed, row, column, group_size)
-        assert -7 <= int4 <= 7
+        assert -8 <= int4 <= 7
         assert int(expanded[row, column]) == int4 * int(group_scale[row, column // group_size])
-    assert np.allclose(scale.squeeze(1), np.abs(weight).max(1) / 126, rtol=1e-6)
+    assert np.allclose(scale.squeeze(1), np.abs(weight).max(1) / 120, rtol=1e-6)
 
 
 @given(seed=SEEDS, weighted=st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_a_group_scale_is_the_best_of_the_largest_four(seed, weighted):
+def test_a_group_scale_is_the_best_of_the_largest_three_of_either_sign(seed, weighted):
     random = np.random.default_rng(seed)
     weight, importance = random.standard_t(3, (4, 32)), random.random(32) if weighted else np.ones(32)
     weight, counts = weight.astype("f4"), torch.from_numpy(importance) if weighted else None
@@ -175,10 +175,11 @@ def test_a_group_scale_is_the_best_of_the_largest_four(seed, weighted):
 
         def error(whole, part=part, unit=unit, columns=columns):
             step = whole * unit
-            return np.sum((np.clip(np.round(part / step), -7, 7) * step - part) ** 2 * importance[columns])
+            return np.sum((np.clip(np.round(part / step), -8, 7) * step - part) ** 2 * importance[columns])
 
-        largest = min(18, max(1, int(np.ceil(np.float32(abs(part).max()) / np.float32(7 * unit)))))
-        best = min(error(candidate) for candidate in {max(1, largest - trial) for trial in range(4)})
+        largest = min(15, max(1, int(np.ceil(np.float32(abs(part).max()) / np.float32(8 * unit)))))
+        candidates = {sign * max(1, largest - trial) for trial in range(3) for sign in (1, -1)}
+        best = min(error(candidate) for candidate in candidates)
         assert error(int(group_scale[row, group])) == pytest.approx(best, rel=1e-4, abs=1e-12)
 
 
@@ -190,6 +191,20 @@ def test_quantized_channels_are_off_by_half_a_step_at_most(rows, columns, seed):
     assert (quantized.dtype, scale.dtype, scale.shape) == (np.int8, np.float32, (rows, 1))
     assert quantized.min() >= -127
     assert (np.abs(quantized.astype(np.float64) * scale - weight) <= 0.5001 * scale).all()
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_four_bit_weights_reach_further_to_the_side_that_needs_it(side):
+    weight = torch.arange(-7, 9).repeat(3, 4).float() * side
+    packed, group_scale, scale = quantize_int4(weight, 16)
+    assert torch.allclose(expand_int4(packed, group_scale, 64) * scale, weight, rtol=1e-6)
+    assert (group_scale.sign() == -side).all()
+
+
+def test_integers_of_bundles_that_were_made_with_larger_group_scales_stay_what_they_were():
+    values = torch.randint(-7, 8, (4, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    group_scale = torch.tensor([[18], [17], [1], [16]], dtype=torch.int8)
+    assert torch.equal(expand_int4(pack_int4(values, 64), group_scale, 64).int(), values.int() * group_scale.int())
 
 
 def test_weights_that_fit_the_grid_are_unchanged():

@@ -108,7 +108,7 @@ def test_expanded_int4_is_exact(rows, columns, group_size, seed):
     generator = torch.Generator().manual_seed(seed)
     groups = -(-columns // group_size)
     packed = torch.randint(0, 256, (rows, groups * group_size // 2), dtype=torch.uint8, generator=generator)
-    group_scale = torch.randint(1, 16, (rows, groups), dtype=torch.int8, generator=generator)
+    group_scale = torch.randint(-15, 16, (rows, groups), dtype=torch.int8, generator=generator)
     expected = integers.expand_int4(packed, group_scale, columns)
     assert torch.equal(cpu.kernels().expand_int4(packed, group_scale, columns), expected)
 

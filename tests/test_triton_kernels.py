@@ -48,10 +48,11 @@ def some_int4(
     """Packed weights, their group scales, and the int8 weight that they stand for."""
     generator = torch.Generator().manual_seed(seed)
     groups = -(-k // group_size)
-    values = torch.randint(-7, 8, (n, groups * group_size), generator=generator)
-    values[:, k:] = 0
-    values = values.view(n, groups, group_size)
     scale = torch.randint(1, 19, (n, groups, 1), generator=generator)
+    least = torch.where(scale < 16, -8, -7)  # larger ones are of bundles of before, and have no -8
+    values = torch.randint(-8, 8, (n, groups, group_size), generator=generator).maximum(least)
+    values.flatten(1)[:, k:] = 0
+    scale = torch.where(scale < 16, scale * (torch.randint(0, 2, scale.shape, generator=generator) * 2 - 1), scale)
     low, high = (values + 8).chunk(2, -1)
     packed = (low | high << 4).flatten(1).to(torch.uint8)
     return packed, scale.squeeze(-1).to(torch.int8), (values * scale).flatten(1)[:, :k].to(torch.int8)
@@ -157,18 +158,20 @@ def test_every_block_shape_is_exact(bits, number, monkeypatch):
 
 
 @on_each_device
-def test_every_int4_weight_is_exact(device):
-    """Each of the 15 values, in each column of a group, times each of the 18 group scales."""
-    values = (torch.arange(15).view(15, 1) + torch.arange(GROUP_SIZE)) % 15 - 7
+@pytest.mark.parametrize(("least", "factors"), [(-8, range(-15, 16)), (-7, range(16, 19))])  # the latter: of before
+def test_every_int4_weight_is_exact(device, least, factors):
+    """Each value, in each column of a group, times each group scale that goes with it."""
+    levels = 8 - least
+    values = (torch.arange(levels).view(levels, 1) + torch.arange(GROUP_SIZE)) % levels + least
     low, high = (values + 8).chunk(2, -1)
-    packed = (low | high << 4).to(torch.uint8).repeat_interleave(18, 0).to(device)
-    group_scale = torch.arange(1, 19, dtype=torch.int8).repeat(15).view(-1, 1)
+    packed = (low | high << 4).to(torch.uint8).repeat_interleave(len(factors), 0).to(device)
+    group_scale = torch.tensor(factors, dtype=torch.int8).repeat(levels).view(-1, 1)
     tokens = torch.eye(GROUP_SIZE, dtype=torch.int8, device=device)
     unread = torch.empty(0, device=device)
     product = kernels.multiply_w4(
         (tokens, unread, unread), packed, group_scale.to(device), unread, unread, None, GROUP_SIZE, torch.int32
     )
-    assert torch.equal(product.cpu().t(), values.repeat_interleave(18, 0).int() * group_scale)
+    assert torch.equal(product.cpu().t(), values.repeat_interleave(len(factors), 0).int() * group_scale)
 
 
 @on_each_device

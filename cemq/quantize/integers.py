@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 
 INT8_MAX = 127
-INT4_MAX = 7
+INT4_MIN, INT4_MAX = -8, 7
 GROUP_SIZE = 64  # int4 weights that share a group scale
 # int4 times its group scale must fit in int8, so that the product with int8 activations stays integer
-GROUP_SCALE_MAX = INT8_MAX // INT4_MAX
+GROUP_SCALE_MAX = INT8_MAX // -INT4_MIN
 _TINY = 1e-12
 _EXACT_COLUMNS = 1 << 10
 _ROWS_AT_ONCE = 1 << 8
 _VALUES_AT_ONCE = 1 << 20
-_CLIP_TRIALS = 4  # how far below the smallest unclipped group scale to look for a smaller squared error
+_CLIP_TRIALS = 3  # how many group scales, from the smallest unclipped one down, to try; of either sign
 
 
 def quantize_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,8 +63,9 @@ def group_scales(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Progressive scales for int4: ``weight ~ int4 * group_scale * scale``, group scales whole (QServe, 2405.04532).
 
-    ``int4`` lies in -7..7 and ``group_scale`` in 1..18, so their product is an int8 weight. Each group scale is the one
-    of the four largest useful candidates with the least squared error.
+    ``int4`` lies in -8..7 and ``group_scale`` in -15..-1 or 1..15, so their product is an int8 weight. The sign turns
+    the further reach of int4 to the side of the group that needs it: sixteen levels, where symmetric ones are fifteen.
+    Each group scale is the one of some candidates with the least squared error.
 
     Args:
         weight: (out, groups * group_size).
@@ -75,14 +76,14 @@ def group_scales(
         group scales (out, groups) float32 of whole numbers, scales (out, 1) float32.
     """
     grouped = weight.float().unflatten(1, (-1, group_size))
-    scale = grouped.abs().amax((1, 2)).clamp_min(_TINY).view(-1, 1, 1) / (INT4_MAX * GROUP_SCALE_MAX)
-    unclipped = (grouped.abs().amax(-1, keepdim=True) / (INT4_MAX * scale)).ceil().clamp(1, GROUP_SCALE_MAX)
+    scale = grouped.abs().amax((1, 2)).clamp_min(_TINY).view(-1, 1, 1) / (-INT4_MIN * GROUP_SCALE_MAX)
+    unclipped = (grouped.abs().amax(-1, keepdim=True) / (-INT4_MIN * scale)).ceil().clamp(1, GROUP_SCALE_MAX)
     weighting = 1.0 if importance is None else importance.float().view(1, -1, group_size)
     candidates, errors = [], []
-    for trial in range(_CLIP_TRIALS):
-        group_scale = (unclipped - trial).clamp_min(1)
+    for trial, sign in itertools.product(range(_CLIP_TRIALS), (1, -1)):
+        group_scale = (unclipped - trial).clamp_min(1) * sign
         step = group_scale * scale
-        error = (grouped / step).round_().clamp_(-INT4_MAX, INT4_MAX).mul_(step).sub_(grouped).square_()
+        error = (grouped / step).round_().clamp_(INT4_MIN, INT4_MAX).mul_(step).sub_(grouped).square_()
         candidates.append(group_scale.squeeze(-1))
         errors.append((error * weighting).sum(-1))
     best = torch.stack(errors).argmin(0, keepdim=True)
@@ -104,7 +105,7 @@ def _round_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, to
     weight = F.pad(weight.float(), (0, -weight.shape[1] % group_size))
     group_scale, scale = group_scales(weight, group_size)
     step = (group_scale * scale).repeat_interleave(group_size, 1)
-    values = (weight / step).round_().clamp_(-INT4_MAX, INT4_MAX)
+    values = (weight / step).round_().clamp_(INT4_MIN, INT4_MAX)
     return pack_int4(values.to(torch.int8), group_size), group_scale.to(torch.int8), scale
 
 

@@ -262,7 +262,7 @@ def linear_w4a8(
     """The same for an int4 weight in groups of ``group_size`` columns, a power of two from 32 on.
 
     Each row of ``packed`` (n, groups * group_size / 2) holds, group by group, the first half of the group's columns in
-    the low half bytes and the second in the high ones, each plus 8. ``group_scale`` (n, groups) lies in 1..18.
+    the low half bytes and the second in the high ones, each plus 8. ``group_scale`` (n, groups) lies in -15..18.
     """
     return multiply_w4(_quantize(values), packed, group_scale, weight_scale, weight_sum, bias, group_size, values.dtype)
 
