@@ -432,6 +432,9 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write; its name ends in .html.")],
     samples: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 8,
     reference: Annotated[str | None, typer.Option(help="Full-precision original; default: the bundle's model.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Other methods beside it: what compare --json printed.")
+    ] = None,
     device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -446,7 +449,9 @@ def report(
     from cemq.bundle.manifest import quality_text
 
     with _at_work(quiet) as progress:
-        found = write_report(bundle, output, samples=samples, reference=reference, device=device, progress=progress)
+        found = write_report(
+            bundle, output, samples=samples, reference=reference, compare=compare, device=device, progress=progress
+        )
     if as_json:
         _print_json(found.to_dict() | {"report": str(output)})
         return
