@@ -285,7 +285,7 @@ def test_other_methods_are_drawn_beside_the_bundle_and_listed(planned, tmp_path)
     shown = CliRunner().invoke(app, [*asked, "--samples", "1", "--device", "cpu", "--quiet"])
     assert shown.exit_code == 0, shown.output
     page = Parsed((tmp_path / "a.html").read_text(encoding="utf-8"))
-    dots = [each for each in page.all("circle") if each["class"] == "dot2"]
+    dots = [each for each in page.all("circle") if each["class"] == "dot1"]
     assert len(dots) == 2
     for told in ("teacache, compute ratio 3.00: 30.0 dB, worst 10.0", "<b>, compute ratio 2.00", "it <i>fails</i>"):
         assert told in page.text
@@ -296,14 +296,20 @@ def test_other_methods_are_drawn_beside_the_bundle_and_listed(planned, tmp_path)
 
 
 def test_the_bundle_stands_among_other_methods_where_this_page_has_it(planned, instant):
-    for bundle, series in ((planned, 3), (instant, 2)):  # of which nothing was run
+    for bundle in (planned, instant):
         found, said = run_both(bundle, samples=1, device="cpu"), describe(bundle)
         rows = tuple(Row(**each) for each in (row(target=3.0), row("cemq", 3.0), row("full compute", 1.0)))
         chart = rival_chart(said, Comparison(**comparison(bundle) | {"rows": rows}), found.evaluation)
         assert chart.chosen == (found.evaluation.full_steps, found.evaluation.psnr_db)
-        assert len(chart.dots) == series
-        assert [list(each.points) for each in chart.dots[-2:]] == [[(STEPS / 3, 30.0)]] * 2
+        best, *others = chart.dots
+        assert bool(best.points) == (bundle is planned)  # of the other nothing was run
+        assert [list(each.points) for each in others] == [[(STEPS / 3, 30.0)]] * 2
+        assert chart.lines == []  # no run has taught the prior how high its errors are
         assert chart.x.low < STEPS / 3 < chart.x.high
+        said["prior"]["coherence"] = 3.0
+        assert len(rival_chart(said, Comparison(**comparison(bundle) | {"rows": rows}), found.evaluation).lines) == (
+            bundle is planned
+        )
 
 
 @pytest.mark.parametrize(

@@ -302,8 +302,8 @@ def rival_chart(description: dict[str, Any], compared: Comparison, evaluation: E
     curve, steps = curve_chart(description), compared.num_steps
     rows = [row for row in compared.rows if row.status == "ok" and row.target > 1]
     chosen = (float(evaluation.full_steps), evaluation.psnr_db)
-    dots = list(curve.dots) if curve else []
-    for name, ours in (("planned anew by cemq compare", True), ("other methods", False)):
+    dots = list(curve.dots) if curve else [Series(name="best that was run", points=())]
+    for name, ours in (("other methods", False), ("planned anew by cemq compare", True)):
         shown = [row for row in rows if row.method.startswith("cemq") is ours]
         points = [(steps / row.compute_ratio, row.psnr_db) for row in shown]
         titles = [
@@ -311,7 +311,8 @@ def rival_chart(description: dict[str, Any], compared: Comparison, evaluation: E
             for row in shown
         ]
         dots.append(Series(name=name, points=points, titles=titles))
-    lines = list(curve.lines) if curve else []
+    fitted = math.isfinite(description["prior"]["coherence"])  # else what is predicted has an order and no height
+    lines = list(curve.lines) if curve and fitted else []
     every = [point for series in (*lines, *dots) for point in series.points] + [chosen]
     xs, ys = zip(*every, strict=True)
     return Chart(

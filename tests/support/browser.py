@@ -20,39 +20,39 @@ _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
 )  # fmt: skip
-_SECONDS = 60
+_SECONDS = 180
 
 
 class Browser:
     """One page in one window."""
 
     def __init__(self, driver: str, session: str) -> None:
-        self._address = f"{driver}/session/{session}"
+        self._session_address = f"{driver}/session/{session}"
 
     def open(self, address: str) -> None:
-        _ask(f"{self._address}/url", {"url": address})
+        _ask(f"{self._session_address}/url", {"url": address})
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What a function's body returns in the page."""
-        return _ask(f"{self._address}/execute/sync", {"script": script, "args": arguments})
+        return _ask(f"{self._session_address}/execute/sync", {"script": script, "args": arguments})
 
     def wait(self, script: str, *arguments: Any) -> Any:
         """The first value that counts as true; raises AssertionError if none comes."""
         return waited(lambda: self.run(script, *arguments), script)
 
     def size(self, width: int, height: int) -> None:
-        _ask(f"{self._address}/window/rect", {"width": width, "height": height})
+        _ask(f"{self._session_address}/window/rect", {"width": width, "height": height})
 
     def picture(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(_ask(f"{self._address}/screenshot")))
+        path.write_bytes(base64.b64decode(_ask(f"{self._session_address}/screenshot")))
 
     def errors(self) -> list[str]:
         """What the console says, since it was last asked."""
-        return [each["message"] for each in _ask(f"{self._address}/se/log", {"type": "browser"})]
+        return [each["message"] for each in _ask(f"{self._session_address}/se/log", {"type": "browser"})]
 
     def requests(self) -> list[str]:
         """The addresses of everything that was asked for, since it was last asked."""
-        found = _ask(f"{self._address}/se/log", {"type": "performance"})
+        found = _ask(f"{self._session_address}/se/log", {"type": "performance"})
         said = [json.loads(each["message"])["message"] for each in found]
         return [each["params"]["request"]["url"] for each in said if each["method"] == "Network.requestWillBeSent"]
 
