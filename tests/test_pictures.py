@@ -36,6 +36,11 @@ def test_large_samples_are_fewer_and_made_smaller():
     assert left.shape == right.shape == (2, 400, 200, 3)
 
 
+def test_what_has_no_three_channels_is_grey():
+    (depth,) = batches((1, 8, 8, 1))
+    assert np.array_equal(few_of([depth], [depth], total=1)[0], levels(depth.repeat(3, -1)))
+
+
 def test_of_a_video_it_is_the_frame_in_the_middle_and_of_audio_nothing():
     (video,), (audio,) = batches((2, 5, 8, 8, 3)), batches((1, 2, 400))
     assert np.array_equal(few_of([video], [video], total=2)[0], levels(video[:, 2]))

@@ -94,6 +94,8 @@ def _small(sample: np.ndarray, size: int) -> np.ndarray:
     from PIL import Image
 
     picture = sample if sample.ndim == 3 else sample[len(sample) // 2]
+    if picture.shape[-1] != 3:  # depth, say: no picture is worth ending a build for
+        picture = picture[..., :1].repeat(3, -1)
     image, longer = image_of(picture), max(picture.shape[:2])
     if longer > size:
         scaled = tuple(max(1, round(side * size / longer)) for side in image.size)
