@@ -52,6 +52,9 @@ _VERIFY = typer.Option(metavar="WHEN", help="Compare checksums first: always, on
 Verify = Annotated[str, _VERIFY]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors on stderr.")]
 Vram = Annotated[str | None, typer.Option(help="Device memory to stay within, e.g. 8GiB.")]
+OffloadFolder = Annotated[
+    Path | None, typer.Option(help="For weights that --vram keeps on disk; default: ~/.cache/cemq/offload.")
+]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by quantize-and-schedule.")]
 
 
@@ -355,9 +358,7 @@ def generate(
     call: Call = None,
     device: Device = None,
     vram: Vram = None,
-    offload_folder: Annotated[
-        Path | None, typer.Option(help="For weights that --vram keeps on disk; default: ~/.cache/cemq/offload.")
-    ] = None,
+    offload_folder: OffloadFolder = None,
     verify: Verify = "once",
     quiet: Quiet = False,
 ) -> None:
@@ -435,6 +436,9 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write; its name ends in .html.")],
     samples: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 8,
     reference: Annotated[str | None, typer.Option(help="Full-precision original; default: the bundle's model.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Other methods beside it: what compare --json printed.")
+    ] = None,
     device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -449,11 +453,43 @@ def report(
     from cemq.bundle.manifest import quality_text
 
     with _at_work(quiet) as progress:
-        found = write_report(bundle, output, samples=samples, reference=reference, device=device, progress=progress)
+        found = write_report(
+            bundle, output, samples=samples, reference=reference, compare=compare, device=device, progress=progress
+        )
     if as_json:
         _print_json(found.to_dict() | {"report": str(output)})
         return
     print(f"{output}: {found.samples} sample{'s'[: found.samples != 1]}, PSNR {quality_text(found.to_dict())}")
+
+
+@app.command()
+@_one_line_errors
+def play(
+    bundle: Bundle,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page's address; 0: any that is free.")] = 7900,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Full-precision original, or none; default: the bundle's model where it is on this machine."),
+    ] = None,
+    device: Device = None,
+    vram: Vram = None,
+    offload_folder: OffloadFolder = None,
+    verify: Verify = "once",
+) -> None:
+    """Open a page to play with a bundle: prompt, seed, budget, with and without quantization and cache.
+
+    It draws the bundle and its original side by side, with seconds and PSNR, and shows each step as it runs. The page
+    is for this machine alone and asks nothing of any other. Ctrl-C ends it.
+
+    Example: cemq play digits
+    """
+    from cemq.evaluation.play_server import play as serve
+
+    _hush_libraries()
+    serve(
+        bundle, port=port, reference=reference, device=device, vram=vram, offload_folder=offload_folder, verify=verify,
+        on_ready=lambda address: print(f"{address} (Ctrl-C ends it)", flush=True),
+    )  # fmt: skip
 
 
 @app.command()

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import cemq
 from cemq.bundle.manifest import Manifest, read_bundle
+from cemq.evaluation.pictures import sheet
 from cemq.metrics import psnr_db
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches
 from cemq.pipelines.opening import locate, open_pipeline
@@ -22,8 +23,7 @@ from cemq.pipelines.outputs import as_levels
 from cemq.runtime.runner import Runner
 
 PICTURE = Path(__file__).with_name("pictures") / "digits.png"
-SAMPLES, ZOOM, GAP, LINE, MARGIN = 8, 3, 6, 34, 16
-PAPER, INK, FULL, SKIPPED = "#ffffff", "#333333", "#4051b5", "#dfe2f2"
+SAMPLES = 8
 
 
 def draw_samples(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
@@ -44,39 +44,18 @@ def draw_samples(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarr
     return original, scheduled
 
 
-def in_a_row(pictures: np.ndarray) -> Image.Image:
-    """Pictures side by side, enlarged without smoothing."""
-    large = pictures.repeat(ZOOM, 1).repeat(ZOOM, 2)
-    apart = np.pad(large, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=1.0)
-    return Image.fromarray((np.concatenate(list(apart), axis=1)[:, :-GAP] * 255).round().astype(np.uint8))
-
-
-def sheet(original: np.ndarray, scheduled: np.ndarray, manifest: Manifest) -> Image.Image:
+def drawn(original: np.ndarray, scheduled: np.ndarray, manifest: Manifest) -> Image.Image:
     """Both rows with a line of text above each, and the schedule."""
     schedule = manifest.schedule
     share = manifest.model_bytes / manifest.reference_bytes
     decibels = psnr_db(as_levels(original), as_levels(scheduled)).mean()
-    rows = [in_a_row(original), in_a_row(scheduled)]
-    width, height = rows[0].size
-    page = Image.new("RGB", (width + 2 * MARGIN, 2 * height + 4 * LINE + MARGIN), PAPER)
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(16)
     texts = (
         f"full precision, {schedule.num_steps} of {schedule.num_steps} steps computed",
         f"{manifest.scheme.upper()} ({share:.0%} of the bytes), {schedule.budget} of {schedule.num_steps} steps "
         f"computed: {decibels:.1f} dB to the above",
-        "from noise to picture: dark steps are computed, light ones predicted",
     )
-    top = 0
-    for text, row in zip(texts, (*rows, None), strict=True):
-        pen.text((MARGIN, top + LINE - 8), text, fill=INK, font=font, anchor="ls")
-        if row:
-            page.paste(row, (MARGIN, top + LINE))
-            top += LINE + height
-    edges = MARGIN + np.linspace(0, width + 2, schedule.num_steps + 1).round().astype(int)
-    for step, (left, right) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-        box = (left, top + LINE, right - 3, top + 2 * LINE)
-        pen.rectangle(box, fill=FULL if step in schedule.full_steps else SKIPPED)
-    return page
+    rows = [(values * 255).round().astype(np.uint8) for values in (original, scheduled)]
+    return sheet(list(zip(texts, rows, strict=True)), schedule.strip())
 
 
 def main(folder: Path) -> None:
@@ -84,7 +63,7 @@ def main(folder: Path) -> None:
     manifest = read_bundle(folder)
     original, scheduled = draw_samples(folder, manifest)
     PICTURE.parent.mkdir(exist_ok=True)
-    sheet(original, scheduled, manifest).save(PICTURE, optimize=True)
+    drawn(original, scheduled, manifest).save(PICTURE, optimize=True)
     print(PICTURE)
 
 

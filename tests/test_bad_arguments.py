@@ -161,6 +161,18 @@ BAD = {
         *cases("--device", *DEVICES, before=COMPARED),
         *cases("--dtype", "", "float8", "int8", before=COMPARED),
     ],
+    "play": [
+        *commands([["BUNDLE"]]),
+        *bundles(),
+        [],
+        ["BUNDLE", "BUNDLE"],
+        *cases("--port", *NUMBERS, "65536", HUGE, "http", "7900.5", before=["BUNDLE"]),
+        *cases("--reference", "", "nowhere", "/", "FILE", "EMPTY", "BUNDLE", "builtin:x", "OTHER", before=["BUNDLE"]),
+        *cases("--device", *DEVICES, before=["BUNDLE"]),
+        *cases("--vram", *NUMBERS, "0", "1B", "8 apples", before=["BUNDLE"]),
+        ["BUNDLE", "--vram", "DISK", "--offload-folder", "FILE"],
+        *cases("--verify", "", "True", "twice", before=["BUNDLE"]),
+    ],
     "report": [
         *commands([["BUNDLE", *PAGE]]),
         *bundles(*PAGE),
@@ -169,6 +181,8 @@ BAD = {
         *cases("--reference", "", "nowhere", "/", "FILE", "EMPTY", "BUNDLE", "builtin:x", before=["BUNDLE", *PAGE]),
         ["BUNDLE", *PAGE, "--samples", "1", "--reference", "OTHER"],
         *cases("--samples", *NUMBERS, "0", HUGE, before=["BUNDLE", *PAGE]),
+        *cases("--compare", "", "nowhere", "/", "FILE", "FILE/x", "EMPTY", "LOOP", "BINARY.yaml", "NULL/cemq.json",
+               "LIST/cemq.json", "DEEP/cemq.json", "BUNDLE/cemq.json", before=["BUNDLE", *PAGE]),
         *cases("--device", *DEVICES, before=["BUNDLE", *PAGE]),
     ],
     "verify": [
@@ -407,6 +421,7 @@ RUNS = {  # of a model's forward
 READS = {  # a bundle
     "verify": ["BUNDLE"],
     "inspect": ["BUNDLE"],
+    "play": ["BUNDLE", "--port", "0"],
     "plan-memory": ["BUNDLE", "--vram", "8GiB"],
     "export": ["BUNDLE", "-o", "a.json"],
     "push": ["BUNDLE", "owner/name"],

@@ -68,9 +68,9 @@ def test_two_loads_give_the_same_images(bundle):
     assert np.array_equal(images(load(bundle)), images(load(bundle)))
 
 
-def test_a_bundle_holds_tensors_and_text_only(bundle):
+def test_a_bundle_holds_tensors_text_and_the_picture_of_its_card_only(bundle):
     kinds = {path.suffix for path in bundle.rglob("*") if path.is_file()}
-    assert kinds == {".safetensors", ".json", ".md"}
+    assert kinds == {".safetensors", ".json", ".md", ".webp"}
     assert not list(bundle.parent.glob(".*partial*"))
 
 

@@ -17,11 +17,13 @@ from typer.testing import CliRunner
 
 import cemq
 import cemq.evaluation.rivals.comparison  # which knows all methods
+from cemq.bundle.manifest import read_bundle
 from cemq.cli import app
 from cemq.errors import CemqError, InfeasibleBudgetError, InputError
 from cemq.evaluation.rivals import libraries
 from cemq.evaluation.rivals.contest import FULL
 from cemq.evaluation.rivals.methods import METHODS, Interval, Steps, Threshold, add_method
+from cemq.evaluation.rivals.saved import read_comparison
 from cemq.evaluation.rivals.sweep import CLOSE, settle
 from cemq.evaluation.rivals.work import counted_work
 from cemq.quantize import CemqConfig, quantize_in_place
@@ -256,6 +258,8 @@ def test_a_bundle_is_compared_as_it_is(folder, tmp_path):
     assert [row.scheme for row in found.rows] == ["w8a8", "w8a8"]
     assert found.num_steps == STEPS
     assert found.rows[0].psnr_db < 100
+    (tmp_path / "compare.json").write_text(json.dumps(found.to_dict()))
+    assert read_comparison(tmp_path / "compare.json", read_bundle(tmp_path / "bundle")) == found
     with pytest.raises(InputError, match="is a bundle, which has its own: w8a8"):
         cemq.compare(tmp_path / "bundle", schemes=["w4a8"], methods=["uniform"])
 

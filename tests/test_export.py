@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import cemq
 from cemq import cli
 from cemq.bundle.engines import ENGINES, bins
-from cemq.bundle.manifest import MANIFEST, read_bundle
+from cemq.bundle.manifest import MANIFEST, PICTURE, read_bundle
 from cemq.bundle.schedule_file import read_schedule
 from cemq.errors import BundleError, HubError, InputError, ModelError
 from cemq.pipelines.batches import Batch, run
@@ -394,6 +394,8 @@ def test_a_pushed_bundle_loads_from_the_hub(bundle, hub):
     assert committed["message"] == f"cemq bundle: {scheme}, 4 of 8 steps in full"
     card = FakeApi.repositories["someone/digits"]["README.md"].decode()
     assert 'cemq.from_pretrained("someone/digits")' in card
+    assert f"]({PICTURE})" in card
+    assert FakeApi.repositories["someone/digits"][PICTURE] == (bundle / PICTURE).read_bytes()
     assert "base_model" not in card  # a folder on this machine, which the Hub does not know
     pipe = load("someone/digits", revision="v1")
     assert hub == [("someone/digits", "v1", [MANIFEST]), ("someone/digits", "v1", None)]

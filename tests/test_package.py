@@ -89,6 +89,8 @@ def test_the_wheel_holds_models_recipes_calibration_texts_and_the_mark_of_types(
         "cemq/recipes/dit-digits.yaml",
         "cemq/calib_data/prompts.txt",
         "cemq/evaluation/page.html.jinja",
+        "cemq/evaluation/play.html.jinja",
+        "cemq/evaluation/look.css.jinja",
         "cemq/py.typed",
     ):
         assert wanted in names

@@ -13,7 +13,7 @@ from support.pipelines import FLUX_CALL, make_dit, make_flux, save_dit
 from typer.testing import CliRunner
 
 import cemq
-from cemq.bundle.manifest import EVIDENCE, MANIFEST, PRIOR, read_bundle
+from cemq.bundle.manifest import EVIDENCE, MANIFEST, PICTURE, PRIOR, read_bundle
 from cemq.cli import app
 from cemq.errors import BundleError, CemqError, InputError, ModelError
 from cemq.pipelines.lora import FusedLora
@@ -49,7 +49,7 @@ def evidence_of(folder):
 
 def same_but_for_costs(one, other):
     """Two bundles, but for the generations that they took."""
-    for name in (PRIOR, WEIGHTS):
+    for name in (PICTURE, PRIOR, WEIGHTS):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     assert evidence_of(one) == evidence_of(other)
     manifests = [read_bundle(folder, verify="always") for folder in (one, other)]

@@ -23,8 +23,10 @@ from cemq.cli import app
 from cemq.errors import BundleError, InputError
 from cemq.evaluation.charts import Axis, Chart, as_colours
 from cemq.evaluation.compare import run_both
-from cemq.evaluation.page import curve_chart, page_of, render, samples_of, trial_chart, worst_first
+from cemq.evaluation.page import curve_chart, page_of, render, rival_chart, samples_of, trial_chart, worst_first
 from cemq.evaluation.report import describe
+from cemq.evaluation.rivals.comparison import Comparison
+from cemq.evaluation.rivals.contest import Row
 from cemq.pipelines.batches import Batch
 from cemq.prior.error_prior import ErrorPrior
 from cemq.runtime.runner import Outcome
@@ -255,6 +257,87 @@ def test_the_worst_comes_first_and_the_median_second():
     ranked = worst_first(shown(black, grey))
     assert [(each.seed, each.rank) for each in ranked] == [(1, "worst"), (2, "median"), (0, ""), (3, ""), (4, "")]
     assert [each.rank for each in worst_first(shown(black[:2], grey[:2]))] == ["worst", ""]
+
+
+# --- other methods
+
+
+def row(method="teacache", target=2.0, **changes):
+    levels = {"psnr_db": 30.0, "p5_db": 20.0, "worst_db": 10.0}
+    figures = {"setting": 0.1, "compute_ratio": target, "wall_ratio": 1.5, "ssim": 0.9, **levels}
+    return {"method": method, "source": "", "scheme": "w8a8", "target": target, "status": "ok"} | figures | changes
+
+
+def comparison(bundle, *rows, **changes):
+    """What `cemq compare --json` prints of a bundle."""
+    known = {"model": str(bundle), "original": read_bundle(bundle).model, "num_steps": STEPS, "samples": 16}
+    return known | {"device": "cpu", "dtype": "float32", "rows": list(rows)} | changes
+
+
+def test_other_methods_are_drawn_beside_the_bundle_and_listed(planned, tmp_path):
+    failed = dict.fromkeys(("setting", "compute_ratio", "wall_ratio", "psnr_db", "p5_db", "worst_db", "ssim"))
+    rows = (
+        row("full compute", 1.0), row("cemq", 3.0, psnr_db=40.0), row("teacache", 3.0), row("<b>", 2.0, psnr_db=35.0),
+        row("elsewhere", scheme="w4a8"), row("broken", 2.0, status="it <i>fails</i>", **failed),
+    )  # fmt: skip
+    (tmp_path / "compare.json").write_text(json.dumps(comparison(planned, *rows)))
+    asked = ["report", str(planned), "-o", str(tmp_path / "a.html"), "--compare", str(tmp_path / "compare.json")]
+    shown = CliRunner().invoke(app, [*asked, "--samples", "1", "--device", "cpu", "--quiet"])
+    assert shown.exit_code == 0, shown.output
+    page = Parsed((tmp_path / "a.html").read_text(encoding="utf-8"))
+    dots = [each for each in page.all("circle") if each["class"] == "dot1"]
+    assert len(dots) == 2
+    for told in ("teacache, compute ratio 3.00: 30.0 dB, worst 10.0", "<b>, compute ratio 2.00", "it <i>fails</i>"):
+        assert told in page.text
+    assert "elsewhere" not in page.text
+    table = page.text.partition("asked for")[2]
+    names = ("full compute", "<b>", "broken", "cemq", "teacache")  # by ratio, then by PSNR
+    assert [table.index(name) for name in names] == sorted(table.index(name) for name in names)
+
+
+def test_the_bundle_stands_among_other_methods_where_this_page_has_it(planned, instant):
+    for bundle in (planned, instant):
+        found, said = run_both(bundle, samples=1, device="cpu"), describe(bundle)
+        rows = tuple(Row(**each) for each in (row(target=3.0), row("cemq", 3.0), row("full compute", 1.0)))
+        chart = rival_chart(said, Comparison(**comparison(bundle) | {"rows": rows}), found.evaluation)
+        assert chart.chosen == (found.evaluation.full_steps, found.evaluation.psnr_db)
+        best, *others = chart.dots
+        assert bool(best.points) == (bundle is planned)  # of the other nothing was run
+        assert [list(each.points) for each in others] == [[(STEPS / 3, 30.0)]] * 2
+        assert chart.lines == []  # no run has taught the prior how high its errors are
+        assert chart.x.low < STEPS / 3 < chart.x.high
+        said["prior"]["coherence"] = 3.0
+        assert len(rival_chart(said, Comparison(**comparison(bundle) | {"rows": rows}), found.evaluation).lines) == (
+            bundle is planned
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"original": "builtin:dit-digits"}, "is of model builtin:dit-digits, this bundle of "),
+        ({"num_steps": 20}, "is of step count 20, this bundle of 6"),
+        ({"rows": [row(scheme="w4a8"), row(scheme="none")]}, "is of scheme none, w4a8, this bundle of w8a8"),
+        ({"rows": []}, "is of scheme none, this bundle of w8a8"),
+        ({"rows": [{}]}, "is not what cemq compare --json prints"),
+        ({"rows": [row(psnr_db="high")]}, "is not what cemq compare --json prints"),
+        ({"rows": [row(compute_ratio=0)]}, "ratios of teacache that are no positive numbers"),
+        ({"rows": [row(worst_db=math.nan)]}, "levels of teacache that are no numbers"),
+        ({"rows": [row(method=3)]}, "a row whose names are no texts"),
+        ({"rows": 3}, "is not what cemq compare --json prints"),
+        ({"more": 3}, "is not what cemq compare --json prints"),
+    ],
+)
+def test_a_comparison_of_something_else_is_one_line(planned, tmp_path, changes, said, monkeypatch):
+    monkeypatch.setattr(cemq.Runner, "run_one", lambda *_: pytest.fail("something was run"))
+    (tmp_path / "compare.json").write_text(json.dumps(comparison(planned, row()) | changes))
+    with pytest.raises(InputError, match=re.escape(said)) as raised:
+        cemq.report(planned, tmp_path / "a.html", compare=tmp_path / "compare.json", device="cpu")
+    assert len(str(raised.value).splitlines()) == 1
+    assert not (tmp_path / "a.html").exists()
+
+
+# --- charts
 
 
 def test_places_in_a_chart_by_hand():

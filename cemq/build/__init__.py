@@ -72,10 +72,10 @@ def _build(asked: BuildSettings, work: Work, progress: Progress | None) -> Manif
     runner = stages.open_quantized(folder, opened, full)
     prior = work.keep("prior", lambda: stages.profile(runner, samples, originals, asked))
     plans = work.keep("plans", lambda: stages.choose_plans(runner, prior, samples, originals, asked, work.journal))
-    fidelity = work.keep("check", lambda: stages.check(runner, plans, samples, originals, asked))
-    manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)
+    checked = work.keep("check", lambda: stages.check(runner, plans, samples, originals, asked))
+    manifest = stages.describe(runner, asked, samples, originals, plans, checked)
     if work.processes.is_main:
-        stages.write_bundle(folder, plans, manifest, checksums)
+        stages.write_bundle(folder, plans, manifest, checked, checksums)
     work.finish(folder)
     return manifest
 

@@ -17,7 +17,7 @@ from cemq.build.settings import BuildSettings, check_recipe, merged
 from cemq.build.work import Work
 from cemq.bundle.hub import find_bundle
 from cemq.bundle.load import open_quantized
-from cemq.bundle.manifest import EVIDENCE, PRIOR, Manifest, read_bundle, read_listing
+from cemq.bundle.manifest import EVIDENCE, PICTURE, PRIOR, Manifest, read_bundle, read_listing
 from cemq.bundle.original import find_model
 from cemq.bundle.staging import staging
 from cemq.errors import BundleError, InputError, ModelError, choose
@@ -81,11 +81,11 @@ def replan(
         runner = _reopened(full.runner, folder, made, asked)
         prior = stages.profile(runner, samples, originals, asked)
         plans = stages.choose_plans(runner, prior, samples, originals, asked)
-        fidelity = stages.check(runner, plans, samples, originals, asked)
-        manifest = stages.describe(runner, asked, samples, originals, plans, fidelity)
+        checked = stages.check(runner, plans, samples, originals, asked)
+        manifest = stages.describe(runner, asked, samples, originals, plans, checked)
         if staged is not None:
             _share_pipeline(folder, staged)
-            stages.write_bundle(staged, plans, manifest)
+            stages.write_bundle(staged, plans, manifest, checked)
     processes.wait()  # until the bundle is there
     return manifest
 
@@ -159,7 +159,7 @@ def _reopened(runner: Runner, folder: Path, made: Manifest, settings: BuildSetti
 def _share_pipeline(folder: Path, staged: Path) -> None:
     """Everything of a bundle but what plans make; text is copied, for people and libraries edit it in place."""
     for name in read_listing(folder).files:
-        if name in (PRIOR, EVIDENCE):
+        if name in (PRIOR, EVIDENCE, PICTURE):
             continue
         target = staged / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from cemq import __version__
@@ -20,9 +21,10 @@ from cemq.build.references import Fitted, FullPrecision, Opened, Originals, Samp
 from cemq.build.settings import BuildSettings
 from cemq.build.within import open_within
 from cemq.bundle.dtypes import as_loaded, restore_dtypes, tensor_dtypes
-from cemq.bundle.manifest import EVIDENCE, MANIFEST, PRIOR, Manifest, OtherRun, seal, write_pipeline
+from cemq.bundle.manifest import EVIDENCE, MANIFEST, PICTURE, PRIOR, Manifest, OtherRun, seal, write_pipeline
 from cemq.errors import ReplayError
 from cemq.evaluation.compare import Fidelity, measure_fidelity
+from cemq.evaluation.pictures import few_of, light_webp, sheet
 from cemq.families import DENOISERS
 from cemq.pipelines.batches import BUILD_LOG
 from cemq.pipelines.fingerprint import SamplerFingerprint
@@ -39,6 +41,7 @@ from cemq.search.trials import ClosedLoop
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
 MAX_HELD_OUT = 64  # held-out conditions kept in the bundle for later evaluation
 Journal = MutableMapping[str, Any]
@@ -51,6 +54,19 @@ class Plans:
     own: Plan
     planned: Planned
     others: dict[int, tuple[Planned, SamplerFingerprint]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checked:
+    """How far the plan's samples are from full precision's, and what a few of them look like.
+
+    Args:
+        pictures: Of a few samples, in full precision and of the plan, (n, height, width, 3) and 0 to 255 each; None of
+            audio.
+    """
+
+    fidelity: Fidelity
+    pictures: tuple[np.ndarray, np.ndarray] | None
 
 
 def open_quantized(folder: Path, opened: Opened, full: FullPrecision) -> Runner:
@@ -166,7 +182,7 @@ def choose_plans(
 
 def check(
     runner: Runner, plans: Plans, samples: Samples, originals: Originals, settings: BuildSettings
-) -> Fidelity | None:
+) -> Checked | None:
     """Run the plan, or the policy, on samples that it has never seen; None where there are none."""
     if not samples.check:
         return None
@@ -176,7 +192,9 @@ def check(
     note = said_of_steps(plans.own.schedule, fidelity.num_steps, fidelity.full_steps)
     if note and runner.processes.is_main:
         logging.getLogger(BUILD_LOG).warning(note)
-    return fidelity
+    pairs = ([each.images for each in made] for made in (originals.check, found))
+    shown = few_of(*pairs, total=sum(len(batch.seeds) for batch in samples.check), processes=runner.processes)
+    return Checked(fidelity=fidelity, pictures=shown)
 
 
 def describe(
@@ -185,7 +203,7 @@ def describe(
     samples: Samples,
     originals: Originals,
     plans: Plans,
-    fidelity: Fidelity | None,
+    checked: Checked | None,
 ) -> Manifest:
     """What cemq.json says of a build."""
     pipe, recipe, own = runner.pipe, settings.recipe, plans.own
@@ -208,7 +226,7 @@ def describe(
         call=dict(runner.call),
         profiled_seeds=samples.seeds,
         held_out_conditions=samples.held_out[:MAX_HELD_OUT],
-        fidelity=fidelity and asdict(fidelity),
+        fidelity=checked and asdict(checked.fidelity),
         generations=runner.generations.told(runner.processes),
         model_bytes=weight_bytes(pipe),
         reference_bytes=originals.weight_bytes,
@@ -229,9 +247,14 @@ def describe(
 
 
 def write_bundle(
-    folder: Path, plans: Plans, manifest: Manifest, checksums: Mapping[str, str] = MappingProxyType({})
+    folder: Path,
+    plans: Plans,
+    manifest: Manifest,
+    checked: Checked | None,
+    checksums: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """What makes a bundle of the pipeline that the folder holds: prior, evidence, model card and, last, cemq.json.
+    """What makes a bundle of the pipeline that the folder holds: prior, evidence, model card with its picture and,
+    last, cemq.json.
 
     Args:
         checksums: Of files of the pipeline, where they are known.
@@ -241,7 +264,17 @@ def write_bundle(
     others = [other.evidence | {"num_inference_steps": count} for count, (other, _) in plans.others.items()]
     evidence = plans.planned.evidence | {"other_runs": others, "generations": manifest.generations}
     (folder / EVIDENCE).write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+    if checked is not None and checked.pictures is not None:
+        (folder / PICTURE).write_bytes(light_webp(_picture(manifest, checked.pictures)))
     seal(folder, manifest, checksums)
+
+
+def _picture(manifest: Manifest, pictures: tuple[np.ndarray, np.ndarray]) -> Image:
+    """Of the model card."""
+    steps = f"{manifest.full_steps:g} of {manifest.schedule.num_steps} steps"
+    texts = "full precision", f"this bundle: {manifest.scheme}, {steps}"
+    marks = "" if manifest.policy else manifest.schedule.strip()
+    return sheet(list(zip(texts, pictures, strict=True)), marks)
 
 
 def _unplanned(prior: ErrorPrior, settings: BuildSettings) -> Plans:

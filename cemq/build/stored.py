@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cemq.build.references import Opened, Reference, Samples
-from cemq.build.stages import Plans
+from cemq.build.stages import Checked, Plans
 from cemq.errors import BundleError, first_line
 from cemq.evaluation.compare import Fidelity
 from cemq.files import kept_whole, sha256
@@ -38,7 +38,7 @@ from cemq.search.choose import Planned
 _KNOWN = {
     kind.__name__: kind
     for kind in (
-        *(Batch, CacheSchedule, Call, Correction, ErrorPrior, Fidelity, Opened, Outcome, Plan, Planned, Plans),
+        *(Batch, CacheSchedule, Call, Checked, Correction, ErrorPrior, Fidelity, Opened, Outcome, Plan, Planned, Plans),
         *(PriorMetadata, Reference, SamplerFingerprint, Samples, Trajectory),
     )
 }

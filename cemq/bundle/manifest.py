@@ -32,6 +32,7 @@ MANIFEST = "cemq.json"
 PRIOR = "prior.safetensors"
 EVIDENCE = "evidence.json"
 CARD = "README.md"
+PICTURE = "samples.webp"  # that the card shows; not of audio, nor where nothing was run to see
 CACHED = {  # what skipped steps are predicted from, in words
     "output": "the model's output",
     "residual": "the residual of all blocks",
@@ -197,12 +198,14 @@ def forget_paths(folder: Path) -> None:
 
 
 def seal(folder: Path, manifest: Manifest, known: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write the model card and, last, cemq.json with the sizes and checksums of everything else.
+    """Write the model card, with its picture if that is there, and, last, cemq.json with the sizes and checksums of
+    everything else.
 
     Args:
         known: Checksums of files that were taken when these were written: to read gigabytes again is a minute.
     """
-    (folder / CARD).write_text(_model_card(manifest), encoding="utf-8")
+    card = _model_card(manifest, is_pictured=(folder / PICTURE).is_file())
+    (folder / CARD).write_text(card, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         if path.suffix in _PICKLED:
@@ -334,8 +337,13 @@ def _in_a_cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _model_card(manifest: Manifest) -> str:
-    schedule, measured = manifest.schedule, ""
+def _model_card(manifest: Manifest, *, is_pictured: bool) -> str:
+    schedule, measured, picture = manifest.schedule, "", ""
+    if is_pictured:
+        told = "" if manifest.policy else "; below them a strip that shows which steps are computed"
+        picture = (
+            f"![Held-out samples in full precision, and from this bundle with the same seeds{told}]({PICTURE})\n\n"
+        )
     if fidelity := manifest.fidelity:
         measured = f"""
 | SSIM | {fidelity["ssim"]:.4f} |
@@ -351,7 +359,7 @@ tags: [cemq, quantized, step-caching]
 A cemq bundle: a diffusers {manifest.pipeline_class} whose denoiser is stored as {manifest.scheme} and which skips the
 denoising steps that its own quantization noise allows.
 
-```python
+{picture}```python
 import cemq
 
 pipe = cemq.from_pretrained("this-folder")  # a plain {manifest.pipeline_class}

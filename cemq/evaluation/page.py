@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -19,8 +16,10 @@ from cemq.bundle.manifest import PRIOR, Manifest, lora_text, policy_text, read_b
 from cemq.errors import InputError
 from cemq.evaluation.charts import Axis, Chart, Series, as_colours
 from cemq.evaluation.compare import Evaluation, SideBySide, run_both
+from cemq.evaluation.pictures import embedded, moving, still_of
 from cemq.evaluation.report import describe
 from cemq.evaluation.scores import METRICS
+from cemq.evaluation.templates import rendered
 from cemq.files import absolute, check_writable, written_whole
 from cemq.metrics import psnr_of
 from cemq.pipelines.batches import Progress
@@ -29,13 +28,11 @@ from cemq.prior.error_prior import VIEWS, ErrorPrior
 from cemq.schedule import CacheSchedule
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from cemq.evaluation.rivals.comparison import Comparison
+    from cemq.evaluation.rivals.contest import Row
 
 _TEMPLATE = "page.html.jinja"
 _TINY = 256  # pixels; smaller pictures are enlarged
-_WIDEST = 2048  # pixels of a spectrogram
-_MOST_OF_WEBP = 16383  # pixels of a side
-_LOSSLESS = 4e6  # pixels of a video, all frames of both; larger ones are compressed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +95,14 @@ class Page:
     trials: Chart | None
     component_bytes: dict[str, tuple[int, int]]
     provenance: dict[str, str]
+    compared: Comparison | None = None  # other methods on the same model
+
+    @property
+    def rivals(self) -> list[Row]:
+        """What was run of other methods, at each compute ratio that was asked for the nearest to full precision first;
+        then what failed."""
+        rows = self.compared.rows if self.compared else ()
+        return sorted(rows, key=lambda row: (row.target, row.status != "ok", -(row.psnr_db or 0)))
 
     @property
     def is_fitted(self) -> bool:
@@ -111,6 +116,7 @@ def report(
     *,
     samples: int = 8,
     reference: str | None = None,
+    compare: str | Path | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -121,6 +127,8 @@ def report(
         output: A file whose name ends in .html; it is replaced.
         samples: How many; they have the seeds of `evaluate`.
         reference: The original, into which the bundle's LoRAs are fused; None takes the model the bundle was made from.
+        compare: A file of what ``cemq compare --json`` printed of this bundle or of its model; its methods are shown
+            beside the bundle.
         device: Where both run; None takes CUDA where there is one.
         progress: Told the name of what is being run, and the share of it done.
 
@@ -128,7 +136,8 @@ def report(
         What `evaluate` says of the same samples.
 
     Raises:
-        InputError: The page cannot be written there, or a seed was used for profiling.
+        InputError: The page cannot be written there, a seed was used for profiling, or ``compare`` is of another
+            model, step count or scheme.
         CemqError: The bundle or the reference cannot be used.
     """
     path, folder = absolute(output), absolute(bundle)
@@ -136,8 +145,13 @@ def report(
         raise InputError(f"report '{output}': the name must end in .html")
     check_writable(path, "report")
     description, manifest = describe(folder), read_bundle(folder)  # the first of which has verified it
+    others = None
+    if compare is not None:
+        from cemq.evaluation.rivals.saved import read_comparison  # loads every library that methods come from
+
+        others = read_comparison(compare, manifest)
     found = run_both(folder, reference=reference, samples=samples, device=device, verify="never", progress=progress)
-    page = page_of(folder, manifest, description, found)
+    page = page_of(folder, manifest, description, found, others)
     with written_whole(path, "report") as partial:
         partial.write_text(render(page), encoding="utf-8")
     return page.evaluation
@@ -145,18 +159,17 @@ def report(
 
 def render(page: Page) -> str:
     """The page as HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    around = Environment(
-        loader=PackageLoader("cemq.evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    around.filters |= {"bytes": bytes_text, "digest": _digest}
-    return around.get_template(_TEMPLATE).render(page=page)
+    return rendered(_TEMPLATE, page=page)
 
 
-def page_of(folder: Path, manifest: Manifest, description: dict[str, Any], found: SideBySide) -> Page:
-    """What a bundle's files say, and what was drawn."""
+def page_of(
+    folder: Path,
+    manifest: Manifest,
+    description: dict[str, Any],
+    found: SideBySide,
+    compared: Comparison | None = None,
+) -> Page:
+    """What a bundle's files say, what was drawn, and what was compared with it."""
     prior, schedule = ErrorPrior.load(folder / PRIOR), manifest.schedule
     views, colours = view_charts(prior, schedule)
     return Page(
@@ -168,10 +181,11 @@ def page_of(folder: Path, manifest: Manifest, description: dict[str, Any], found
         views=views,
         colours=colours,
         steps=step_chart(description),
-        curve=curve_chart(description),
+        curve=curve_chart(description) if compared is None else rival_chart(description, compared, found.evaluation),
         trials=trial_chart(description, prior),
         component_bytes=found.component_bytes,
         provenance=provenance_of(manifest, found.evaluation),
+        compared=compared,
     )
 
 
@@ -187,16 +201,14 @@ def samples_of(found: SideBySide) -> Iterator[Shown]:
         )
         for seed, condition, psnr, left, right in pairs:
             if kind == "video":
-                files, shape = _moving(np.concatenate([left, right], axis=2), found.frame_rate), left.shape[1:]
-            else:  # one below the other are the channels of audio
-                stacked = [np.concatenate(list(each)) for each in (left, right)]
-                shape = stacked[0].shape if kind == "image" else (len(stacked[0]), min(stacked[0].shape[1], _WIDEST))
-                left, right = (_embedded(_image(each, width=shape[1])) for each in stacked)
-                files = left, right
+                files = moving(np.concatenate([left, right], axis=2), found.frame_rate)
+                height, width = left.shape[1:3]
+            else:
+                stills = still_of(left, kind), still_of(right, kind)
+                files, (width, height) = (embedded(stills[0]), embedded(stills[1])), stills[0].size
             yield Shown(
-                seed=seed, condition=condition, psnr_db=float(psnr), kind=kind, files=files, width=shape[1],
-                height=shape[0],
-            )  # fmt: skip
+                seed=seed, condition=condition, psnr_db=float(psnr), kind=kind, files=files, width=width, height=height
+            )
 
 
 def worst_first(samples: Sequence[Shown]) -> list[Shown]:
@@ -205,33 +217,6 @@ def worst_first(samples: Sequence[Shown]) -> list[Shown]:
     ranks = {id(ranked[0]): "worst"} | ({id(ranked[len(ranked) // 2]): "median"} if len(ranked) > 2 else {})
     told = [replace(each, rank=ranks.get(id(each), "")) for each in samples]
     return sorted(told, key=lambda each: ("worst", "median", "").index(each.rank))
-
-
-def _image(picture: np.ndarray, width: int | None = None) -> Image:
-    """Of values from 0 to 1; made narrower, by means, where ``width`` says so."""
-    from PIL import Image
-
-    image = Image.fromarray((np.clip(np.nan_to_num(picture), 0, 1) * 255).round().astype(np.uint8))
-    return image if width in (None, image.width) else image.resize((width, image.height), Image.Resampling.BOX)
-
-
-def _embedded(picture: Image, kind: str = "WEBP", **options: Any) -> str:
-    """A data URI; without loss unless ``options`` say otherwise."""
-    file = io.BytesIO()
-    if max(picture.size) > _MOST_OF_WEBP:
-        kind = "PNG"
-    picture.save(file, kind, **({"lossless": True} if kind == "WEBP" else {}) | options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _moving(frames: np.ndarray, rate: float) -> tuple[str, str]:
-    """Of a video (frames, height, width, 3) a file that moves, and its first frame."""
-    first, *others = [_image(frame) for frame in frames]
-    kept: dict[str, Any] = (
-        {"lossless": True} if frames[..., 0].size <= _LOSSLESS else {"lossless": False, "quality": 90}
-    )
-    moving = _embedded(first, save_all=True, append_images=others, duration=round(1000 / rate), loop=0, **kept)
-    return moving, _embedded(first)
 
 
 # --- files of the bundle
@@ -266,7 +251,7 @@ def view_charts(prior: ErrorPrior, schedule: CacheSchedule) -> tuple[list[Chart]
 def _pixels(colours: np.ndarray) -> str:
     from PIL import Image
 
-    return _embedded(Image.fromarray(colours, "RGBA"), "PNG")
+    return embedded(Image.fromarray(colours, "RGBA"), "PNG")
 
 
 def step_chart(description: dict[str, Any]) -> Chart:
@@ -309,6 +294,31 @@ def curve_chart(description: dict[str, Any]) -> Chart | None:
         dots=[Series(name="best that was run", points=measured, titles=_told(measured))],
         chosen=chosen,
     )
+
+
+def rival_chart(description: dict[str, Any], compared: Comparison, evaluation: Evaluation) -> Chart:
+    """`curve_chart` with what other methods were measured to give; the bundle is where the samples of this page have
+    it, which like those of `cemq compare` no plan has seen."""
+    curve, steps = curve_chart(description), compared.num_steps
+    rows = [row for row in compared.rows if row.status == "ok" and row.target > 1]
+    chosen = (float(evaluation.full_steps), evaluation.psnr_db)
+    dots = list(curve.dots) if curve else [Series(name="best that was run", points=())]
+    for name, ours in (("other methods", False), ("planned anew by cemq compare", True)):
+        shown = [row for row in rows if row.method.startswith("cemq") is ours]
+        points = [(steps / row.compute_ratio, row.psnr_db) for row in shown]
+        titles = [
+            f"{row.method}, compute ratio {row.compute_ratio:.2f}: {row.psnr_db:.1f} dB, worst {row.worst_db:.1f}"
+            for row in shown
+        ]
+        dots.append(Series(name=name, points=points, titles=titles))
+    fitted = math.isfinite(description["prior"]["coherence"])  # else what is predicted has an order and no height
+    lines = list(curve.lines) if curve and fitted else []
+    every = [point for series in (*lines, *dots) for point in series.points] + [chosen]
+    xs, ys = zip(*every, strict=True)
+    return Chart(
+        title="PSNR over budget", x=Axis.over("full-compute steps", *xs), y=Axis.over("PSNR, dB", *ys), lines=lines,
+        dots=dots, chosen=chosen,
+    )  # fmt: skip
 
 
 def trial_chart(description: dict[str, Any], prior: ErrorPrior) -> Chart | None:
@@ -371,19 +381,3 @@ def provenance_of(manifest: Manifest, evaluation: Evaluation) -> dict[str, str]:
         "written by": f"cemq {manifest.cemq_version}, this page by cemq {__version__}",
     }
     return {name: str(value or "none") for name, value in told.items()}
-
-
-def bytes_text(count: int) -> str:
-    """A size for people.
-
-    >>> bytes_text(3_400_000)
-    '3.4 MB'
-    """
-    value, unit = next((count / size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
-                       if count >= size or size == 1)  # fmt: skip
-    return f"{value:.1f} {unit}" if unit != "bytes" else f"{count} bytes"
-
-
-def _digest(text: str) -> str:
-    """As a Content-Security-Policy names a script."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()

@@ -7,6 +7,7 @@
 - `loras`: LoRA files for them; `counting`: what runs of them take.
 - `callbacks`: what ``callback_on_step_end`` may do to a run.
 - `quantized`, `bundles`: what is asked of a quantized model, and what is done to saved ones.
+- `browser`: a headless Chromium, for pages that run scripts.
 - `comparing`: models and tensors; `processes`: fresh interpreters, and what they share with a test.
 """
 

@@ -25,6 +25,7 @@ from torch import nn
 
 import cemq
 from cemq.bundle.generate import generate_sample
+from cemq.bundle.manifest import PICTURE
 from cemq.errors import PipelineError
 from cemq.evaluation.compare import measure_fidelity
 from cemq.pipelines.batches import Batch, make_batches, run
@@ -228,6 +229,7 @@ def bundle(family: Family) -> None:
         )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
         original.set_progress_bar_config(disable=True)
+        assert (folder / "bundle" / PICTURE).is_file() == (family.kind != "audio")
         first = manifest.profiled_seeds[-4]  # of the check
         batches = make_batches(manifest.held_out_conditions, samples=4, first_seed=first, batch_size=2)
         outcomes = [Runner(pipe=p, steps=STEPS, call=family.call).run(batches) for p in (original, pipe)]

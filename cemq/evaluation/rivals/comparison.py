@@ -13,7 +13,7 @@ import cemq.evaluation.rivals.libraries
 import cemq.evaluation.rivals.planned
 import cemq.evaluation.rivals.watching  # noqa: F401  all three of which enter their methods
 from cemq.bundle.load import from_pretrained
-from cemq.bundle.manifest import MANIFEST, Manifest, read_bundle
+from cemq.bundle.manifest import MANIFEST, Manifest, lora_text, read_bundle
 from cemq.bundle.original import find_model, find_original
 from cemq.errors import InputError, check_keywords, choose
 from cemq.evaluation.compare import check_picture_path
@@ -76,9 +76,13 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What was found: a row for each method, scheme and compute ratio asked for, those that failed among them."""
+    """What was found: a row for each method, scheme and compute ratio asked for, those that failed among them.
+
+    ``original`` is the model that fidelity is to: of a bundle the one it was made from.
+    """
 
     model: str
+    original: str
     num_steps: int
     samples: int
     device: str
@@ -162,10 +166,22 @@ def compare(
         steps = contest.bench.num_steps
     if course.progress is not None:
         course.progress("methods", 1.0)
+    original = course.model if course.manifest is None else name_of_original(course.manifest)
     return Comparison(
-        model=course.model, num_steps=steps, samples=course.samples, device=course.device, dtype=course.dtype,
-        rows=tuple(rows),
+        model=course.model, original=original, num_steps=steps, samples=course.samples, device=course.device,
+        dtype=course.dtype, rows=tuple(rows),
     )  # fmt: skip
+
+
+def name_of_original(manifest: Manifest) -> str:
+    """What a bundle was made from, with the LoRAs that were fused into it."""
+    loras = lora_text(vars(each) for each in manifest.lora)
+    return f"{manifest.model} with {loras}" if manifest.lora else manifest.model
+
+
+def name_of_scheme(scheme: str, backend: str) -> str:
+    """As options and rows have it."""
+    return scheme if backend == "native" else f"{backend}:{scheme}"
 
 
 def _ratio(given: str | float) -> float:
@@ -237,11 +253,12 @@ def _contests(course: _Course, schemes: Sequence[QuantizationSettings]) -> Itera
     references = runner.run(judged, "reference runs")
     for number, scheme in enumerate(schemes):
         if course.manifest is not None:
-            pipe, name = from_pretrained(course.folder, device=course.device, verify="never"), course.manifest.scheme
+            pipe = from_pretrained(course.folder, device=course.device, verify="never")
             detach(pipe)
+            name = name_of_scheme(course.manifest.scheme, course.manifest.backend)
         else:
             pipe = original if number == len(schemes) - 1 or scheme.scheme == "none" else _original(course)
-            name = scheme.scheme if scheme.backend == "native" else f"{scheme.backend}:{scheme.scheme}"
+            name = name_of_scheme(scheme.scheme, scheme.backend)
             _quantize(_runner(course, pipe), scheme, calibration)
         yield _contest(_runner(course, pipe), name, calibration, recorded, judged, references)
 
