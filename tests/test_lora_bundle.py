@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from safetensors.torch import load_file
 from support.comparing import identical, relative
 from support.families import sd3 as make_sd3
 from support.pipelines import FLUX_CALL, ONE, make_dit, make_flux, run_dit
@@ -106,7 +107,12 @@ def merged(folders, family, bundle, *loras):
     return pipe
 
 
+def weights_of(folders):
+    return load_file(folders("flux", "ink"))
+
+
 def error(found, expected):
+    """Root mean square."""
     return float(np.sqrt(np.square(found.astype(np.float64) - expected).mean()))
 
 
@@ -269,12 +275,6 @@ def test_disabling_what_is_fused_takes_it_out(pipe, folders):
     assert np.array_equal(drawn(pipe), beside)
 
 
-def weights_of(folders, name="ink", family="flux"):
-    from safetensors.torch import load_file
-
-    return load_file(folders(family, name))
-
-
 @pytest.mark.parametrize(
     "options", [{"scheme": "w8a8", "smoothed": True}, {"scheme": "w4a8", "low_rank": 4}, {"scheme": "w4a8"}]
 )
@@ -337,14 +337,10 @@ def test_a_bundle_is_not_saved_with_a_lora_fused_into_it_but_its_model_is(pipe, 
 
 def test_a_lora_of_another_shape_is_the_librarys_error_and_leaves_nothing(pipe, folders, ink):
     before, modules = drawn(pipe), dict(pipe.transformer.named_modules())
-    for rows, columns, kind in ((16, 32, RuntimeError), (32, 16, RuntimeError), (32, 48, NotImplementedError)):
+    for rows, columns, kind in ((16, 32, RuntimeError), (32, 48, NotImplementedError)):
         wrong = weights_of(folders)
         wrong[f"transformer.{QUERY}.lora_B.weight"] = torch.ones(rows, 2)
         wrong[f"transformer.{QUERY}.lora_A.weight"] = torch.ones(2, columns)
-        if columns == 16:  # diffusers fills it up with zeros: one of a smaller model's
-            pipe.load_lora_weights(wrong)
-            pipe.unload_lora_weights()
-            continue
         with pytest.raises(kind, match=r"size mismatch for .*to_q|incompatible shape"):
             pipe.load_lora_weights(wrong)
         assert dict(pipe.transformer.named_modules()) == modules
