@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 Name = TypeVar("Name", bound=str)
 
@@ -73,6 +74,16 @@ def in_one_line(text: str) -> str:
     "no 'a\\nb'"
     """
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def refuse_method(owner: object, name: str, message: str) -> None:
+    """Have one object raise ModelError in place of a method, if it has that."""
+    if hasattr(owner, name):
+        setattr(owner, name, functools.partial(_refuse, message))
+
+
+def _refuse(message: str, *_: object, **__: object) -> NoReturn:
+    raise ModelError(message)
 
 
 def check_keywords(function: str, given: Iterable[str], taken: type) -> None:

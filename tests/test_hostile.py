@@ -650,20 +650,15 @@ def test_lora_that_is_not_fused_is_not_quantized():
         quantize_in_place(pipe.transformer, CemqConfig("w8a8"))
 
 
-def test_lora_on_a_quantized_denoiser_is_refused_by_name():
+def test_an_untrained_adapter_on_a_quantized_denoiser_is_refused():
     pytest.importorskip("peft")
     from support.checks import quantized
 
-    weights = lora_weights(FLUX.pipeline().transformer)
     pipe = quantized(FLUX, "w8a8")
-    before, modules = draw(pipe, FLUX), dict(pipe.transformer.named_modules())
-    for target in ("to_q", "proj_out"):  # a layer that is quantized, and one that is not
-        with pytest.raises(ModelError, match=r"^load_lora_adapter\(\) works on float weights[^\n]*fuse_lora\(\)"):
-            pipe.load_lora_weights({name.replace("to_q", target): tensor for name, tensor in weights.items()})
-    with pytest.raises(ModelError, match=r"^add_adapter\(\) works on float weights"):
+    modules = dict(pipe.transformer.named_modules())
+    with pytest.raises(ModelError, match=r"^add_adapter\(\) works on float weights[^\n]*load_lora_weights\(\)$"):
         pipe.transformer.add_adapter(object())
     assert dict(pipe.transformer.named_modules()) == modules
-    assert np.array_equal(draw(pipe, FLUX), before)
 
 
 def test_a_pipeline_with_an_adapter_is_not_saved_as_a_bundle(flux, tmp_path):
@@ -676,16 +671,6 @@ def test_a_pipeline_with_an_adapter_is_not_saved_as_a_bundle(flux, tmp_path):
     with pytest.raises(BundleError, match=r"^transformer holds LoRA layers[^\n]*unload_lora_weights\(\) to save it$"):
         flux.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
-
-
-def test_lora_on_a_quantized_text_encoder_is_refused():
-    from cemq.quantize.in_transformers import TextEncoderConfig, quantize_text_encoder
-
-    encoder = FLUX.pipeline().text_encoder
-    quantize_text_encoder(encoder, TextEncoderConfig())
-    for method in (encoder.load_adapter, encoder.add_adapter):
-        with pytest.raises(ModelError, match="works on float weights, and this CLIPTextModel is quantized"):
-            method(adapter_state_dict={})
 
 
 @pytest.mark.parametrize("offload", [None, "model", "sequential"])

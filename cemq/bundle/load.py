@@ -114,7 +114,7 @@ def from_pretrained(
     pipe = open_quantized(folder, manifest, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
     if memory is not None:
         _place(pipe, memory, folder, where, placing.get("offload_folder"))
-    attach(pipe, plan if policy is None else policy)
+    attach(pipe, plan if policy is None else policy).is_measured = True
     save_as_bundle(pipe, folder, manifest, dtype=dtype)
     return pipe
 

@@ -16,6 +16,7 @@ from cemq.bundle.dtypes import differing, tensor_dtypes
 from cemq.bundle.manifest import MANIFEST, Manifest, seal, write_pipeline
 from cemq.bundle.staging import staging
 from cemq.errors import BundleError
+from cemq.pipelines.lora import adapted_layers
 from cemq.runtime.attach import find_hook
 from cemq.runtime.policy_names import describe_policy
 
@@ -52,8 +53,12 @@ def write_again(pipe: DiffusionPipeline, output: Path, origin: Path, manifest: M
             output cannot be written.
     """
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and any(hasattr(module, "lora_A") for module in part.modules()):
+        if isinstance(part, nn.Module) and adapted_layers(part):
             raise BundleError(f"{name} holds LoRA layers, and its bundle none: call unload_lora_weights() to save it")
+    if getattr(pipe, "num_fused_loras", 0):
+        raise BundleError(
+            "a LoRA is fused into this pipeline, and its bundle was measured without: build another with --lora"
+        )
     hook = find_hook(pipe)
     changed = []
     if hook is not None and hook.run.policy is not None:

@@ -21,7 +21,7 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from cemq.errors import PlacementError, first_line
+from cemq.errors import PlacementError, first_line, refuse_method
 from cemq.families import DENOISERS
 from cemq.files import absolute, cache_folder
 from cemq.memory.placement import MAPPED, MemoryPlan
@@ -123,6 +123,12 @@ def _check_leaves(name: str, model: nn.Module, blocks: bool) -> None:
 
 def _to_disk(name: str, model: nn.Module, plan: MemoryPlan, device: torch.device, folder: Path) -> None:
     component = next(c for c in plan.components if c.name == name)
+    if component.groups or plan.chosen.placement.hooks != "groups":
+        on_disk = (
+            f"the weights of {name} rest on disk, without a LoRA: allow more vram, or build the bundle with --lora"
+        )
+        for method in ("load_lora_adapter", "load_adapter"):  # they offload anew, to files that are taken as they are
+            refuse_method(model, method, f"{method}(): {on_disk}")
     if plan.chosen.placement.hooks == "groups" or (name not in DENOISERS and component.groups):
         _untie(model)
         with _GivenBack():

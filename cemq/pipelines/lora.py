@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from cemq.files import absolute, sha256
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from torch import nn
 
 USUAL_FILE = "pytorch_lora_weights.safetensors"  # what save_lora_weights calls it
 _ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[^\\]+\.safetensors)?")
@@ -156,6 +158,27 @@ def fuse_loras(pipe: DiffusionPipeline, loras: Sequence[Lora]) -> None:
             )
 
 
+def adapted_layers(model: nn.Module) -> list[Any]:
+    """PEFT's layers in a model: those that an adapter lies beside, or did."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # who has put layers there has loaded it
+    return [] if tuners is None else [each for each in model.modules() if isinstance(each, tuners.BaseTunerLayer)]
+
+
+def is_adapted(pipe: DiffusionPipeline) -> bool:
+    """Whether what a pipeline computes is changed by adapters, beside its layers or fused into them."""
+    from torch import nn
+
+    if getattr(pipe, "num_fused_loras", 0):
+        return True
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return any(_adds(layer) for part in parts for layer in adapted_layers(part))
+
+
+def _adds(layer: Any) -> bool:
+    scaling = getattr(layer, "scaling", {})
+    return not layer.disable_adapters and any(scaling.get(name, 0) for name in layer.active_adapters)
+
+
 def _reason(error: Exception) -> str:
     """The first line of what a library says, and the next where torch only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -170,11 +193,10 @@ def _layer_names(weights: Any) -> set[str]:
 
 def _layers(pipe: DiffusionPipeline) -> dict[str, int]:
     """How many layers of each component are adapted."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    return {name: sum(isinstance(each, BaseTunerLayer) for each in part.modules()) for name, part in parts.items()}
+    return {name: len(adapted_layers(part)) for name, part in parts.items()}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 
 from cemq.errors import SchemeError
 from cemq.pipelines.batches import BUILD_LOG
+from cemq.quantize.adapters import refuse_adapters
 from cemq.quantize.calls import Call, replay
 from cemq.quantize.in_diffusers import (
     CemqConfig,
@@ -21,7 +22,6 @@ from cemq.quantize.in_diffusers import (
     nothing_to_quantize,
     quantizable,
     quantized_there,
-    refuse_adapters,
 )
 from cemq.quantize.layers import InputStatistics
 from cemq.quantize.schemes import Scheme

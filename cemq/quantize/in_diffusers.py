@@ -6,14 +6,13 @@ folder bit for bit, and ``from_pretrained(..., quantization_config=CemqConfig(sc
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers.quantizers import auto
@@ -22,8 +21,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import get_module_from_name
 from torch import nn
 
-from cemq.errors import BundleError, ModelError, SchemeError
+from cemq.errors import BundleError, SchemeError
 from cemq.families import EIGHT_BIT, FULL_PRECISION
+from cemq.quantize.adapters import guard_methods, refuse_adapters
 from cemq.quantize.layers import InputStatistics, QuantizedLinear, fuse_gelu
 from cemq.quantize.schemes import BACKENDS, SCHEMES, Scheme, check_scheme
 
@@ -198,37 +198,6 @@ def quantized_there(
     return kind.from_linear(deepcopy(linear).to(device), scheme, known).to(home)
 
 
-def refuse_adapters(model: nn.Module) -> None:
-    """Raises ModelError for LoRA layers that are not fused: they would be quantized apart from what they adapt."""
-    if any(hasattr(module, "lora_A") for module in model.modules()):
-        raise ModelError(
-            f"{type(model).__name__} holds LoRA layers: call fuse_lora() and unload_lora_weights() before quantizing it"
-        )
-
-
-# Methods of diffusers' and transformers' models that take float weights apart or put others beside them, and what to do
-# instead. PEFT finds out at the first quantized layer, and leaves those before it on the meta device: every picture is
-# NaN from then on.
-_ADAPTERS = "call load_lora_weights(), fuse_lora() and unload_lora_weights() before quantizing it"
-_OF_FLOAT_MODELS = {
-    "load_lora_adapter": _ADAPTERS,
-    "load_adapter": _ADAPTERS,
-    "add_adapter": _ADAPTERS,
-    "fuse_qkv_projections": "leave the projections as they are, or fuse them before quantizing it",
-}
-
-
-def refuse_float_methods(model: nn.Module) -> None:
-    """Have a quantized model refuse, in one line, what would break it half-way."""
-    for method, advice in _OF_FLOAT_MODELS.items():
-        if hasattr(model, method):
-            setattr(model, method, functools.partial(_refuse, type(model).__name__, method, advice))
-
-
-def _refuse(model: str, method: str, advice: str, *_: Any, **__: Any) -> NoReturn:
-    raise ModelError(f"{method}() works on float weights, and this {model} is quantized: {advice}")
-
-
 def nothing_to_quantize(model: nn.Module) -> SchemeError:
     return SchemeError(
         f"{type(model).__name__} has no linear layer outside the full-precision patterns: nothing to quantize"
@@ -241,7 +210,7 @@ def mark_quantized(model: Any, config: CemqConfig) -> None:
     quantizer = CemqQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method, model.hf_quantizer = True, config.quant_method, quantizer
     model.register_to_config(quantization_config=config)
-    refuse_float_methods(model)
+    guard_methods(model)
 
 
 class CemqQuantizer(DiffusersQuantizer):
@@ -325,7 +294,7 @@ class CemqQuantizer(DiffusersQuantizer):
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.answer_in_compute_dtype()  # biases may have come after weights
-        refuse_float_methods(model)
+        guard_methods(model)
         return model
 
 

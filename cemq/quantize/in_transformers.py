@@ -17,7 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cemq.errors import BundleError
-from cemq.quantize.in_diffusers import METHOD, CemqConfig, linear_of, nothing_to_quantize, refuse_float_methods
+from cemq.quantize.adapters import guard_methods
+from cemq.quantize.in_diffusers import METHOD, CemqConfig, linear_of, nothing_to_quantize
 from cemq.quantize.layers import QuantizedLinear
 from cemq.quantize.schemes import Scheme
 
@@ -60,7 +61,7 @@ def quantize_text_encoder(model: Any, config: TextEncoderConfig) -> int:
     quantizer = TextEncoderQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method, model.hf_quantizer = True, config.quant_method, quantizer
     model.config.quantization_config = config
-    refuse_float_methods(model)
+    guard_methods(model)
     return replaced
 
 
@@ -174,7 +175,7 @@ class TextEncoderQuantizer(HfQuantizer):
         for _, layer in _layers(model):
             layer.requires_grad_(False)
             layer.answer_in_compute_dtype()
-        refuse_float_methods(model)
+        guard_methods(model)
         return model
 
 

@@ -109,6 +109,20 @@ def _round_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, to
     return pack_int4(values.to(torch.int8), group_size), group_scale.to(torch.int8), scale
 
 
+def round_to_scales(weight: torch.Tensor, scale: torch.Tensor, group_scale: torch.Tensor | None) -> torch.Tensor:
+    """Integers for a weight (out, in) under scales that are there already, packed where there are group scales.
+
+    Args:
+        scale: float32 (out, 1).
+        group_scale: int8 (out, groups) of int4, or None.
+    """
+    if group_scale is None:
+        return (weight / scale).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
+    weight = F.pad(weight, (0, -weight.shape[1] % GROUP_SIZE))
+    step = (group_scale * scale).repeat_interleave(GROUP_SIZE, 1)
+    return pack_int4((weight / step).round_().clamp_(-INT4_MAX, INT4_MAX).to(torch.int8), GROUP_SIZE)
+
+
 def pack_int4(values: torch.Tensor, group_size: int) -> torch.Tensor:
     """int8 in -8..7, shape (rows, groups * group_size), to uint8 (rows, groups * group_size / 2).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +14,33 @@ from torch import nn
 
 from cemq.errors import ModelError
 from cemq.quantize.gptq import gptq_int4, gptq_int8, low_rank, smoothing
-from cemq.quantize.integers import GROUP_SIZE, quantize_channels, quantize_int4
+from cemq.quantize.integers import GROUP_SIZE, quantize_channels, quantize_int4, round_to_scales
 from cemq.quantize.kernels import FEW_ROWS, integer_linear, integer_weight, weight_only_linear
 from cemq.quantize.schemes import Scheme
 from cemq.reclaim import give_back
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How far rounding moves a weight that is changed and stored in integers again, in squared norms.
+
+    Args:
+        error: Of what is stored less what it was to be.
+        change: Of what it was to be less what was stored before.
+    """
+
+    error: float = 0.0
+    change: float = 0.0
+
+    def __add__(self, other: Rounding) -> Rounding:
+        return Rounding(error=self.error + other.error, change=self.change + other.change)
+
+    @property
+    def share(self) -> float:
+        """How far it moves the weight beside how far that was to move."""
+        return (self.error / self.change) ** 0.5 if self.change else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +99,20 @@ class IntegerWeight(nn.Parameter):
 
 
 @functools.cache
-def _integer_weight(computes_in: torch.dtype, stored_as: torch.dtype) -> type[IntegerWeight]:
-    """A class for each pair of dtypes: what copies a parameter keeps its class and nothing else."""
-    return type("IntegerWeight", (IntegerWeight,), {"computes_in": computes_in, "stored_as": stored_as})
+def _integer_weight(
+    computes_in: torch.dtype, stored_as: torch.dtype, packed_from: torch.Size | None
+) -> type[IntegerWeight]:
+    """A class for each pair of dtypes: what copies a parameter keeps its class and nothing else.
+
+    Args:
+        packed_from: The shape (out, in) of what is stored in another one.
+    """
+    told = {"computes_in": computes_in, "stored_as": stored_as}
+    if packed_from is None:
+        return type("IntegerWeight", (IntegerWeight,), told)
+    # Flux pipelines compare a LoRA's shapes with the weights', and this is how diffusers is told the shape of what a
+    # packed one stands for: it goes by the name of a class, and knows the layers of two libraries.
+    return type("GGUFParameter", (IntegerWeight,), told | {"quant_shape": packed_from})
 
 
 class QuantizedLinear(nn.Module):
@@ -93,6 +125,7 @@ class QuantizedLinear(nn.Module):
 
     is_fitted: ClassVar[bool] = False  # `quantize` makes use of a Hessian
     needs_largest: ClassVar[bool] = False  # static activation scales: cannot be made without statistics
+    rounds_anew: ClassVar[bool] = False  # `add_to_weight` works
     weight: IntegerWeight
     bias: nn.Parameter | None
 
@@ -133,6 +166,33 @@ class QuantizedLinear(nn.Module):
         """(rows, in) to (rows, out)."""
         raise NotImplementedError
 
+    def product(self, values: torch.Tensor) -> torch.Tensor:
+        """As `multiply`, without the activation function where the layer applies one."""
+        return self.multiply(values)
+
+    def activated(self, output: torch.Tensor) -> torch.Tensor:
+        """What `multiply` makes of what `product` gives."""
+        return output
+
+    def add_to_weight(self, change: torch.Tensor) -> Rounding:
+        """Add floats (out, in) to what the integers stand for, and round that to integers again, in place.
+
+        Raises:
+            ModelError: Layers of this class cannot.
+        """
+        raise ModelError(f"the integers of {type(self).__name__} cannot be changed: quantize the changed model")
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tensors of `layout` as they are, in their own dtypes."""
+        names = self.layout(self.in_features, self.out_features, self.scheme)
+        return {name: self.integers if name == "weight" else getattr(self, name).data for name in names}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write other values into `stored`: in place, for offloading keeps hold of the tensors."""
+        for name, tensor in self.stored().items():
+            tensor.copy_(tensors[name])
+
     @property
     def dtype(self) -> torch.dtype:
         """The float dtype that the layer was made for or last cast to; what it is fed may be of another one."""
@@ -146,7 +206,8 @@ class QuantizedLinear(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As any module's, but what is stored for the weight becomes an `IntegerWeight`."""
         if name == "weight" and param is not None and not param.data.is_floating_point():
-            kind = _integer_weight(self.dtype, param.data.dtype)
+            shape = torch.Size((self.out_features, self.in_features))
+            kind = _integer_weight(self.dtype, param.data.dtype, None if param.shape == shape else shape)
             if type(param) is not kind:
                 marks, param = vars(param), kind(param)
                 vars(param).update(marks | vars(param))  # transformers' loader marks what it has loaded
@@ -211,13 +272,23 @@ class QuantizedLinear(nn.Module):
             setattr(self, name, _frozen(tensor.contiguous()))
         give_back(weight)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
+        """What the linear layer gives for an input (..., in): (..., out).
+
+        Args:
+            beside: (..., out) floats that are added to the product, before the activation function if there is one.
+        """
         if not input.is_floating_point():
             raise ModelError(
                 f"a quantized layer is fed {str(input.dtype).removeprefix('torch.')}, not floats: the model has cast "
                 "its input to the dtype of stored integers; name that layer under full_precision in a recipe"
             )
-        output = self.multiply(input.reshape(-1, self.in_features))
+        rows = input.reshape(-1, self.in_features)
+        if beside is None:
+            output = self.multiply(rows)
+        else:
+            product = self.product(rows)
+            output = self.activated((product + beside.reshape(product.shape)).to(product.dtype))
         return output.reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
@@ -253,6 +324,7 @@ class NativeLinear(QuantizedLinear):
     """
 
     is_fitted = True
+    rounds_anew = True
     gelu = False
     weight_scale: torch.Tensor
     weight_sum: torch.Tensor
@@ -306,18 +378,48 @@ class NativeLinear(QuantizedLinear):
         return integer_weight(self.integers, getattr(self, "group_scale", None), self.in_features)
 
     def multiply(self, values: torch.Tensor) -> torch.Tensor:
+        if self.gelu and not self.scheme.low_rank and self._in_integers(values):
+            return self._product(values, gelu=True)  # applied before the result is rounded
+        return self.activated(self.product(values))
+
+    def product(self, values: torch.Tensor) -> torch.Tensor:
+        return self._product(values, gelu=False)
+
+    def activated(self, output: torch.Tensor) -> torch.Tensor:
+        return F.gelu(output, approximate="tanh") if self.gelu else output
+
+    def _in_integers(self, values: torch.Tensor) -> bool:
+        return self.scheme.activation_bits == 8 and values.shape[0] >= FEW_ROWS
+
+    def _product(self, values: torch.Tensor, gelu: bool) -> torch.Tensor:
         group_scale, smooth = getattr(self, "group_scale", None), getattr(self, "smooth", None)
-        if self.scheme.activation_bits == 8 and values.shape[0] >= FEW_ROWS:
+        if self._in_integers(values):
             weights = self.integers, group_scale, self.weight_scale, self.weight_sum
-            fused = self.gelu and not self.scheme.low_rank
-            output = integer_linear(values, *weights, self.bias, smooth, fused)
+            output = integer_linear(values, *weights, self.bias, smooth, gelu)
         else:
-            fused = False
             output = weight_only_linear(values, self.integers, group_scale, self.weight_scale, self.bias, smooth)
         if self.scheme.low_rank:
             scaled = values if smooth is None else values * smooth
             output = output + F.linear(F.linear(scaled.to(self.down.dtype), self.down), self.up).to(output.dtype)
-        return F.gelu(output, approximate="tanh") if self.gelu and not fused else output
+        return output
+
+    @torch.no_grad()
+    def add_to_weight(self, change: torch.Tensor) -> Rounding:
+        """Smoothing and low-rank correction stay. Each output channel keeps its scales, or gets new ones where those
+        move its weights less: those that are not changed stay as they are."""
+        group_scale, smooth = getattr(self, "group_scale", None), getattr(self, "smooth", None)
+        change = change.float() if smooth is None else change.float() / smooth
+        wanted = self.weight_scale * self.integer_weight().float() + change
+        kept = self.stored() | {"weight": round_to_scales(wanted, self.weight_scale, group_scale)}
+        made = self.quantize(wanted, replace(self.scheme, smoothed=False, low_rank=0), None)
+        errors = []
+        for tensors in (kept, made):
+            integers = integer_weight(tensors["weight"], tensors.get("group_scale"), self.in_features)
+            errors.append((tensors["weight_scale"] * integers.float() - wanted).square_().sum(1, keepdim=True))
+            tensors["weight_sum"] = integers.sum(1, keepdim=True, dtype=torch.int32)
+        stays = errors[0] <= errors[1]
+        self.restore(kept | {name: torch.where(stays, kept[name], tensor) for name, tensor in made.items()})
+        return Rounding(error=float(torch.minimum(*errors).sum()), change=float(change.square().sum()))
 
 
 class FusedGELU(nn.Module):

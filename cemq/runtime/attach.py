@@ -18,6 +18,7 @@ import torch
 from cemq.errors import ModelError
 from cemq.memory.placement import format_bytes
 from cemq.pipelines.fingerprint import SamplerFingerprint
+from cemq.pipelines.lora import is_adapted
 from cemq.pipelines.opening import denoisers, refuse_lost_weights
 from cemq.runtime.arguments import DenoiserArguments
 from cemq.runtime.branches import Branches
@@ -125,6 +126,7 @@ class ScheduleHook(Uncopied):
         self.plan: Plan = plan
         self.tracker: StepTracker = tracker
         self.run: Run = run
+        self.is_measured: bool = False  # a bundle has figures of what it follows
         self._pipe = weakref.ref(pipe)
         self._models = [weakref.ref(model) for model in models]
 
@@ -170,6 +172,10 @@ class ScheduleHook(Uncopied):
     def begin(self, schedule: CacheSchedule) -> None:
         """A run has been given its timesteps."""
         self.run.begin(schedule)
+        if self.is_measured and self.pipe is not None and is_adapted(self.pipe):
+            self.tracker.warn_once(
+                "this pipeline has a LoRA, and the figures of its bundle were measured without", "its schedule stays"
+            )
         for _, denoiser in denoisers(self.pipe) if self.pipe is not None else ():
             hook = _find(denoiser)
             if hook is None or self not in hook.schedules:
@@ -484,7 +490,7 @@ def for_request(pipe: DiffusionPipeline) -> Any:
     """
     hook, request = schedule_hook(pipe), copy.copy(pipe)
     request.scheduler = copy.deepcopy(pipe.scheduler)
-    attach(request, hook.followed, cache=hook.plan.cache)
+    attach(request, hook.followed, cache=hook.plan.cache).is_measured = hook.is_measured
     return request
 
 
@@ -536,9 +542,10 @@ def set_budget(pipe: DiffusionPipeline, budget: int | str) -> CacheSchedule:
         ModelError: No schedule is attached, or one without a prior.
         InfeasibleBudgetError: The budget is out of range.
     """
-    plan = schedule_hook(pipe).plan.with_budget(budget)
+    hook = schedule_hook(pipe)
+    plan = hook.plan.with_budget(budget)
     detach(pipe)
-    attach(pipe, plan)
+    attach(pipe, plan).is_measured = hook.is_measured
     return plan.schedule
 
 

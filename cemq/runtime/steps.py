@@ -150,10 +150,10 @@ class StepTracker:
                 "two threads run this pipeline at once: give each one of its own, which cemq.for_request(pipe) makes"
             )
 
-    def warn_once(self, message: str) -> None:
+    def warn_once(self, message: str, then: str = "computing in full") -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"cemq: {message}; computing in full", stacklevel=3)
+            warnings.warn(f"cemq: {message}; {then}", stacklevel=3)
 
     def _set_timesteps(self, original: Any, call: Call) -> Any:
         result = original(*call.args, **call.kwargs)
