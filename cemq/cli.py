@@ -483,11 +483,13 @@ def play(
 
     Example: cemq play digits
     """
+    from cemq.bundle.checksums import check_verify
     from cemq.evaluation.play_server import play as serve
 
     _hush_libraries()
     serve(
-        bundle, port=port, reference=reference, device=device, vram=vram, offload_folder=offload_folder, verify=verify,
+        bundle, port=port, reference=reference, device=device, vram=vram, offload_folder=offload_folder,
+        verify=check_verify(verify),
         on_ready=lambda address: print(f"{address} (Ctrl-C ends it)", flush=True),
     )  # fmt: skip
 

@@ -304,12 +304,12 @@ def rival_chart(description: dict[str, Any], compared: Comparison, evaluation: E
     chosen = (float(evaluation.full_steps), evaluation.psnr_db)
     dots = list(curve.dots) if curve else [Series(name="best that was run", points=())]
     for name, ours in (("other methods", False), ("planned anew by cemq compare", True)):
-        shown = [row for row in rows if row.method.startswith("cemq") is ours]
-        points = [(steps / row.compute_ratio, row.psnr_db) for row in shown]
-        titles = [
-            f"{row.method}, compute ratio {row.compute_ratio:.2f}: {row.psnr_db:.1f} dB, worst {row.worst_db:.1f}"
-            for row in shown
-        ]
+        points, titles = [], []
+        for row in rows:
+            if row.method.startswith("cemq") is ours:
+                ratio, _, mean, _, worst = row.figures
+                points.append((steps / ratio, mean))
+                titles.append(f"{row.method}, compute ratio {ratio:.2f}: {mean:.1f} dB, worst {worst:.1f}")
         dots.append(Series(name=name, points=points, titles=titles))
     fitted = math.isfinite(description["prior"]["coherence"])  # else what is predicted has an order and no height
     lines = list(curve.lines) if curve and fitted else []

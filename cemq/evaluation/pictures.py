@@ -99,8 +99,8 @@ def _small(sample: np.ndarray, size: int) -> np.ndarray:
         picture = picture[..., :1].repeat(3, -1)
     image, longer = image_of(picture), max(picture.shape[:2])
     if longer > size:
-        scaled = tuple(max(1, round(side * size / longer)) for side in image.size)
-        image = image.resize(scaled, Image.Resampling.LANCZOS)
+        width, height = (max(1, round(side * size / longer)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(image)
 
 

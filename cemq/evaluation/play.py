@@ -170,7 +170,7 @@ class Player:
     def first(self) -> Asked:
         """What to begin with: a condition and a seed that nothing was profiled with, and the bundle as it is."""
         condition, budget = self.manifest.held_out_conditions[0], None
-        names = {number: name for name, number in self.labels.items()}
+        names: dict[str | int, str] = {number: name for name, number in self.labels.items()}
         if isinstance(self.followed, Plan):
             budget = self.followed.schedule.budget
         return Asked(condition=str(names.get(condition, condition)), seed=EVALUATION_SEED_OFFSET, budget=budget)

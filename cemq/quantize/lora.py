@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -32,6 +32,7 @@ class QuantizedLoraLinear(nn.Module, LoraLayer):
     It is fused on request (`QuantizedLinear.add_to_weight`), and unfused from a copy of what was there, bit for bit.
     """
 
+    base_layer: QuantizedLinear
     warns: bool = True  # of what fusing does; not where somebody says it for all layers
 
     def __init__(self, base_layer: QuantizedLinear):
@@ -41,7 +42,7 @@ class QuantizedLoraLinear(nn.Module, LoraLayer):
         self._before: dict[str, torch.Tensor] = {}
         self.train(base_layer.training)
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+    def _get_in_out_features(self, module: QuantizedLinear) -> tuple[int, int]:
         return module.in_features, module.out_features  # PEFT warns of a class that it does not know
 
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
@@ -63,15 +64,19 @@ class QuantizedLoraLinear(nn.Module, LoraLayer):
         for name in self.active_adapters:
             if name not in self.lora_A or _is_zero(self.scaling[name]):
                 continue
-            down, up = self.lora_A[name], self.lora_B[name]
-            values = self.lora_dropout[name](self._cast_input_dtype(input, down.weight.dtype))
-            added = up(down(values)) * self.scaling[name]
+            values = self.lora_dropout[name](self._cast_input_dtype(input, self._factor(self.lora_A, name).dtype))
+            added = self.lora_B[name](self.lora_A[name](values)) * self.scaling[name]
             beside = added if beside is None else beside + added
         return self.base_layer(input, beside)
 
     def change_of(self, name: str) -> torch.Tensor:
         """What an adapter adds to the weight, float32 (out, in)."""
-        return self.scaling[name] * (self.lora_B[name].weight.float() @ self.lora_A[name].weight.float())
+        up, down = self._factor(self.lora_B, name), self._factor(self.lora_A, name)
+        return self.scaling[name] * (up.float() @ down.float())
+
+    @staticmethod
+    def _factor(factors: nn.ModuleDict, name: str) -> torch.Tensor:
+        return cast(torch.Tensor, factors[name].weight)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -85,10 +90,10 @@ class QuantizedLoraLinear(nn.Module, LoraLayer):
         if not names:
             return
         self.check_merging(names)
-        change = sum(self.change_of(name) for name in names)
+        change = torch.stack([self.change_of(name) for name in names]).sum(0)
         if not torch.isfinite(change).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapters {', '.join(names)} seem to be broken")
-        layer = self.get_base_layer()
+        layer = self.base_layer
         if not self.merged:
             self._before = {name: tensor.clone() for name, tensor in layer.stored().items()}
         self.cost += layer.add_to_weight(change)
@@ -98,7 +103,7 @@ class QuantizedLoraLinear(nn.Module, LoraLayer):
 
     def check_merging(self, names: Iterable[str]) -> None:
         """Raises ModelError where `merge` would."""
-        layer, kind = self.get_base_layer(), type(self.get_base_layer()).__name__
+        layer, kind = self.base_layer, type(self.base_layer).__name__
         if not layer.rounds_anew:
             raise ModelError(f"fuse_lora() cannot round the weights of {kind} anew: leave the LoRA beside the layers")
         if layer.weight.is_meta:
@@ -112,7 +117,7 @@ class QuantizedLoraLinear(nn.Module, LoraLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().restore(self._before)
+        self.base_layer.restore(self._before)
         self.cost, self._before = Rounding(), {}
         self.merged_adapters.clear()
 

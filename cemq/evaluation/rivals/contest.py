@@ -54,6 +54,12 @@ class Row:
     status: str = "ok"
 
     @property
+    def figures(self) -> tuple[float, ...]:
+        """Compute ratio, wall ratio, mean, fifth percentile and worst PSNR: as many as there are, all of what is ok."""
+        told = self.compute_ratio, self.wall_ratio, self.psnr_db, self.p5_db, self.worst_db
+        return tuple(figure for figure in told if figure is not None)
+
+    @property
     def is_near(self) -> bool:
         """Whether it computes no more than was asked for, or hardly so."""
         return self.compute_ratio is not None and self.compute_ratio * _NEAR >= self.target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def read_comparison(path: str | Path, manifest: Manifest) -> Comparison:
     if not kept:
         others = ", ".join(sorted({row.scheme for row in found.rows})) or "none"
         raise InputError(f"comparison '{path}' is of scheme {others}, this bundle of {scheme}: compare on the bundle")
-    return Comparison(**vars(found) | {"rows": tuple(kept)})
+    return replace(found, rows=tuple(kept))
 
 
 def _row(fields: dict[str, Any]) -> Row:
@@ -48,9 +49,11 @@ def _row(fields: dict[str, Any]) -> Row:
     row = Row(**fields)
     if not all(isinstance(text, str) for text in (row.method, row.source, row.scheme, row.status)):
         raise TypeError("a row whose names are no texts")
-    figures = (row.target, row.compute_ratio, row.wall_ratio, row.psnr_db, row.p5_db, row.worst_db)
-    if row.status == "ok" and not all(math.isfinite(value) and value > 0 for value in figures[:3]):
+    if row.status != "ok":
+        return row
+    compute, wall, *levels = row.figures
+    if not all(math.isfinite(ratio) and ratio > 0 for ratio in (row.target, compute, wall)):
         raise ValueError(f"ratios of {row.method} that are no positive numbers")
-    if row.status == "ok" and not all(map(math.isfinite, figures[3:])):
+    if len(levels) != 3 or not all(map(math.isfinite, levels)):
         raise ValueError(f"levels of {row.method} that are no numbers")
     return row
