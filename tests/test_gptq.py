@@ -118,9 +118,7 @@ def test_values_and_scales_are_those_of_a_plain_loop(width):
     padded = [torch.nn.functional.pad(tensor.float(), (0, padding)) for tensor in (weight, importance)]
     assert torch.equal(group_scale, group_scales(padded[0], GROUP, padded[1])[0].to(torch.int8))
     integers = expand_int4(packed, group_scale, width).double()
-    assert (
-        integers != expected * wide
-    ).double().mean() < 0.01  # float32 may break a tie otherwise
+    assert (integers != expected * wide).double().mean() < 0.01  # float32 may break a tie otherwise
     damped = hessian.double() + DAMPING * hessian.diagonal().double().mean() * torch.eye(width)
     best = [(q @ damped @ w) / (q @ damped @ q) for q, w in zip(integers, weight.double(), strict=True)]
     assert torch.allclose(scale[:, 0].double(), torch.stack(best), rtol=1e-3)
