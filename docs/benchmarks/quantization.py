@@ -165,13 +165,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = []
         for model in MODELS:
             cell = find(rows, model, row.what)
-            cells.append(f"{cell['psnr_db']:.1f} | {cell['ssim']:.4f} | {cell['bytes_share']:.3f}")
+            mark = "" if "seed" in cell else " \\*"
+            cells.append(f"{cell['psnr_db']:.1f}{mark} | {cell['ssim']:.4f} | {cell['bytes_share']:.3f}")
         options = f"`{row.options}`" if row.options else ""
         lines.append(f"| {row.what} | {options} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def recipes_table(rows: list[dict[str, Any]]) -> str:
+    rows = [row for row in rows if "seed" in row]  # others are of the version before
     lines = [
         "| | " + " | ".join(f"{model}: bytes | PSNR | to the default" for model in MODELS) + " |",
         "|---" * (1 + 3 * len(MODELS)) + "|",
@@ -199,6 +201,8 @@ def recipes_table(rows: list[dict[str, Any]]) -> str:
 def page(record: dict[str, Any], samples: int) -> str:
     machine = record["machine"]
     notes = "\n".join(f"* {name}: {backend.note}." for name, backend in BACKENDS.items() if backend.note)
+    old = any("seed" not in row for row in record["rows"])
+    remeasured = "\n* \\*: measured on 2026-11-21, by the version of then." if old else ""
     return f"""# Fidelity of quantization alone
 
 {machine["date"][:10]}, {one_line(machine)}.
@@ -209,7 +213,7 @@ float32 (small models: `dit-digits` keeps a table of 1001 class embeddings in ea
 
 {table(record["rows"])}
 
-{notes}
+{notes}{remeasured}
 
 Differences below about half a dB are noise: recording other calls moves the figures by that much and more.
 
