@@ -23,7 +23,7 @@ demo: .venv/installed  ## quantize and schedule the built-in digits model, compa
 	$(BIN)/cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o out/digits --overwrite
 	$(BIN)/cemq evaluate out/digits --samples 8 --picture out/side-by-side.png
 
-test: lint types wheel docs  ## lint, count types, build the wheel and look into it, build the docs, run every test
+test: lint types wheel docs  ## lint, check types, build the wheel and look into it, build the docs, run every test
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=20
 
 coverage: .venv/installed-dev  ## the tests again, and which lines of cemq/ they never reach
@@ -33,8 +33,8 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/installed-dev  ## how many public names have types that a type checker knows
-	$(BIN)/python tests/type_completeness.py
+types: .venv/installed-dev  ## what a type checker finds wrong, and how many public names have types that it knows
+	$(BIN)/python tests/types_check.py
 
 fix: .venv/installed-dev
 	$(BIN)/ruff check --fix .

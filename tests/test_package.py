@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from type_completeness import judged
+from types_check import faults, judged
 
 import cemq
 from cemq.pipelines.opening import BUILTINS, locate
@@ -47,6 +47,23 @@ def test_the_share_of_known_types_is_judged_and_what_is_unknown_named():
     assert said == "not wholly known: cemq.n19\ntypes of 19 of 20 public names are known: 95.0%"
     assert not judged(report_of(*[True] * 18, False, False))[1]
     assert judged(report_of()) == ("no public names found: is cemq/py.typed there?", False)
+
+
+def fault_at(line, **more):
+    place = {"file": "/repo/cemq/a.py", "range": {"start": {"line": line, "character": 0}}}
+    return place | {"severity": "error", "message": "no int", "rule": "reportArgumentType"} | more
+
+
+def test_what_a_type_checker_finds_is_said_line_by_line_and_nothing_checked_is_no_success():
+    report = {"generalDiagnostics": [fault_at(2), fault_at(4, rule=None)], "summary": {"filesAnalyzed": 7}}
+    del report["generalDiagnostics"][1]["rule"]
+    said, clean = faults(report, Path("/repo"))
+    assert not clean
+    assert said.splitlines() == [
+        "cemq/a.py:3: no int (reportArgumentType)", "cemq/a.py:5: no int (error)", "2 type errors in 7 files",
+    ]  # fmt: skip
+    assert faults({"generalDiagnostics": [], "summary": {"filesAnalyzed": 7}}) == ("0 type errors in 7 files", True)
+    assert not faults({"generalDiagnostics": [], "summary": {"filesAnalyzed": 0}})[1]
 
 
 @pytest.mark.slow  # no public name is that of a folder by now, and this waits for all imports
