@@ -1,4 +1,5 @@
-"""What a type checker finds wrong in cemq/, and how many public names have types: ``python tests/types_check.py``.
+"""What a type checker finds wrong in the package, and how many public names have types:
+``python tests/types_check.py``.
 
 Fails where it finds anything under ``[tool.basedpyright]`` of pyproject.toml, and where the share of public names whose
 types are known is below `LEAST`; says which names those are not.
