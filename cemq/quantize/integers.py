@@ -120,7 +120,7 @@ def round_to_scales(weight: torch.Tensor, scale: torch.Tensor, group_scale: torc
         return (weight / scale).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
     weight = F.pad(weight, (0, -weight.shape[1] % GROUP_SIZE))
     step = (group_scale * scale).repeat_interleave(GROUP_SIZE, 1)
-    return pack_int4((weight / step).round_().clamp_(-INT4_MAX, INT4_MAX).to(torch.int8), GROUP_SIZE)
+    return pack_int4((weight / step).round_().clamp_(INT4_MIN, INT4_MAX).to(torch.int8), GROUP_SIZE)
 
 
 def pack_int4(values: torch.Tensor, group_size: int) -> torch.Tensor:
