@@ -16,13 +16,12 @@ def draw(pipe: DiffusionPipeline, conditions: Mapping[str, list], *, steps: int,
     """One picture of each condition, shape (n, height, width, 3) in [0, 1].
 
     Args:
-        conditions: The argument that takes them, and one for each sample.
+        conditions: Arguments that take one for each sample, such as ``prompt``.
     """
-    ((name, asked),) = conditions.items()
-    images = []
-    for first in range(0, len(asked), BATCH):
-        part = asked[first : first + BATCH]
-        generator = [torch.Generator().manual_seed(FIRST_SEED + first + i) for i in range(len(part))]
-        options = {name: part, "num_inference_steps": steps, "generator": generator, "output_type": "np"}
-        images.append(pipe(**options, **call).images)
+    count, images = len(next(iter(conditions.values()))), []
+    for first in range(0, count, BATCH):
+        part = {name: asked[first : first + BATCH] for name, asked in conditions.items()}
+        generator = [torch.Generator().manual_seed(FIRST_SEED + n) for n in range(first, min(first + BATCH, count))]
+        options = {"num_inference_steps": steps, "generator": generator, "output_type": "np"}
+        images.append(pipe(**part, **options, **call).images)
     return np.concatenate(images)

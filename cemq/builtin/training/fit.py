@@ -37,7 +37,7 @@ class Workshop:
 class Average:
     """Exponential moving average of the parameters, with a warm-up so that early weights are forgotten."""
 
-    def __init__(self, live: list[torch.nn.Parameter], decay: float = 0.999):
+    def __init__(self, live: list[torch.nn.Parameter], decay: float):
         self.live: list[torch.nn.Parameter] = live
         self.mean: list[torch.Tensor] = [p.detach().clone() for p in self.live]
         self.decay: float = decay
@@ -67,6 +67,7 @@ class Stage:
     learning_rate: float
     seed: int
     last_rate: float = 0.0  # as a share of the learning rate
+    decay: float = 0.999  # of the average of the weights, by step; less where they are still far from their end
 
     def rate(self, step: int) -> float:
         """Learning rate: warm-up, then a falling cosine."""
@@ -133,7 +134,7 @@ def fit(
     """
     live = [p for module in modules for p in module.to(workshop.device).parameters()]
     optimizer = torch.optim.AdamW(live, lr=stage.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
-    average = Average(live)
+    average = Average(live, stage.decay)
     checkpoint = Checkpoint(workshop.folder / f"{stage.name}.safetensors", stage, average, optimizer)
     done = checkpoint.load()
     began = saved = time.monotonic()
