@@ -67,7 +67,7 @@ families: .venv/installed-dev  ## the table of docs/families.md anew; about five
 	$(BIN)/python tests/families_page.py
 
 train: .venv/installed-dev  ## train the built-in models anew, into out/trained
-	$(BIN)/python -m cemq.builtin.training.train dit-digits sd3-digits -o out/trained
+	$(BIN)/python -m cemq.builtin.training.train -o out/trained
 
 clean:
 	rm -rf .venv dist out

@@ -59,6 +59,10 @@ JOINT_INPUTS = ("attn", "proj_mlp", "act_mlp")
 # Pipeline arguments that take a picture: a call names its file, so that it can be written down.
 PICTURE_ARGUMENTS = ("image", "control_image", "mask_image", "ip_adapter_image", "last_image")
 
+# Pipelines that draw 128 x 128 latents when no size is given, whatever size their autoencoder says it was trained for
+# (FLUX.1's says the same: 1024 pixels, 8 to a latent).
+SIZED_BY_CLASS = ("FluxPipeline",)
+
 # Frames a second that video models were trained for, by pipeline class, from their pipelines' own examples.
 FRAME_RATES = {
     "CogVideoXPipeline": 8,

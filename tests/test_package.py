@@ -74,7 +74,7 @@ def test_evaluate_stays_a_function_whatever_was_imported_before():
 
 def test_the_built_in_models_are_small_and_hold_no_pickle():
     files = [path for name in BUILTINS for path in locate(f"builtin:{name}").folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 14e6
+    assert sum(path.stat().st_size for path in files) < 45e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
 
 
@@ -86,6 +86,8 @@ def test_the_wheel_holds_models_recipes_calibration_texts_and_the_mark_of_types(
     for wanted in (
         "cemq/builtin/dit-digits/transformer/diffusion_pytorch_model.safetensors",
         "cemq/builtin/sd3-digits/tokenizer/tokenizer_config.json",
+        "cemq/builtin/emoji/card.json",
+        "cemq/builtin/emoji/text_encoder_2/model.safetensors",
         "cemq/recipes/dit-digits.yaml",
         "cemq/calib_data/prompts.txt",
         "cemq/evaluation/page.html.jinja",
@@ -94,7 +96,7 @@ def test_the_wheel_holds_models_recipes_calibration_texts_and_the_mark_of_types(
         "cemq/py.typed",
     ):
         assert wanted in names
-    assert wheels[-1].stat().st_size < 14e6
+    assert wheels[-1].stat().st_size < 45e6
 
 
 def test_pre_commit_lints_with_the_pinned_ruff():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cemq.errors import InputError, ModelError, choose, first_line
-from cemq.families import DENOISERS
+from cemq.families import DENOISERS, SIZED_BY_CLASS
 from cemq.files import absolute
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 BUILTIN_PREFIX = "builtin:"
-BUILTINS = ("dit-digits", "sd3-digits")
+BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
+BUILTINS = tuple(sorted(path.parent.name for path in BUILTIN_FOLDER.glob("*/model_index.json")))
 DTYPES = ("float32", "bfloat16", "float16")
 ALIGNMENT = 64  # bytes, as torch allocates on a CPU
 
@@ -45,7 +46,7 @@ def locate(name: str, *, variant: str | None = None, revision: str | None = None
     """
     if name.startswith(BUILTIN_PREFIX):
         short = choose("built-in model", name.removeprefix(BUILTIN_PREFIX), BUILTINS, ModelError)
-        return ModelSource(name=name, folder=Path(__file__).parents[1] / "builtin" / short)
+        return ModelSource(name=name, folder=BUILTIN_FOLDER / short)
     folder = absolute(name)
     if name and os.path.lexists(folder):
         if not os.path.isfile(folder / "model_index.json"):
@@ -97,6 +98,8 @@ def open_pipeline(folder: Path, *, dtype: str, device: str, aligned: bool = True
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         raise ModelError(f"'{folder}' cannot be loaded as a diffusers pipeline: {first_line(error)}") from error
+    if type(pipe).__name__ in SIZED_BY_CLASS and pipe.vae is not None:
+        pipe.default_sample_size = pipe.vae.config.sample_size // pipe.vae_scale_factor
     pipe = pipe.to(place)
     if aligned:
         for component in pipe.components.values():
