@@ -44,8 +44,20 @@ def guard_methods(model: nn.Module) -> None:
             model, name, f"{name}() works on float weights, and this {type(model).__name__} is quantized: {advice}"
         )
     for name, function in _IN_ANOTHER_FORM.items():
-        if hasattr(type(model), name):
-            setattr(model, name, _Method(model, name, function))
+        _put_in_place(model, name, function)
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Have a model that has been given LoRA layers refuse to be saved for as long as it holds them.
+
+    Not one that never had any: ``Model.from_pretrained(...).save_pretrained(...)`` keeps no model for `_Method`.
+    """
+    _put_in_place(model, "save_pretrained", _save_pretrained)
+
+
+def _put_in_place(model: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    if hasattr(type(model), name):
+        setattr(model, name, _Method(model, name, function))
 
 
 class _Method:
@@ -142,5 +154,4 @@ _IN_ANOTHER_FORM: dict[str, Callable[..., Any]] = {
     "load_lora_adapter": _load_adapter,
     "load_adapter": _load_adapter,
     "fuse_lora": _fuse_lora,
-    "save_pretrained": _save_pretrained,
 }

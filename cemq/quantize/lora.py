@@ -18,6 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from cemq.errors import ModelError
+from cemq.pipelines.lora import adapted_layers
+from cemq.quantize.adapters import guard_saving
 from cemq.quantize.layers import QuantizedLinear, Rounding
 
 ROUNDS = (
@@ -147,6 +149,8 @@ def adaptable(model: nn.Module) -> Iterator[nn.Module]:
         for name, module in list(model.named_modules()):
             if isinstance(module, BaseTunerLayer) and not getattr(module, "r", True):
                 model.set_submodule(name, module.get_base_layer())
+        if adapted_layers(model):
+            guard_saving(model)
 
 
 def fuse_together(layers: Sequence[QuantizedLoraLinear], fuse: Callable[[], Any]) -> tuple[Any, Rounding]:
