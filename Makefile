@@ -19,9 +19,9 @@ $(BIN)/pip:
 	$(INSTALL) --editable '.[dev]'
 	touch $@ .venv/installed
 
-demo: .venv/installed  ## quantize and schedule the built-in digits model, compare it with full precision, draw both
-	$(BIN)/cemq quantize-and-schedule builtin:dit-digits --scheme w8a8 --budget 15 -o out/digits --overwrite
-	$(BIN)/cemq evaluate out/digits --samples 8 --picture out/side-by-side.png
+demo: .venv/installed  ## quantize and schedule the built-in emoji model, compare it with full precision, draw both
+	$(BIN)/cemq quantize-and-schedule builtin:emoji --scheme w8a8 --budget 15 --effort quick -o out/emoji --overwrite
+	$(BIN)/cemq evaluate out/emoji --samples 8 --picture out/side-by-side.png
 
 test: lint types wheel docs  ## lint, check types, build the wheel and look into it, build the docs, run every test
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=20
