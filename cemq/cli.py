@@ -394,7 +394,7 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; default: the bundle's.")] = None,
     budget: Budget = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Write a PNG: full precision on the left, bundle on the right.")
+        Path | None, typer.Option(help="Write a PNG: samples in full precision and from the bundle, and its schedule.")
     ] = None,
     device: Device = None,
     verify: Verify = "once",

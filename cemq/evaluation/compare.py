@@ -17,18 +17,21 @@ from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import Manifest, read_bundle
 from cemq.bundle.original import find_original
 from cemq.errors import InputError, check_keywords
+from cemq.evaluation.pictures import sheet
 from cemq.evaluation.scores import METRICS, score, summary
 from cemq.files import absolute, check_writable, written_whole
 from cemq.metrics import relative_l2
 from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
 from cemq.pipelines.opening import component_bytes, default_device, weight_bytes
-from cemq.pipelines.outputs import as_pictures, output_kind, rate_of
+from cemq.pipelines.outputs import as_pictures, kind_of, output_kind, rate_of
 from cemq.runtime import schedule_hook
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+_TINY = 128  # pixels: smaller pictures are enlarged without smoothing
 
 
 class Running(TypedDict, total=False):
@@ -104,6 +107,8 @@ class SideBySide:
     outcomes: Sequence[Outcome]
     component_bytes: dict[str, tuple[int, int]]
     frame_rate: float
+    scheme: str
+    strip: str  # of the schedule; empty where a policy decides
 
 
 def measure_fidelity(
@@ -168,8 +173,8 @@ def evaluate(
         budget: Full-compute steps of as many steps as the bundle was made for, or a ratio such as ``"3x"``; None takes
             the bundle's own schedule.
         batch_size: Samples run together; None takes that of the bundle's recipe, or 4.
-        picture: Write a PNG, full precision on the left and the bundle on the right; four frames of each video, the
-            spectrograms of audio.
+        picture: Write a PNG: images in full precision, below them the bundle's, figures and schedule; of videos four
+            frames and of audio spectrograms, full precision on the left and the bundle on the right.
         device: Where both run; None takes CUDA where there is one.
         verify: When checksums are compared: ``always``, ``once`` on this machine, which is the default, or ``never``.
         progress: Told the name of what is being run, and the share of it done.
@@ -187,7 +192,10 @@ def evaluate(
         **running,
     )  # fmt: skip
     if picture is not None and running.get("processes", ALONE).is_main:
-        write_side_by_side(picture, found.references[0].images, found.outcomes[0].images)
+        if kind_of(found.references[0].images) == "image":
+            write_samples(picture, found)
+        else:
+            write_side_by_side(picture, found.references[0].images, found.outcomes[0].images)
     return found.evaluation
 
 
@@ -228,7 +236,8 @@ def run_both(
     references, outcomes = (made for _, made in pairs)
     fidelity = measure_fidelity(references, outcomes, processes, batches)
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
-    note = said_of_steps(schedule_hook(scheduled).schedule, fidelity.num_steps, fidelity.full_steps)
+    schedule = schedule_hook(scheduled).schedule
+    note = said_of_steps(schedule, fidelity.num_steps, fidelity.full_steps)
     if note:
         warnings.warn(f"cemq: {note}", stacklevel=3)
     evaluation = Evaluation(
@@ -249,6 +258,8 @@ def run_both(
         outcomes=outcomes,
         component_bytes={name: (count, after.get(name, 0)) for name, count in before.items()},
         frame_rate=rate_of(scheduled, manifest.call) if output_kind(scheduled) == "video" else 0.0,
+        scheme=manifest.scheme,
+        strip="" if manifest.policy else schedule.strip(),
     )
 
 
@@ -271,12 +282,29 @@ def check_picture_path(path: Path, what: str = "picture") -> None:
     check_writable(path, what)
 
 
+def write_samples(path: Path, found: SideBySide) -> None:
+    """A PNG of images in full precision, below them the bundle's, with figures, and the schedule: eight tiny ones, or
+    two."""
+    told = found.evaluation
+    most = 8 if found.references[0].images.shape[1] < _TINY else 2
+    computed, share = told.num_steps, told.model_bytes / told.reference_bytes
+    texts = (
+        f"full precision, {computed} of {computed} steps computed",
+        f"{found.scheme.upper()} ({share:.0%} of the bytes), {told.full_steps} of {told.num_steps} steps computed: "
+        f"{told.psnr_db:.1f} dB to full precision",
+    )
+    rows = [np.concatenate([each.images for each in made])[:most] for made in (found.references, found.outcomes)]
+    levels = [(np.clip(np.nan_to_num(row), 0, 1) * 255).round().astype(np.uint8) for row in rows]
+    with written_whole(path, "picture") as partial:
+        sheet(list(zip(texts, levels, strict=True)), found.strip).save(partial, optimize=True)
+
+
 def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, rows: int = 4) -> None:
     """A PNG with one row a sample: full precision | other; tiny images are enlarged without smoothing."""
     from PIL import Image
 
     references, images = (_in_a_row(as_pictures(values)) for values in (references, images))
-    gap, zoom = 4, max(1, 128 // references.shape[1])
+    gap, zoom = 4, max(1, _TINY // references.shape[1])
     lines = []
     for left, right in list(zip(references, images, strict=True))[:rows]:
         left, right = (x.repeat(zoom, 0).repeat(zoom, 1) for x in (left, right))
