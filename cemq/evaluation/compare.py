@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _TINY = 128  # pixels: smaller pictures are enlarged without smoothing
+_MOST, _MOST_TINY = 2, 8  # images of a sheet
 
 
 class Running(TypedDict, total=False):
@@ -191,11 +192,8 @@ def evaluate(
         bundle, reference=reference, samples=samples, seed=seed, steps=steps, budget=budget, batch_size=batch_size,
         **running,
     )  # fmt: skip
-    if picture is not None and running.get("processes", ALONE).is_main:
-        if kind_of(found.references[0].images) == "image":
-            write_samples(picture, found)
-        else:
-            write_side_by_side(picture, found.references[0].images, found.outcomes[0].images)
+    if picture is not None:
+        _draw(picture, found, running.get("processes", ALONE))
     return found.evaluation
 
 
@@ -282,19 +280,39 @@ def check_picture_path(path: Path, what: str = "picture") -> None:
     check_writable(path, what)
 
 
-def write_samples(path: Path, found: SideBySide) -> None:
-    """A PNG of images in full precision, below them the bundle's, with figures, and the schedule: eight tiny ones, or
-    two."""
-    told = found.evaluation
-    most = 8 if found.references[0].images.shape[1] < _TINY else 2
-    computed, share = told.num_steps, told.model_bytes / told.reference_bytes
+def _draw(path: Path, found: SideBySide, processes: Processes) -> None:
+    """The picture of `evaluate`, by the process that is the first; of images it shows all processes'."""
+    pairs = [
+        tuple(each.images[: _MOST_TINY if each.images.shape[1] < _TINY else _MOST] for each in pair)
+        for pair in zip(found.references, found.outcomes, strict=True)
+        if kind_of(pair[0].images) == "image"
+    ]
+    gathered = processes.gather(pairs[:_MOST_TINY])
+    if not processes.is_main:
+        return
+    if gathered:
+        references, images = (np.concatenate(batches) for batches in zip(*gathered, strict=True))
+        write_sheet(path, references, images, found)
+    else:
+        write_side_by_side(path, found.references[0].images, found.outcomes[0].images)
+
+
+def write_sheet(path: Path, references: np.ndarray, images: np.ndarray, found: SideBySide) -> None:
+    """A PNG of images in full precision, below them the bundle's, with figures, and the schedule; eight tiny ones, or
+    two.
+
+    Args:
+        references: (n, height, width, 3) in [0, 1].
+        images: Likewise.
+    """
+    told, most = found.evaluation, _MOST_TINY if references.shape[1] < _TINY else _MOST
+    share = told.model_bytes / told.reference_bytes
     texts = (
-        f"full precision, {computed} of {computed} steps computed",
+        f"full precision, {told.num_steps} of {told.num_steps} steps computed",
         f"{found.scheme.upper()} ({share:.0%} of the bytes), {told.full_steps} of {told.num_steps} steps computed: "
         f"{told.psnr_db:.1f} dB to full precision",
     )
-    rows = [np.concatenate([each.images for each in made])[:most] for made in (found.references, found.outcomes)]
-    levels = [(np.clip(np.nan_to_num(row), 0, 1) * 255).round().astype(np.uint8) for row in rows]
+    levels = [(np.clip(np.nan_to_num(row[:most]), 0, 1) * 255).round().astype(np.uint8) for row in (references, images)]
     with written_whole(path, "picture") as partial:
         sheet(list(zip(texts, levels, strict=True)), found.strip).save(partial, optimize=True)
 
