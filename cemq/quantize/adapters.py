@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +11,7 @@ from torch import nn
 
 from cemq.errors import ModelError, refuse_method
 from cemq.pipelines.lora import adapted_layers
+from cemq.quantize.overrides import override
 
 # Methods that take float weights apart or are of training, and what to do instead. Left to themselves they would find
 # out at the first quantized layer, half-way.
@@ -44,49 +43,7 @@ def guard_methods(model: nn.Module) -> None:
             model, name, f"{name}() works on float weights, and this {type(model).__name__} is quantized: {advice}"
         )
     for name, function in _IN_ANOTHER_FORM.items():
-        _put_in_place(model, name, function)
-
-
-def guard_saving(model: nn.Module) -> None:
-    """Have a model that has been given LoRA layers refuse to be saved for as long as it holds them.
-
-    Not one that never had any: ``Model.from_pretrained(...).save_pretrained(...)`` keeps no model for `_Method`.
-    """
-    _put_in_place(model, "save_pretrained", _save_pretrained)
-
-
-def _put_in_place(model: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    if hasattr(type(model), name):
-        setattr(model, name, _Method(model, name, function))
-
-
-class _Method:
-    """A method of one model, in the place of its class's: ``function(model, original, *args, **kwargs)``.
-
-    It does not keep the model, or a quantized one would only be freed when Python looks for circles; and it finds the
-    right one in a copy.
-    """
-
-    def __init__(self, model: nn.Module, name: str, function: Callable[..., Any]):
-        self._model = weakref.ref(model)
-        self._name, self._function = name, function
-        # diffusers' pipelines ask for it before they call save_pretrained
-        self.__signature__: inspect.Signature = inspect.signature(self._original(model))
-
-    def _original(self, model: nn.Module) -> Callable[..., Any]:
-        return getattr(type(model), self._name).__get__(model)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        assert model is not None, "the model of this method is gone"
-        return self._function(model, self._original(model), *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
-        model = self._model()
-        return _Method(memo.get(id(model), model), self._name, self._function)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Method, (self._model(), self._name, self._function)
+        override(model, name, function)
 
 
 def _load_adapter(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -138,16 +95,6 @@ def _fuse_lora(model: nn.Module, original: Callable[..., Any], *args: Any, **kwa
             stacklevel=3,
         )
     return result
-
-
-def _save_pretrained(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Raises ModelError while there are LoRA layers: the names of what was written would be those of no model."""
-    if adapted_layers(model):
-        raise ModelError(
-            f"{type(model).__name__} holds LoRA layers, and a quantized model is saved without: call "
-            "unload_lora_weights() first, and keep the LoRA's own file"
-        )
-    return original(*args, **kwargs)
 
 
 _IN_ANOTHER_FORM: dict[str, Callable[..., Any]] = {

@@ -19,8 +19,8 @@ from torch import nn
 
 from cemq.errors import ModelError
 from cemq.pipelines.lora import adapted_layers
-from cemq.quantize.adapters import guard_saving
 from cemq.quantize.layers import QuantizedLinear, Rounding
+from cemq.quantize.overrides import guard_saving
 
 ROUNDS = (
     "cemq: fuse_lora() rounds the weights of quantized layers anew: unfuse_lora() takes it back, and beside the layers "
