@@ -69,7 +69,8 @@ def test_more_budget_is_closer_to_full_precision(bundle, tmp_path):
     )
     assert all_steps.psnr_db > few.psnr_db + 3
     with Image.open(tmp_path / "3.png") as picture:
-        assert picture.width > 2 * 128 < picture.height  # two samples, enlarged; below each the bundle's
+        # two samples twelve times as large, a gap of 6, margins of 16; the bundle's below, and lines of text
+        assert picture.size == (2 * 384 + 6 + 2 * 16, 2 * (384 + 34) + 2 * 34 + 16)
 
 
 def test_generate_writes_the_same_picture_twice(bundle, tmp_path):

@@ -17,7 +17,7 @@ from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import Manifest, read_bundle
 from cemq.bundle.original import find_original
 from cemq.errors import InputError, check_keywords
-from cemq.evaluation.pictures import sheet
+from cemq.evaluation.pictures import TINY, as_bytes, sheet
 from cemq.evaluation.scores import METRICS, score, summary
 from cemq.files import absolute, check_writable, written_whole
 from cemq.metrics import relative_l2
@@ -31,7 +31,6 @@ from cemq.runtime.runner import Outcome, Runner, said_of_steps
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_TINY = 128  # pixels: smaller pictures are enlarged without smoothing
 _MOST, _MOST_TINY = 2, 8  # images of a sheet
 
 
@@ -283,7 +282,7 @@ def check_picture_path(path: Path, what: str = "picture") -> None:
 def _draw(path: Path, found: SideBySide, processes: Processes) -> None:
     """The picture of `evaluate`, by the process that is the first; of images it shows all processes'."""
     pairs = [
-        tuple(each.images[: _MOST_TINY if each.images.shape[1] < _TINY else _MOST] for each in pair)
+        tuple(each.images[: _MOST_TINY if each.images.shape[1] < TINY else _MOST] for each in pair)
         for pair in zip(found.references, found.outcomes, strict=True)
         if kind_of(pair[0].images) == "image"
     ]
@@ -305,16 +304,16 @@ def write_sheet(path: Path, references: np.ndarray, images: np.ndarray, found: S
         references: (n, height, width, 3) in [0, 1].
         images: Likewise.
     """
-    told, most = found.evaluation, _MOST_TINY if references.shape[1] < _TINY else _MOST
+    told, most = found.evaluation, _MOST_TINY if references.shape[1] < TINY else _MOST
     share = told.model_bytes / told.reference_bytes
     texts = (
         f"full precision, {told.num_steps} of {told.num_steps} steps computed",
         f"{found.scheme.upper()} ({share:.0%} of the bytes), {told.full_steps} of {told.num_steps} steps computed: "
         f"{told.psnr_db:.1f} dB to full precision",
     )
-    levels = [(np.clip(np.nan_to_num(row[:most]), 0, 1) * 255).round().astype(np.uint8) for row in (references, images)]
+    rows = [as_bytes(row[:most]) for row in (references, images)]
     with written_whole(path, "picture") as partial:
-        sheet(list(zip(texts, levels, strict=True)), found.strip).save(partial, optimize=True)
+        sheet(list(zip(texts, rows, strict=True)), found.strip).save(partial, optimize=True)
 
 
 def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, rows: int = 4) -> None:
@@ -322,7 +321,7 @@ def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, r
     from PIL import Image
 
     references, images = (_in_a_row(as_pictures(values)) for values in (references, images))
-    gap, zoom = 4, max(1, _TINY // references.shape[1])
+    gap, zoom = 4, max(1, TINY // references.shape[1])
     lines = []
     for left, right in list(zip(references, images, strict=True))[:rows]:
         left, right = (x.repeat(zoom, 0).repeat(zoom, 1) for x in (left, right))

@@ -19,17 +19,22 @@ _WIDEST = 2048  # pixels of a spectrogram
 _MOST_OF_WEBP = 16383  # pixels of a side
 _LOSSLESS = 4e6  # pixels of a video, all frames together; larger ones are compressed
 # Of a sheet, in pixels: a row of pictures is about so wide; what is smaller than tiny is enlarged.
-_ROW, _TINY, _GAP, _LINE, _MARGIN, _FONT = 800, 128, 6, 34, 16, 16
+_ROW, TINY, _GAP, _LINE, _MARGIN, _FONT = 800, 128, 6, 34, 16, 16
 _PAPER, _INK, _FULL, _SKIPPED = "#ffffff", "#333333", "#4051b5", "#dfe2f2"
 _FEW, _FEW_TINY = 2, 4  # samples of a sheet
 _LIGHT = 200_000  # bytes of one as a file
+
+
+def as_bytes(values: np.ndarray) -> np.ndarray:
+    """Values from 0 to 1 as 0 to 255; what lies outside or is no number is brought in."""
+    return (np.clip(np.nan_to_num(values), 0, 1) * 255).round().astype(np.uint8)
 
 
 def image_of(picture: np.ndarray, width: int | None = None) -> Image:
     """Of values from 0 to 1; made narrower, by means, where ``width`` says so."""
     from PIL import Image
 
-    image = Image.fromarray((np.clip(np.nan_to_num(picture), 0, 1) * 255).round().astype(np.uint8))
+    image = Image.fromarray(as_bytes(picture))
     return image if width in (None, image.width) else image.resize((width, image.height), Image.Resampling.BOX)
 
 
@@ -77,7 +82,7 @@ def few_of(
     Raises:
         ProcessError: Another process has failed.
     """
-    most = _FEW_TINY if references and max(references[0].shape[-3:-1]) < _TINY else _FEW
+    most = _FEW_TINY if references and max(references[0].shape[-3:-1]) < TINY else _FEW
     size = _ROW // max(min(total, most), 2)
     found = []
     for pair in list(zip(references, images, strict=True))[:_FEW_TINY]:
