@@ -56,13 +56,13 @@ BEFORE = 800  # that the default took before
 class Evaluation:
     """The samples that plans are judged on, as full precision draws them."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, samples: int = SAMPLES):
         recipe = load_recipe(model)
         self.model, pipe = model, open_pipeline(locate(recipe.model).folder, dtype="float32", device="cpu")
         pipe.set_progress_bar_config(disable=True)
         lines = check_conditions(pipe, read_conditions(find_calibration(recipe.calib)))
         _, held_out = split_conditions(lines, profiled=16, seed=0)
-        self.batches = make_batches(held_out, samples=SAMPLES, first_seed=EVALUATION_SEED_OFFSET, batch_size=8)
+        self.batches = make_batches(held_out, samples=samples, first_seed=EVALUATION_SEED_OFFSET, batch_size=8)
         self.call = recipe.call
         self.references = self.run(pipe)
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import cemq
 from cemq.bench.machine import describe_machine, one_line
-from cemq.evaluation.rivals.comparison import draw
+from cemq.evaluation.rivals.comparison import RATIOS, draw
 from cemq.evaluation.rivals.contest import FULL, Row
 from cemq.evaluation.rivals.methods import METHODS
 
-MODELS, SCHEMES = ("dit-digits", "sd3-digits"), ("none", "w8a8", "w4a8")
+MODELS, SCHEMES = ("dit-digits", "sd3-digits", "emoji"), ("none", "w8a8", "w4a8")
+FURTHER = {"emoji": ("7.1x",)}  # compute ratios beside those of `cemq compare`: 7 of 50 steps
 HERE = Path(__file__).with_suffix("")
 
 
@@ -30,9 +31,9 @@ def measure(model: str, scheme: str, samples: int, names: list[str] | None) -> l
     def say(stage: str, share: float) -> None:
         print(f"{model} {scheme}: {stage} {share:.0%} after {(time.time() - started) / 60:.1f} minutes", flush=True)
 
-    found = cemq.compare(
-        f"builtin:{model}", schemes=[scheme], samples=samples, device="cpu", methods=names, progress=say
-    )
+    ratios = (*RATIOS, *FURTHER.get(model, ()))
+    asked = {"schemes": [scheme], "ratios": ratios, "methods": names}
+    found = cemq.compare(f"builtin:{model}", samples=samples, device="cpu", progress=say, **asked)
     return [{"model": model} | row for row in found.to_dict()["rows"]]
 
 

@@ -1,6 +1,6 @@
 """What quantization alone costs, and what each part of cemq's buys: ``python docs/benchmarks/quantization.py``.
 
-Both built-in models, 50 of 50 steps, every backend and scheme that is installed, and the native ones with their parts
+The built-in models, 50 of 50 steps, every backend and scheme that is installed, and the native ones with their parts
 taken away or added; recipes of four-bit weights fitted to three sets of samples. Writes quantization.md and
 quantization.json beside itself. ``--only w4a8`` measures the rows of that name anew and keeps the rest. About 20
 minutes on a core of one's own (``OMP_NUM_THREADS=1``).
@@ -36,7 +36,7 @@ from cemq.quantize.in_diffusers import quantizable
 from cemq.recipe import find_calibration, load_recipe
 from cemq.runtime.runner import Outcome, Runner
 
-MODELS, SEEDS = ("dit-digits", "sd3-digits"), (0, 1000, 2000)
+MODELS, SEEDS = ("dit-digits", "sd3-digits", "emoji"), (0, 1000, 2000)
 PROFILED, STEPS = 16, 50
 ROTATED = 64  # columns that are rotated together
 HERE = Path(__file__).with_suffix("")
@@ -164,7 +164,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in ROWS:
         cells = []
         for model in MODELS:
-            cell = find(rows, model, row.what)
+            if (cell := find(rows, model, row.what)) is None:
+                cells.append("| |")
+                continue
             mark = "" if "seed" in cell else " \\*"
             cells.append(f"{cell['psnr_db']:.1f}{mark} | {cell['ssim']:.4f} | {cell['bytes_share']:.3f}")
         options = f"`{row.options}`" if row.options else ""
