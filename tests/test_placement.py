@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from diffusers.hooks import group_offloading
 from safetensors.torch import load_file
-from support.pipelines import FLUX_CALL, make_flux
+from support.pipelines import FLUX_CALL, make_dit, make_flux
 from support.slow import others_slow
 from torch import nn
 from torch.nn import functional
@@ -22,7 +22,7 @@ from cemq import cli
 from cemq.bench.architectures import ARCHITECTURES
 from cemq.bench.random_models import empty_model
 from cemq.errors import BundleError, InputError, ModelError, PlacementError
-from cemq.memory.footprint import read_footprint
+from cemq.memory.footprint import read_footprint, read_headers
 from cemq.memory.offload import place
 from cemq.memory.placement import (
     ComponentMemory,
@@ -284,7 +284,7 @@ def size_of(model):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_read_off_the_files_to_the_byte(bundle, dtype):
-    components = read_footprint(bundle, dtype=dtype, stored_dtype="float32", call={}, full_steps=3)
+    components = read_footprint(read_headers(bundle, call={}), dtype=dtype, stored_dtype="float32", full_steps=3)
     pipe = load(bundle, torch_dtype=dtype)
     assert {c.name for c in components} == {"text_encoder", "text_encoder_2", "transformer", "vae"}
     for component in components:
@@ -298,9 +298,25 @@ def test_weights_are_read_off_the_files_to_the_byte(bundle, dtype):
     assert transformer.calls == 3
 
 
+def test_weights_that_lie_there_twice_are_counted_once(tmp_path):
+    pipe = make_dit()
+    pipe.save_pretrained(tmp_path)
+    plain = read_headers(tmp_path, call={})
+    pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) == 2
+    assert read_headers(tmp_path, call={}).tensors == plain.tensors
+    half = read_headers(tmp_path, call={}, variant="fp16")
+    assert {name: len(found) for name, found in half.tensors.items()} == {
+        name: len(found) for name, found in plain.tensors.items()
+    }
+    assert {tensor.dtype for tensor in half.tensors["transformer"]} == {"F16"}
+    (tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()  # it is then loaded from the plain ones
+    assert read_headers(tmp_path, call={}, variant="fp16").tensors["vae"] == plain.tensors["vae"]
+
+
 def test_a_larger_picture_needs_more(bundle):
     def activations(**options):
-        found = read_footprint(bundle, dtype="float32", full_steps=3, **({"call": {}} | options))
+        found = read_footprint(read_headers(bundle, **({"call": {}} | options)), dtype="float32", full_steps=3)
         return {c.role: c.activation_bytes for c in found if c.name != "text_encoder_2"}
 
     small, large, two = activations(), activations(call={"height": 64, "width": 64}), activations(samples=2)
@@ -323,7 +339,8 @@ def test_what_is_cached_is_estimated_from_the_files(name, cache):
         run(pipe, batch, steps=4, call=call, on_step=lambda: found.append(hook.cached_bytes))
     estimated = [
         sum(c.cached_bytes for c in read_footprint(
-            folder, dtype="float32", call=call, full_steps=2, samples=2, cache=each, kept_steps=schedule.most_kept
+            read_headers(folder, call=call, samples=2), dtype="float32", full_steps=2, cache=each,
+            kept_steps=schedule.most_kept,
         ))
         for each in ("output", cache)
     ]  # fmt: skip
@@ -344,14 +361,14 @@ def test_folders_that_hold_no_pipeline_are_refused(tmp_path, bundle):
     with pytest.raises(BundleError, match="is not a cemq bundle"):
         cemq.plan_memory(tmp_path, "8GiB")
     with pytest.raises(ModelError, match="cannot be read"):
-        read_footprint(tmp_path, dtype="float32", call={}, full_steps=3)
+        read_headers(tmp_path, call={})
     (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline", "vae": ["diffusers", "AutoencoderKL"]}')
     with pytest.raises(ModelError, match="holds no transformer"):
-        read_footprint(tmp_path, dtype="float32", call={}, full_steps=3)
+        read_headers(tmp_path, call={})
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "a.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     with pytest.raises(BundleError, match="is not a whole safetensors file"):
-        read_footprint(tmp_path, dtype="float32", call={}, full_steps=3)
+        read_headers(tmp_path, call={})
 
 
 @pytest.mark.parametrize("cache", ["output", "residual"])

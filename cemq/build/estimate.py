@@ -124,12 +124,9 @@ def estimate(settings: BuildSettings, *, clock: Callable[[], float] = time.perf_
     recipe, folder = settings.recipe, settings.source.folder
     steps = settings.steps
     stages = planned_stages(settings, steps)
-    headers = read_headers(folder, call=settings.call, samples=recipe.batch_size)
+    headers = read_headers(folder, call=settings.call, samples=recipe.batch_size, variant=recipe.variant)
     settings.quantization.check_components(class_of_folder(folder).__name__, headers.tensors)
-    components = read_footprint(
-        folder, dtype=settings.dtype, stored_dtype=ANY_FLOAT, call=settings.call, full_steps=steps,
-        samples=recipe.batch_size,
-    )  # fmt: skip
+    components = read_footprint(headers, dtype=settings.dtype, stored_dtype=ANY_FLOAT, full_steps=steps)
     work, device, dtype = run_arithmetic(headers), settings.device, settings.dtype
     with torch.random.fork_rng(devices=[]):  # models and blocks draw weights as they are made
         sketched = sketch(settings, headers)

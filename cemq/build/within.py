@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,10 @@ from cemq.families import DENOISERS
 from cemq.memory.footprint import (
     ANY_FLOAT,
     DTYPES,
+    Headers,
     quantized_activation_bytes,
     read_footprint,
     read_headers,
-    tensors_of,
 )
 from cemq.memory.offload import free_host_memory, place
 from cemq.memory.placement import MAPPED, ON_DEVICE, PLACEMENTS, ComponentMemory, MemoryPlan, plan_placement
@@ -51,23 +52,22 @@ def plan_build(settings: BuildSettings, quantized: Path | None = None) -> Memory
     """
     recipe, limit, dtype = settings.recipe, settings.limit, settings.dtype
     assert limit is not None
-    folder = quantized or settings.source.folder
+    folder, variant = (quantized, None) if quantized else (settings.source.folder, recipe.variant)
+    headers = read_headers(folder, call=settings.call, samples=recipe.batch_size, variant=variant)
     components = read_footprint(
-        folder,
+        headers,
         dtype=dtype,
         stored_dtype=dtype if quantized else ANY_FLOAT,
-        call=settings.call,
         full_steps=settings.steps,
-        samples=recipe.batch_size,
         cache=settings.cache,
         kept_steps=_LOOKED_BACK,  # full precision keeps none, but what it becomes shall fit as well
     )
     if not quantized:
-        components = _as_quantized(components, settings)
+        components = _as_quantized(headers, components, settings)
     kind = torch.device(settings.device).type
     reserve = RESERVE.get(kind, 0)
     if not quantized:
-        reserve += _quantization_bytes(folder, limit, settings.quantization, kind)
+        reserve += _quantization_bytes(headers, limit, settings.quantization, kind)
     plan = plan_placement(
         components,
         limit.vram,
@@ -78,7 +78,7 @@ def plan_build(settings: BuildSettings, quantized: Path | None = None) -> Memory
         placements=(ON_DEVICE, MAPPED) if kind == "cpu" else PLACEMENTS,
         reserved_for="the device's libraries" if quantized else "the device's libraries and for quantizing",
     )
-    found = _other_floats(folder, dtype) if plan.chosen.placement.disk else None
+    found = _other_floats(headers, dtype) if plan.chosen.placement.disk else None
     if found:
         raise PlacementError(
             f"vram: weights would stay on disk, where they are {found}, and dtype={dtype} converts all of them in "
@@ -87,9 +87,10 @@ def plan_build(settings: BuildSettings, quantized: Path | None = None) -> Memory
     return plan
 
 
-def _as_quantized(components: Sequence[ComponentMemory], settings: BuildSettings) -> list[ComponentMemory]:
+def _as_quantized(
+    headers: Headers, components: Sequence[ComponentMemory], settings: BuildSettings
+) -> list[ComponentMemory]:
     """Denoisers with the activations that they will have, where these are more: what is made shall fit as well."""
-    headers = read_headers(settings.source.folder, call=settings.call, samples=settings.recipe.batch_size)
     options = {"scheme": settings.recipe.scheme, "dtype": settings.dtype}
     return [
         replace(
@@ -101,13 +102,13 @@ def _as_quantized(components: Sequence[ComponentMemory], settings: BuildSettings
     ]
 
 
-def _quantization_bytes(folder: Path, limit: Limit, quantization: QuantizationSettings, kind: str) -> int:
+def _quantization_bytes(headers: Headers, limit: Limit, quantization: QuantizationSettings, kind: str) -> int:
     """What quantizing takes on the device beside what runs there: on a CPU, where all is one memory, shards too."""
     linears = [
         tensor
         for name in DENOISERS
         if quantization.quantizes(name)
-        for tensor in tensors_of(folder / name)
+        for tensor in headers.tensors.get(name, ())
         if len(tensor.shape) == 2
     ]
     work = max((4 * _FLOAT_COPIES * prod(tensor.shape) for tensor in linears), default=0)
@@ -120,14 +121,13 @@ def _quantization_bytes(folder: Path, limit: Limit, quantization: QuantizationSe
     return work
 
 
-def _other_floats(folder: Path, dtype: str) -> str | None:
+def _other_floats(headers: Headers, dtype: str) -> str | None:
     """The dtype of the weights on disk, if it is another."""
     names = {code: name for name, code in DTYPES.items()}
     bytes_of: dict[str, int] = {}
-    for component in folder.iterdir():
-        for tensor in tensors_of(component):
-            if tensor.dtype in names:
-                bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.bytes
+    for tensor in chain.from_iterable(headers.tensors.values()):
+        if tensor.dtype in names:
+            bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.bytes
     most = names[max(bytes_of, key=bytes_of.__getitem__)]
     return most if most != dtype else None
 

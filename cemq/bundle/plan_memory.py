@@ -9,7 +9,7 @@ from typing import Any
 
 from cemq.bundle.manifest import read_bundle
 from cemq.errors import InputError, choose
-from cemq.memory.footprint import read_footprint
+from cemq.memory.footprint import read_footprint, read_headers
 from cemq.memory.placement import GIB, MemoryPlan, parse_bytes, plan_placement
 from cemq.pipelines.opening import pipeline_class
 from cemq.runtime.policy_names import make_policy
@@ -61,13 +61,12 @@ def plan_memory(
     if manifest.policy is not None:
         policy = make_policy(manifest.policy["name"], manifest.policy["settings"])
         kept = [policy.begin(manifest.schedule.num_steps).most_kept]
+    asked = manifest.call | _read_call(manifest.pipeline_class, call or {})
     components = read_footprint(
-        folder,
+        read_headers(folder, call=asked, samples=samples),
         dtype=dtype or manifest.dtype,
         stored_dtype=manifest.dtype,
-        call=manifest.call | _read_call(manifest.pipeline_class, call or {}),
         full_steps=full_steps,
-        samples=samples,
         cache=manifest.cache,
         kept_steps=max(kept),
     )

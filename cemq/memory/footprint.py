@@ -27,6 +27,7 @@ from cemq.memory.placement import (
     transformer_activation_bytes,
     vae_activation_bytes,
 )
+from cemq.pipelines.opening import weight_files
 
 _ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 ANY_FLOAT = "any"  # stored, for what is not quantized: whatever float a file holds is loaded in one dtype
@@ -99,8 +100,13 @@ class Headers:
         return _rows(self.role(name), self.configs, name, self.picture)
 
 
-def read_headers(folder: Path, *, call: Mapping[str, Any], samples: int = 1) -> Headers:
+def read_headers(folder: Path, *, call: Mapping[str, Any], samples: int = 1, variant: str | None = None) -> Headers:
     """What `Headers` holds, for a call of the pipeline that draws so many samples at once.
+
+    Args:
+        call: Arguments of the pipeline; height, width, num_frames, max_sequence_length and guidance matter.
+        samples: Pictures drawn at once.
+        variant: Of the weights, as of `cemq.pipelines.opening.weight_files`.
 
     Raises:
         ModelError: The folder is not a pipeline's.
@@ -108,7 +114,8 @@ def read_headers(folder: Path, *, call: Mapping[str, Any], samples: int = 1) -> 
     """
     index = _json(folder / "model_index.json")
     kinds = {name: tuple(kind) for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2}
-    tensors = {name: found for name, kind in kinds.items() if all(kind) and (found := tuple(tensors_of(folder / name)))}
+    named = [name for name, kind in kinds.items() if all(kind)]
+    tensors = {name: found for name in named if (found := tuple(tensors_of(folder / name, variant)))}
     configs = {name: _json(folder / name / "config.json") for name in tensors}
     if not set(tensors) & set(DENOISERS):
         raise ModelError(f"'{folder}' holds no {' or '.join(DENOISERS)}: cemq cannot plan its memory")
@@ -123,12 +130,10 @@ def read_headers(folder: Path, *, call: Mapping[str, Any], samples: int = 1) -> 
 
 
 def read_footprint(
-    folder: Path,
+    headers: Headers,
     *,
     dtype: str,
-    call: Mapping[str, Any],
     full_steps: int,
-    samples: int = 1,
     stored_dtype: str | None = None,
     cache: str = "output",
     kept_steps: int = 0,
@@ -137,18 +142,11 @@ def read_footprint(
 
     Args:
         dtype: Of everything that is not quantized, once it is loaded.
-        call: Arguments of the pipeline; height, width, num_frames, max_sequence_length and guidance matter.
         full_steps: Steps of a run that are computed in full.
-        samples: Pictures drawn at once.
         stored_dtype: Of what is not quantized, in the folder; None: ``dtype``; `ANY_FLOAT`: any.
         cache: What is kept of a full-compute step; see `cemq.runtime.Plan`.
         kept_steps: The most steps of which it is kept at a time.
-
-    Raises:
-        ModelError: The folder is not a pipeline's.
-        BundleError: A file of weights is damaged.
     """
-    headers = read_headers(folder, call=call, samples=samples)
     configs, picture = headers.configs, headers.picture
     first = next(name for name in DENOISERS if name in configs)
     sequence = (getattr(headers.pipeline, "model_cpu_offload_seq", None) or "").split("->")
@@ -190,8 +188,9 @@ def _json(path: Path) -> dict[str, Any]:
         raise ModelError(f"'{path}' cannot be read: {first_line(error)}") from None
 
 
-def tensors_of(folder: Path) -> Iterator[Tensor]:
-    for path in sorted(folder.glob("*.safetensors")):
+def tensors_of(component: Path, variant: str | None = None) -> Iterator[Tensor]:
+    """What its files hold, those that are loaded. Raises BundleError for a damaged one."""
+    for path in weight_files(component, variant):
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118

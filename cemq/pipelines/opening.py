@@ -108,19 +108,39 @@ def open_pipeline(folder: Path, *, dtype: str, device: str, aligned: bool = True
     return pipe
 
 
+def weight_files(component: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files that are loaded of those of a component, which may lie there as several variants.
+
+    Args:
+        variant: As of `open_pipeline`; a component that does not have it is loaded from the plain ones.
+    """
+    of: dict[str | None, list[Path]] = {}
+    for path in sorted(component.glob("*.safetensors")):
+        of.setdefault(_variant_of(path), []).append(path)
+    if variant in of:
+        return of[variant]
+    return of[None] if None in of else [path for paths in of.values() for path in paths]
+
+
+def _variant_of(path: Path) -> str | None:
+    """``fp16`` of ``model.fp16-00001-of-00002.safetensors``; None of plain files."""
+    return next(iter(re.sub(r"-\d+-of-\d+", "", path.name).split(".")[1:-1]), None)
+
+
 def _only_variant(folder: Path) -> str | None:
     """The variant to load where a component has weights of no other kind.
 
     Raises:
         ModelError: There are several to choose from.
     """
-    found = set()
+    found: set[str | None] = set()
     for component in {path.parent for path in folder.glob("*/*.safetensors")}:
-        parts = [re.sub(r"-\d+-of-\d+", "", path.name).split(".")[1:-1] for path in component.glob("*.safetensors")]
-        if [] not in parts:
-            found |= {name for name, *_ in parts}
+        variants = {_variant_of(path) for path in component.glob("*.safetensors")}
+        if None not in variants:
+            found |= variants
     if len(found) > 1:
-        raise ModelError(f"'{folder}' holds weights as {' and '.join(sorted(found))}: give --variant with one of them")
+        names = " and ".join(sorted(map(str, found)))
+        raise ModelError(f"'{folder}' holds weights as {names}: give --variant with one of them")
     return next(iter(found), None)
 
 
