@@ -52,6 +52,9 @@ _VERIFY = typer.Option(metavar="WHEN", help="Compare checksums first: always, on
 Verify = Annotated[str, _VERIFY]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors on stderr.")]
 Vram = Annotated[str | None, typer.Option(help="Device memory to stay within, e.g. 8GiB.")]
+HostMemory = Annotated[
+    str | None, typer.Option(help="With --vram: host memory that weights may rest in; default: what is free.")
+]
 OffloadFolder = Annotated[
     Path | None, typer.Option(help="For weights that --vram keeps on disk; default: ~/.cache/cemq/offload.")
 ]
@@ -253,9 +256,7 @@ def quantize_and_schedule(
     call: Call = None,
     device: Device = None,
     vram: Vram = None,
-    host_memory: Annotated[
-        str | None, typer.Option(help="With --vram: host memory that weights may rest in; default: what is free.")
-    ] = None,
+    host_memory: HostMemory = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin anew, and remove what unfinished builds have kept beside the output.")
@@ -321,6 +322,8 @@ def replan(
     ] = None,
     call: Call = None,
     device: Device = None,
+    vram: Vram = None,
+    host_memory: HostMemory = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -336,7 +339,7 @@ def replan(
     from cemq.parallel import launched
 
     with launched() as processes:
-        settings = _recipe_settings(options) | {"call": _call_arguments(call)}
+        settings = _recipe_settings(options) | {"call": _call_arguments(call), "vram": vram, "host_memory": host_memory}
         with _at_work(quiet) as progress:
             manifest = plan_again(
                 bundle, output, model=model, device=device, overwrite=overwrite, progress=progress,
@@ -397,6 +400,7 @@ def evaluate(
         Path | None, typer.Option(help="Write a PNG: samples in full precision and from the bundle, and its schedule.")
     ] = None,
     device: Device = None,
+    vram: Vram = None,
     verify: Verify = "once",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -414,7 +418,7 @@ def evaluate(
         with _at_work(quiet) as progress:
             found = run_evaluation(
                 bundle, reference=reference, samples=samples, seed=seed, steps=steps, budget=budget, picture=picture,
-                device=device, verify=check_verify(verify), progress=progress, processes=processes,
+                device=device, vram=vram, verify=check_verify(verify), progress=progress, processes=processes,
             )  # fmt: skip
         if as_json:
             _print_json(found.to_dict())

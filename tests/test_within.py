@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 from support.comparing import identical
 from support.models import Toy, toy_calls
 from support.pipelines import make_denoiser, make_dit, make_flux
+from transformers import T5Config, T5EncoderModel
 
 import cemq
 from cemq.build.estimate import estimate
 from cemq.build.settings import resolve
 from cemq.build.within import PieceByPiece, open_within, plan_build
 from cemq.bundle.manifest import PRIOR, read_bundle, write_pipeline
+from cemq.bundle.original import find_original
+from cemq.bundle.plan_memory import plan_original
 from cemq.errors import InputError, PlacementError, SchemeError
 from cemq.memory.placement import MAPPED, ON_DEVICE
 from cemq.pipelines.opening import open_pipeline
@@ -309,6 +312,81 @@ def test_an_interrupted_build_within_a_limit_goes_on(flux, tmp_path):
     assert limit > 10
     same_weights(tmp_path / "at once", tmp_path / "in parts")
     assert (tmp_path / "at once" / PRIOR).read_bytes() == (tmp_path / "in parts" / PRIOR).read_bytes()
+
+
+# --- bundles that are planned again and compared
+
+
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory):
+    """A FLUX most of whose weights are embeddings of words: 25 MB of them, which hardly anything is computed with."""
+    pipe = make_flux()
+    config = {name: getattr(pipe.text_encoder_2.config, name) for name in ("d_model", "d_kv", "d_ff", "num_heads")}
+    pipe.text_encoder_2 = T5EncoderModel(T5Config(vocab_size=200_000, num_layers=1, **config)).eval()
+    pipe.save_pretrained(folder := tmp_path_factory.mktemp("wordy"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(wordy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "bundle"
+    cemq.quantize_and_schedule(str(wordy), folder, device="cpu", rounding="nearest", **RUN)
+    return folder
+
+
+def test_a_bundle_is_planned_again_within_a_limit(wordy, made, tmp_path, caplog):
+    vram = needed(wordy, MAPPED)
+    with caplog.at_level("INFO", "cemq.build"):
+        within = cemq.replan(made, tmp_path / "within", device="cpu", vram=vram, budget=3)
+    said = [message.split(": ")[:2] for message in caplog.messages if " pipeline: " in message]
+    assert said[0] == ["full-precision pipeline", "in the model's files"]
+    assert said[1][0] == "quantized pipeline"
+    whole = cemq.replan(made, tmp_path / "whole", device="cpu", budget=3)
+    assert within.schedule == whole.schedule
+    assert within.dtypes == whole.dtypes
+    assert within.generations == whole.generations
+    found, expected = (
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+        for folder in (tmp_path / "within", tmp_path / "whole")
+    )
+    assert found == expected
+
+
+def test_a_bundle_is_compared_within_a_limit(made, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    original, manifest = find_original(read_bundle(made)), read_bundle(made)
+    whole = {"dtype": "float32", "device": "cpu", "call": manifest.call, "steps": 4}
+    vram = needed_to_draw(made, original, **whole)
+    with caplog.at_level("INFO", "cemq"):
+        within = cemq.evaluate(made, samples=2, device="cpu", vram=vram)
+    said = [message for message in caplog.messages if str(original.source.folder) in message]
+    assert "in the model's files" in said[0]
+    found = cemq.evaluate(made, samples=2, batch_size=1, device="cpu")
+    assert within.psnr_db == pytest.approx(found.psnr_db, abs=0.5)
+    assert (within.full_steps, within.seeds) == (found.full_steps, found.seeds)
+    assert (within.model_bytes, within.reference_bytes) == (found.model_bytes, found.reference_bytes)
+    assert not list((tmp_path / "cache").rglob("original-*"))
+
+
+def needed_to_draw(bundle, original, **settings):
+    """The least with which both can, bytes; full precision from the files that its weights are in."""
+    for least in range(1 << 20, 1 << 30, 200_000):
+        with suppress(PlacementError):
+            plan = plan_original(original, least, **settings)
+            cemq.plan_memory(bundle, least, device="cpu")
+            assert plan.chosen.placement is MAPPED
+            return least
+    raise AssertionError("nothing fits")
+
+
+def test_what_cannot_be_compared_within_a_limit_is_refused(made):
+    with pytest.raises(PlacementError, match=r"vram=1000 B: nothing fits"):
+        cemq.evaluate(made, samples=1, device="cpu", vram=1000)
+    with pytest.raises(InputError, match=r"batch_size=2: with vram=8GiB samples are drawn one at a time"):
+        cemq.evaluate(made, samples=2, batch_size=2, device="cpu", vram="8GiB")
+    with pytest.raises(InputError, match="only with vram does a build limit memory"):
+        cemq.replan(made, made.with_name("again"), device="cpu", host_memory="8GiB")
+    assert not made.with_name("again").exists()
 
 
 # --- memory that the kernel grants

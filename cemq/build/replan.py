@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 
 from cemq.build import references, stages
-from cemq.build.settings import BuildSettings, check_recipe, merged
+from cemq.build.settings import OF_MEMORY, BuildSettings, Limit, check_recipe, merged
 from cemq.build.work import Work
 from cemq.bundle.hub import find_bundle
 from cemq.bundle.load import open_quantized
@@ -26,13 +24,10 @@ from cemq.files import absolute, link_or_copy
 from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import Progress
 from cemq.pipelines.lora import locate_again
-from cemq.pipelines.opening import check_device, default_device, default_dtype, denoisers
+from cemq.pipelines.opening import check_device, default_device, default_dtype, denoisers, open_pipeline
 from cemq.recipe import OF_WEIGHTS, RENAMED, Recipe
-from cemq.runtime.runner import Runner
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
+_WORK = ".work"  # in the folder of the new bundle, until it is whole
 _ALIKE = 0.01  # of the largest value: fusing a LoRA on another device rounds otherwise
 
 
@@ -61,7 +56,8 @@ def replan(
         processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each. The main one writes
             the bundle, which is there when this returns in any of them.
         **settings: Fields of `Recipe` that are of plans and samples: steps, budget, effort, solver, calib, samples,
-            seed, call, ... The others, and what is not given, are as the bundle's recipe says.
+            seed, call, ... The others, and what is not given, are as the bundle's recipe says. ``vram`` and
+            ``host_memory``: bytes to stay within, as of a build.
 
     Raises:
         CemqError: Anything asked for cannot be done, or the model is not the one that the bundle was made from;
@@ -74,16 +70,18 @@ def replan(
     with staging(Path(output), overwrite=overwrite) if processes.is_main else nullcontext() as staged:
         references.agree(asked, processes)
         open_quantized(folder, made, dtype=made.dtype, device="cpu", aligned=False)  # or it is refused hours later
-        full = references.FullPrecision(asked, progress, Work(None, processes, keeps=False))
-        _check_same(full.runner.pipe, folder, asked)
+        work = Work(staged and staged / _WORK, processes, keeps=False)
+        full = references.FullPrecision(asked, progress, work)
+        _check_same(full, folder)
         opened, samples = full.describe(), references.draw_samples(full.runner, asked)
         originals, _ = references.run_originals(full, opened, samples, fits=False)
-        runner = _reopened(full.runner, folder, made, asked)
+        runner = stages.open_quantized(folder, opened, full)
         prior = stages.profile(runner, samples, originals, asked)
         plans = stages.choose_plans(runner, prior, samples, originals, asked)
         checked = stages.check(runner, plans, samples, originals, asked)
         manifest = stages.describe(runner, asked, samples, originals, plans, checked)
         if staged is not None:
+            shutil.rmtree(staged / _WORK, ignore_errors=True)  # weights that rested on disk
             _share_pipeline(folder, staged)
             stages.write_bundle(staged, plans, manifest, checked)
     processes.wait()  # until the bundle is there
@@ -98,6 +96,8 @@ def resolve_again(
     Raises:
         CemqError: Anything that can be said to be wrong without opening the model.
     """
+    limit = Limit.of(**{name: settings.get(name) for name in OF_MEMORY})
+    settings = {name: value for name, value in settings.items() if name not in OF_MEMORY}
     for name in settings:
         if name in OF_WEIGHTS:
             raise InputError(f"{name}: a bundle that is planned again keeps its weights: build another for that")
@@ -117,15 +117,21 @@ def resolve_again(
         said = "" if model else "; --model says where the model that the bundle was made from lies by now"
         raise ModelError(f"{error}{said}") from error
     loras = tuple(locate_again(each) for each in made.lora)
-    return BuildSettings(recipe=recipe, source=source, device=place, dtype=made.dtype, loras=loras)
+    if limit and loras:
+        raise InputError("vram: the bundle's LoRAs are fused in memory as a whole: leave vram out")
+    return BuildSettings(recipe=recipe, source=source, device=place, dtype=made.dtype, loras=loras, limit=limit)
 
 
-def _check_same(pipe: DiffusionPipeline, folder: Path, settings: BuildSettings) -> None:
+def _check_same(full: references.FullPrecision, folder: Path) -> None:
     """Hold the model against what the bundle kept of it in full precision.
 
     Raises:
         ModelError: It has other values, so that it is another model or one that was trained on.
     """
+    settings, pipe = full.settings, full.runner.pipe
+    if settings.limit:  # its weights may be anywhere
+        source, variant = settings.source.folder, settings.recipe.variant
+        pipe = open_pipeline(source, dtype=settings.dtype, device="cpu", aligned=False, variant=variant)
     for component, denoiser in denoisers(pipe):
         tensors = dict(denoiser.state_dict())
         for path in sorted((folder / component).glob("*.safetensors")):
@@ -144,16 +150,6 @@ def _alike(found: torch.Tensor, kept: torch.Tensor) -> bool:
         return found.shape == kept.shape
     most = _ALIKE * float(kept.abs().max())
     return torch.allclose(found.float(), kept.float(), rtol=0.0, atol=most, equal_nan=True)
-
-
-def _reopened(runner: Runner, folder: Path, made: Manifest, settings: BuildSettings) -> Runner:
-    """What runs the bundle's pipeline from now on; the full-precision one is let go of before its weights are read."""
-    for name, part in runner.pipe.components.items():
-        if isinstance(part, nn.Module):
-            setattr(runner.pipe, name, None)
-    pipe = open_quantized(folder, made, dtype=made.dtype, device=settings.device)
-    pipe.set_progress_bar_config(disable=True)
-    return replace(runner, pipe=pipe, quantized=True)
 
 
 def _share_pipeline(folder: Path, staged: Path) -> None:

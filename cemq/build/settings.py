@@ -32,7 +32,7 @@ from cemq.search.settings import AUTO_BUDGET, EFFORTS, Effort, PlanSettings
 
 ALSO_STEPS = 0.4  # of the steps, which plans are made for as well: the fewer steps, the less predictions alone find
 LEAST_ALSO_STEPS = 12  # of so many or more
-_OF_MEMORY = ("vram", "host_memory")  # settings of a build that no recipe has: they are this machine's
+OF_MEMORY = ("vram", "host_memory")  # settings of a build that no recipe has: they are this machine's
 _OF_PLANS = {
     *("also_steps", "budget", "cache", "corrector", "effort", "planning_samples", "predictor", "rectify", "solver"),
     *("target_psnr", "tolerance", "view"),
@@ -190,9 +190,9 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
     Raises:
         CemqError: Anything that can be said to be wrong without opening the model.
     """
-    settled = resolve_recipe(model, recipe, {name: each for name, each in settings.items() if name not in _OF_MEMORY})
+    settled = resolve_recipe(model, recipe, {name: each for name, each in settings.items() if name not in OF_MEMORY})
     check_recipe(settled)
-    limit = Limit.of(**{name: settings.get(name) for name in _OF_MEMORY})
+    limit = Limit.of(**{name: settings.get(name) for name in OF_MEMORY})
     if limit and settled.bits_budget is not None:
         raise InputError("vram: a bits budget tries layers in the whole model in memory: leave one of them out")
     if limit and settled.lora:

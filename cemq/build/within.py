@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,24 +15,21 @@ from torch import nn
 
 from cemq.build.settings import BuildSettings, Limit
 from cemq.bundle.manifest import complete_index
-from cemq.bundle.plan_memory import RESERVE
-from cemq.errors import PlacementError
+from cemq.bundle.plan_memory import RESERVE, placements_from_files, refuse_conversion
 from cemq.families import DENOISERS
 from cemq.memory.footprint import (
     ANY_FLOAT,
-    DTYPES,
     Headers,
     quantized_activation_bytes,
     read_footprint,
     read_headers,
 )
-from cemq.memory.offload import free_host_memory, place
-from cemq.memory.placement import MAPPED, ON_DEVICE, PLACEMENTS, ComponentMemory, MemoryPlan, plan_placement
+from cemq.memory.offload import free_host_memory, open_placed
+from cemq.memory.placement import ComponentMemory, MemoryPlan, plan_placement
 from cemq.pipelines.batches import BUILD_LOG, Progress
 from cemq.pipelines.opening import denoisers, open_pipeline
 from cemq.quantize import CemqConfig, Observer, QuantizationSettings, ShardWriter, quantize_pipeline, quantized_layers
 from cemq.quantize.in_diffusers import quantizable
-from cemq.reclaim import map_large_allocations
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -75,15 +71,10 @@ def plan_build(settings: BuildSettings, quantized: Path | None = None) -> Memory
         reserve_bytes=reserve,
         host_limit=free_host_memory() if limit.host_memory is None else limit.host_memory,
         samples=recipe.batch_size,
-        placements=(ON_DEVICE, MAPPED) if kind == "cpu" else PLACEMENTS,
+        placements=placements_from_files(kind),
         reserved_for="the device's libraries" if quantized else "the device's libraries and for quantizing",
     )
-    found = _other_floats(headers, dtype) if plan.chosen.placement.disk else None
-    if found:
-        raise PlacementError(
-            f"vram: weights would stay on disk, where they are {found}, and dtype={dtype} converts all of them in "
-            f"memory first: give --dtype {found}, or allow more memory"
-        )
+    refuse_conversion(headers, plan, dtype)
     return plan
 
 
@@ -121,17 +112,6 @@ def _quantization_bytes(headers: Headers, limit: Limit, quantization: Quantizati
     return work
 
 
-def _other_floats(headers: Headers, dtype: str) -> str | None:
-    """The dtype of the weights on disk, if it is another."""
-    names = {code: name for name, code in DTYPES.items()}
-    bytes_of: dict[str, int] = {}
-    for tensor in chain.from_iterable(headers.tensors.values()):
-        if tensor.dtype in names:
-            bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.bytes
-    most = names[max(bytes_of, key=bytes_of.__getitem__)]
-    return most if most != dtype else None
-
-
 def open_within(settings: BuildSettings, offload_folder: Path, quantized: Path | None = None) -> DiffusionPipeline:
     """The pipeline of `plan_build`, with its weights where that says.
 
@@ -144,16 +124,10 @@ def open_within(settings: BuildSettings, offload_folder: Path, quantized: Path |
     """
     plan = plan_build(settings, quantized)
     logging.getLogger(BUILD_LOG).info("%s pipeline: %s", "quantized" if quantized else "full-precision", plan.summary())
-    placement, device = plan.chosen.placement, torch.device(settings.device)
-    if placement.disk and device.type == "cpu":
-        map_large_allocations()  # before diffusers takes memory for every weight of the models that it is to fill
-    stays = placement is ON_DEVICE
-    pipe = open_pipeline(
-        quantized or settings.source.folder, dtype=settings.dtype, device=settings.device if stays else "cpu",
-        aligned=stays, variant=None if quantized else settings.recipe.variant,
-    )  # fmt: skip
-    place(pipe, plan, device=device, offload_folder=offload_folder)
-    return pipe
+    where = {"dtype": settings.dtype, "device": torch.device(settings.device), "offload_folder": offload_folder}
+    if quantized:
+        return open_placed(quantized, plan, **where)
+    return open_placed(settings.source.folder, plan, **where, variant=settings.recipe.variant)
 
 
 class PieceByPiece:

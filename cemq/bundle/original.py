@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from cemq.bundle.manifest import MANIFEST, Manifest
 from cemq.errors import ModelError
+from cemq.memory.offload import open_placed
+from cemq.memory.placement import MemoryPlan
 from cemq.pipelines.lora import Lora, fuse_loras, locate_again
 from cemq.pipelines.opening import ModelSource, class_of_folder, locate, open_pipeline
 
@@ -22,9 +27,26 @@ class Original:
     loras: tuple[Lora, ...]
     variant: str | None
 
-    def open(self, *, dtype: str, device: str) -> DiffusionPipeline:
-        """Load it, its LoRAs fused. Raises ModelError."""
-        pipe = open_pipeline(self.source.folder, dtype=dtype, device=device, variant=self.variant)
+    def open(
+        self, *, dtype: str, device: str, plan: MemoryPlan | None = None, offload_folder: Path | None = None
+    ) -> DiffusionPipeline:
+        """Load it, its LoRAs fused.
+
+        Args:
+            plan: Where its weights go, by `cemq.bundle.plan_memory.plan_original`; None: all of them on the device.
+            offload_folder: For weights that the plan keeps on disk.
+
+        Raises:
+            ModelError: It cannot be loaded.
+            PlacementError: It has parts that the placement's offloading cannot follow.
+        """
+        folder = self.source.folder
+        if plan is not None:
+            where = torch.device(device)
+            return open_placed(
+                folder, plan, dtype=dtype, device=where, offload_folder=offload_folder, variant=self.variant
+            )
+        pipe = open_pipeline(folder, dtype=dtype, device=device, variant=self.variant)
         fuse_loras(pipe, self.loras)
         return pipe
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from cemq.bundle.manifest import read_bundle
-from cemq.errors import InputError, choose
-from cemq.memory.footprint import read_footprint, read_headers
-from cemq.memory.placement import GIB, MemoryPlan, parse_bytes, plan_placement
+from cemq.bundle.original import Original
+from cemq.errors import InputError, PlacementError, choose
+from cemq.memory.footprint import ANY_FLOAT, DTYPES, Headers, read_footprint, read_headers
+from cemq.memory.offload import free_host_memory
+from cemq.memory.placement import (
+    GIB,
+    MAPPED,
+    ON_DEVICE,
+    PLACEMENTS,
+    MemoryPlan,
+    Placement,
+    parse_bytes,
+    plan_placement,
+)
 from cemq.pipelines.opening import pipeline_class
 from cemq.runtime.policy_names import make_policy
 from cemq.schedule import CacheSchedule, parse_budget
@@ -79,6 +92,57 @@ def plan_memory(
         host_limit=None if host_memory is None else parse_bytes(host_memory),
         samples=samples,
     )
+
+
+def plan_original(
+    original: Original, vram: str | int, *, dtype: str, device: str, call: Mapping[str, Any], steps: int
+) -> MemoryPlan:
+    """Where the weights of a full-precision model lie while it draws one sample at a time within so much memory.
+
+    Args:
+        device: ``cuda``, ``cpu``, ...
+        call: Arguments of the pipeline, as it wants them.
+
+    Raises:
+        PlacementError: Nothing fits, weights would be converted on their way from disk, or LoRAs are to be fused.
+    """
+    if original.loras:
+        raise PlacementError(
+            f"vram={vram}: fused LoRAs are in memory as a whole, and this bundle has some: leave vram out"
+        )
+    headers = read_headers(original.source.folder, call=call, variant=original.variant)
+    plan = plan_placement(
+        read_footprint(headers, dtype=dtype, stored_dtype=ANY_FLOAT, full_steps=steps),
+        parse_bytes(vram),
+        device=device,
+        reserve_bytes=RESERVE.get(device, 0),
+        host_limit=free_host_memory(),
+        placements=placements_from_files(device),
+    )
+    refuse_conversion(headers, plan, dtype)
+    return plan
+
+
+def placements_from_files(device: str) -> tuple[Placement, ...]:
+    """Those of weights that no bundle has laid out: a CPU computes on them where they lie in their files."""
+    return (ON_DEVICE, MAPPED) if device == "cpu" else PLACEMENTS
+
+
+def refuse_conversion(headers: Headers, plan: MemoryPlan, dtype: str) -> None:
+    """Raises PlacementError where weights are to stay on disk, and lie there in another dtype than they run in."""
+    if not plan.chosen.placement.disk:
+        return
+    names = {code: name for name, code in DTYPES.items()}
+    bytes_of: Counter[str] = Counter()
+    for tensor in chain.from_iterable(headers.tensors.values()):
+        if tensor.dtype in names:
+            bytes_of[names[tensor.dtype]] += tensor.bytes
+    ((found, _),) = bytes_of.most_common(1)
+    if found != dtype:
+        raise PlacementError(
+            f"vram: weights would stay on disk, where they are {found}, and dtype={dtype} converts all of them in "
+            f"memory first: give --dtype {found}, or allow more memory"
+        )
 
 
 def _read_call(name: str, call: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import logging
 import statistics
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
+import torch
 
 from cemq.bundle.checksums import Verify
 from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import Manifest, read_bundle
-from cemq.bundle.original import find_original
+from cemq.bundle.original import Original, find_original
+from cemq.bundle.plan_memory import plan_memory, plan_original
 from cemq.errors import InputError, check_keywords
 from cemq.evaluation.pictures import TINY, as_bytes, sheet
 from cemq.evaluation.scores import METRICS, score, summary
-from cemq.files import absolute, check_writable, written_whole
+from cemq.files import absolute, cache_folder, check_writable, written_whole
+from cemq.memory.offload import free_host_memory
 from cemq.metrics import relative_l2
 from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
-from cemq.pipelines.opening import component_bytes, default_device, weight_bytes
+from cemq.pipelines.opening import check_device, component_bytes, default_device, weight_bytes
 from cemq.pipelines.outputs import as_pictures, kind_of, output_kind, rate_of
 from cemq.runtime import schedule_hook
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
@@ -41,6 +49,12 @@ class Running(TypedDict, total=False):
     verify: Verify | bool
     progress: Progress | None
     processes: Processes
+
+
+class RunningWithin(Running, total=False):
+    """`Running`, and the device memory to stay within."""
+
+    vram: str | int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +176,7 @@ def evaluate(
     budget: int | str | None = None,
     batch_size: int | None = None,
     picture: str | Path | None = None,
-    **running: Unpack[Running],
+    **running: Unpack[RunningWithin],
 ) -> Evaluation:
     """Compare a bundle with its full-precision, uncached original on seeds and prompts not used for profiling.
 
@@ -176,14 +190,17 @@ def evaluate(
         picture: Write a PNG: images in full precision, below them the bundle's, figures and schedule; of videos four
             frames and of audio spectrograms, full precision on the left and the bundle on the right.
         device: Where both run; None takes CUDA where there is one.
+        vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: full precision draws all samples,
+            then the bundle does, one at a time, each under the cheapest placement that fits.
         verify: When checksums are compared: ``always``, ``once`` on this machine, which is the default, or ``never``.
         progress: Told the name of what is being run, and the share of it done.
         processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each; all return the same.
 
     Raises:
         CemqError: The bundle or the reference cannot be used, or a seed was used for profiling.
+        PlacementError: One of them does not fit into ``vram``, and how much the least placement needs.
     """
-    check_keywords("evaluate", running, Running)
+    check_keywords("evaluate", running, RunningWithin)
     if picture is not None:
         check_picture_path(Path(picture))
         picture = absolute(picture)
@@ -205,7 +222,7 @@ def run_both(
     steps: int | None = None,
     budget: int | str | None = None,
     batch_size: int | None = None,
-    **running: Unpack[Running],
+    **running: Unpack[RunningWithin],
 ) -> SideBySide:
     """What `evaluate` runs, whose arguments these are, and all that was made on the way.
 
@@ -213,27 +230,31 @@ def run_both(
         CemqError: As `evaluate` does.
     """
     manifest = read_bundle(Path(bundle), verify=running.get("verify", "once"))
+    place, processes = running.get("device") or default_device(), running.get("processes", ALONE)
+    vram = running.get("vram")
     batches = make_batches(
         manifest.held_out_conditions,
         samples=samples,
         first_seed=EVALUATION_SEED_OFFSET + seed,
-        batch_size=batch_size or (manifest.recipe or {}).get("batch_size", 4),
+        batch_size=_at_once(batch_size, manifest, vram),
     )
     seeds = tuple(seed for batch in batches for seed in batch.seeds)
     if used := set(seeds) & set(manifest.profiled_seeds):
         raise InputError(f"seed {min(used)} was used to profile this bundle: choose another --seed")
-    place, processes = running.get("device") or default_device(), running.get("processes", ALONE)
-    original, scheduled = _open_both(bundle, manifest, reference, place, budget)
-    steps = steps or manifest.num_inference_steps
-    share = processes.share(batches)
-    pairs = [(Runner(pipe=pipe, steps=steps, call=manifest.call), []) for pipe in (original, scheduled)]
-    for batch, on_step in iterate(share, "reference and bundle", running.get("progress"), 2 * steps):
-        for runner, made in pairs:  # taking turns, so that what else the machine does slows down both
-            made.append(runner.run_one(batch, on_step))
-    references, outcomes = (made for _, made in pairs)
+    steps, share = steps or manifest.num_inference_steps, processes.share(batches)
+    calls = {"steps": steps, "call": manifest.call}
+    loaded = {"device": place, "budget": budget, "vram": vram, "verify": "never"}  # it is verified by now
+    scheduled = _Side("bundle", partial(from_pretrained, bundle, **loaded))
+    if vram is not None:  # refused now, not after full precision has drawn
+        plan_memory(bundle, vram, device=check_device(place).type, budget=budget, host_memory=free_host_memory())
+    with _opening(find_original(manifest, reference), manifest, place, vram) as opening:
+        original = _Side("reference", opening)
+        run_all = _take_turns if vram is None else _one_after_the_other
+        run_all((original, scheduled), share, calls, running.get("progress"))
+    references, outcomes = original.made, scheduled.made
     fidelity = measure_fidelity(references, outcomes, processes, batches)
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
-    schedule = schedule_hook(scheduled).schedule
+    schedule = schedule_hook(scheduled.pipe).schedule
     note = said_of_steps(schedule, fidelity.num_steps, fidelity.full_steps)
     if note:
         warnings.warn(f"cemq: {note}", stacklevel=3)
@@ -241,35 +262,106 @@ def run_both(
         **dataclasses.asdict(fidelity),
         compute_ratio=fidelity.num_steps / fidelity.full_steps,
         wall_ratio=statistics.median(wall_ratios),
-        model_bytes=weight_bytes(scheduled),
-        reference_bytes=weight_bytes(original),
+        model_bytes=scheduled.denoiser_bytes,
+        reference_bytes=original.denoiser_bytes,
         seeds=seeds,
         device=place,
         dtype=manifest.dtype,
     )
-    before, after = component_bytes(original), component_bytes(scheduled)
     return SideBySide(
         evaluation=evaluation,
         batches=share,
         references=references,
         outcomes=outcomes,
-        component_bytes={name: (count, after.get(name, 0)) for name, count in before.items()},
-        frame_rate=rate_of(scheduled, manifest.call) if output_kind(scheduled) == "video" else 0.0,
+        component_bytes={
+            name: (count, scheduled.component_bytes.get(name, 0)) for name, count in original.component_bytes.items()
+        },
+        frame_rate=rate_of(scheduled.pipe, manifest.call) if output_kind(scheduled.pipe) == "video" else 0.0,
         scheme=manifest.scheme,
         strip="" if manifest.policy else schedule.strip(),
     )
 
 
-def _open_both(
-    bundle: str | Path, manifest: Manifest, reference: str | None, device: str, budget: int | str | None
-) -> tuple[DiffusionPipeline, DiffusionPipeline]:
-    """The original, its LoRAs fused, and the bundle; raises ModelError where they are not two of a kind."""
-    found = find_original(manifest, reference)
-    scheduled = from_pretrained(bundle, device=device, budget=budget, verify="never")  # it is verified by now
-    original = found.open(dtype=manifest.dtype, device=device)
-    for pipe in (original, scheduled):
-        pipe.set_progress_bar_config(disable=True)
-    return original, scheduled
+class _Side:
+    """One of the two that are compared: how it is opened, what it takes, and what it made of each batch."""
+
+    def __init__(self, name: str, opening: Callable[[], DiffusionPipeline]):
+        self.name: str = name
+        self.made: list[Outcome] = []
+        self._opening = opening
+        self._pipe: DiffusionPipeline | None = None
+        self.denoiser_bytes: int = 0
+        self.component_bytes: dict[str, int] = {}
+
+    @property
+    def pipe(self) -> DiffusionPipeline:
+        if self._pipe is None:
+            self._pipe = self._opening()
+            self._pipe.set_progress_bar_config(disable=True)
+            self.denoiser_bytes, self.component_bytes = weight_bytes(self._pipe), component_bytes(self._pipe)
+        return self._pipe
+
+    def let_go(self) -> None:
+        self._pipe = None
+        gc.collect()  # pipelines refer to themselves, and another takes their place
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _take_turns(
+    sides: Sequence[_Side], batches: Sequence[Batch], calls: Mapping[str, Any], progress: Progress | None
+) -> None:
+    """Batch by batch, so that what else the machine does slows down both."""
+    runners = [(side, Runner(pipe=side.pipe, **calls)) for side in reversed(sides)][::-1]
+    for batch, on_step in iterate(batches, "reference and bundle", progress, len(sides) * calls["steps"]):
+        for side, runner in runners:
+            side.made.append(runner.run_one(batch, on_step))
+
+
+def _one_after_the_other(
+    sides: Sequence[_Side], batches: Sequence[Batch], calls: Mapping[str, Any], progress: Progress | None
+) -> None:
+    """Never two in memory; the last one stays."""
+    for side in sides:
+        runner = Runner(pipe=side.pipe, **calls)
+        for batch, on_step in iterate(batches, side.name, progress, calls["steps"]):
+            side.made.append(runner.run_one(batch, on_step))
+        if side is not sides[-1]:
+            del runner
+            side.let_go()
+
+
+def _at_once(batch_size: int | None, manifest: Manifest, vram: str | int | None) -> int:
+    """Samples run together; one within a limit, as placements allow for. Raises InputError where more are asked for."""
+    if vram is None:
+        return batch_size or (manifest.recipe or {}).get("batch_size", 4)
+    if batch_size not in (None, 1):
+        raise InputError(f"batch_size={batch_size}: with vram={vram} samples are drawn one at a time: leave one out")
+    return 1
+
+
+@contextmanager
+def _opening(
+    original: Original, manifest: Manifest, device: str, vram: str | int | None
+) -> Iterator[Callable[[], DiffusionPipeline]]:
+    """What opens full precision; its weights may rest on disk for as long as the block lasts.
+
+    Raises:
+        PlacementError: It fits nowhere, said before anything is loaded.
+    """
+    opening = partial(original.open, dtype=manifest.dtype, device=device)
+    if vram is None:
+        yield opening
+        return
+    plan = plan_original(
+        original, vram, dtype=manifest.dtype, device=check_device(device).type, call=manifest.call,
+        steps=manifest.num_inference_steps,
+    )  # fmt: skip
+    logging.getLogger("cemq").info("%s: %s", original.source.name, plan.summary())
+    root = cache_folder() / "offload"
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="original-", dir=root) as folder:
+        yield partial(opening, plan=plan, offload_folder=Path(folder) / "weights")
 
 
 def check_picture_path(path: Path, what: str = "picture") -> None:

@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from cemq.errors import PlacementError, first_line, refuse_method
 from cemq.families import DENOISERS
 from cemq.files import absolute, cache_folder
-from cemq.memory.placement import MAPPED, MemoryPlan
-from cemq.pipelines.opening import ALIGNMENT, align
+from cemq.memory.placement import MAPPED, ON_DEVICE, MemoryPlan
+from cemq.pipelines.opening import ALIGNMENT, align, open_pipeline
 from cemq.reclaim import give_back, map_large_allocations
 
 if TYPE_CHECKING:
@@ -44,6 +44,32 @@ def free_host_memory() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def open_placed(
+    folder: Path,
+    plan: MemoryPlan,
+    *,
+    dtype: str,
+    device: torch.device,
+    offload_folder: Path | None = None,
+    variant: str | None = None,
+) -> DiffusionPipeline:
+    """A pipeline folder, opened with its weights where the plan wants them; the other arguments are those of `place`
+    and of `open_pipeline`.
+
+    Raises:
+        ModelError: It cannot be loaded.
+        PlacementError: It has parts that the placement's offloading cannot follow.
+    """
+    placement = plan.chosen.placement
+    if placement.disk and device.type == "cpu":
+        map_large_allocations()  # before diffusers takes memory for every weight of the models that it is to fill
+    stays = placement is ON_DEVICE
+    where = str(device) if stays else "cpu"
+    pipe = open_pipeline(folder, dtype=dtype, device=where, aligned=stays, variant=variant)
+    place(pipe, plan, device=device, offload_folder=offload_folder)
+    return pipe
 
 
 def place(
