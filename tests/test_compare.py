@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_dit(tmp_path_factory.mktemp("compare"), labels=40)
+    return save_dit(tmp_path_factory.mktemp("compare"), labels=40, layers=3)
 
 
 def compared(folder, names, **settings):

@@ -26,7 +26,7 @@ from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, reci
 from cemq.runtime.policies import Policy
 from cemq.runtime.policy_names import parse_policy
 from cemq.schedule import SEARCH
-from cemq.schedule.plan import CACHES
+from cemq.schedule.plan import CACHES, INSIDE
 from cemq.search.choose import check_runs
 from cemq.search.settings import AUTO_BUDGET, EFFORTS, Effort, PlanSettings
 
@@ -219,7 +219,7 @@ def check_recipe(recipe: Recipe) -> None:
         check_runs(PlanSettings.of(recipe), samples=effort_of(recipe).planning_samples)
     else:
         choose("effort", recipe.effort, EFFORTS)
-        choose("cache", parse_policy(recipe.policy).cache, CACHES)
+        choose("cache", parse_policy(recipe.policy).cache, (*CACHES, INSIDE))
     if recipe.also_steps and recipe.solver != SEARCH:
         raise InputError(
             f"also_steps: other step counts are searched for, found --solver {recipe.solver}: leave one out"
