@@ -17,14 +17,14 @@ from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import Manifest, read_bundle
 from cemq.bundle.original import find_original
 from cemq.errors import InputError, check_keywords
-from cemq.evaluation.pictures import TINY, as_bytes, sheet
+from cemq.evaluation.pictures import TINY, sheet
 from cemq.evaluation.scores import METRICS, score, summary
 from cemq.files import absolute, check_writable, written_whole
 from cemq.metrics import relative_l2
 from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
 from cemq.pipelines.opening import component_bytes, default_device, weight_bytes
-from cemq.pipelines.outputs import as_pictures, kind_of, output_kind, rate_of
+from cemq.pipelines.outputs import as_bytes, as_pictures, kind_of, output_kind, rate_of
 from cemq.runtime import schedule_hook
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
 
@@ -329,7 +329,7 @@ def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, r
         lines.append(np.ones((gap, lines[0].shape[1], 3)))
     sheet = np.concatenate(lines[:-1])
     with written_whole(path, "picture") as partial:
-        Image.fromarray((sheet * 255).round().astype(np.uint8)).save(partial)
+        Image.fromarray(as_bytes(sheet)).save(partial)
 
 
 def _in_a_row(pictures: np.ndarray, most: int = 4) -> np.ndarray:
