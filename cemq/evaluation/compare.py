@@ -43,6 +43,17 @@ class Running(TypedDict, total=False):
     processes: Processes
 
 
+class Judging(Running, total=False):
+    """What samples a bundle is judged on, and against what; each may be left out. `evaluate` says what they are."""
+
+    reference: str | None
+    samples: int
+    seed: int
+    steps: int | None
+    budget: int | str | None
+    batch_size: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
     """Distance to the full-precision, uncached run of the same seeds; means over samples, and the spread of PSNR.
@@ -152,29 +163,19 @@ def _whole(count: float) -> float:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-def evaluate(
-    bundle: str | Path,
-    *,
-    reference: str | None = None,
-    samples: int = 16,
-    seed: int = 0,
-    steps: int | None = None,
-    budget: int | str | None = None,
-    batch_size: int | None = None,
-    picture: str | Path | None = None,
-    **running: Unpack[Running],
-) -> Evaluation:
+def evaluate(bundle: str | Path, *, picture: str | Path | None = None, **judging: Unpack[Judging]) -> Evaluation:
     """Compare a bundle with its full-precision, uncached original on seeds and prompts not used for profiling.
 
     Args:
+        picture: Write a PNG: images in full precision, below them the bundle's, figures and schedule; of videos four
+            frames and of audio spectrograms, full precision on the left and the bundle on the right.
         reference: The original, into which the bundle's LoRAs are fused; None takes the model the bundle was made from.
-        seed: Samples use the seeds 1000000 + seed, 1000000 + seed + 1, ...; profiling used others.
+        samples: To judge by; 16 by default.
+        seed: Samples use the seeds 1000000 + seed, 1000000 + seed + 1, ...; profiling used others. 0 by default.
         steps: Denoising steps of both; None takes the bundle's.
         budget: Full-compute steps of as many steps as the bundle was made for, or a ratio such as ``"3x"``; None takes
             the bundle's own schedule.
         batch_size: Samples run together; None takes that of the bundle's recipe, or 4.
-        picture: Write a PNG: images in full precision, below them the bundle's, figures and schedule; of videos four
-            frames and of audio spectrograms, full precision on the left and the bundle on the right.
         device: Where both run; None takes CUDA where there is one.
         verify: When checksums are compared: ``always``, ``once`` on this machine, which is the default, or ``never``.
         progress: Told the name of what is being run, and the share of it done.
@@ -183,51 +184,38 @@ def evaluate(
     Raises:
         CemqError: The bundle or the reference cannot be used, or a seed was used for profiling.
     """
-    check_keywords("evaluate", running, Running)
+    check_keywords("evaluate", judging, Judging)
     if picture is not None:
         check_picture_path(Path(picture))
         picture = absolute(picture)
-    found = run_both(
-        bundle, reference=reference, samples=samples, seed=seed, steps=steps, budget=budget, batch_size=batch_size,
-        **running,
-    )  # fmt: skip
+    found = run_both(bundle, **judging)
     if picture is not None:
-        _draw(picture, found, running.get("processes", ALONE))
+        _draw(picture, found, judging.get("processes", ALONE))
     return found.evaluation
 
 
-def run_both(
-    bundle: str | Path,
-    *,
-    reference: str | None = None,
-    samples: int = 16,
-    seed: int = 0,
-    steps: int | None = None,
-    budget: int | str | None = None,
-    batch_size: int | None = None,
-    **running: Unpack[Running],
-) -> SideBySide:
+def run_both(bundle: str | Path, **judging: Unpack[Judging]) -> SideBySide:
     """What `evaluate` runs, whose arguments these are, and all that was made on the way.
 
     Raises:
         CemqError: As `evaluate` does.
     """
-    manifest = read_bundle(Path(bundle), verify=running.get("verify", "once"))
+    manifest = read_bundle(Path(bundle), verify=judging.get("verify", "once"))
     batches = make_batches(
         manifest.held_out_conditions,
-        samples=samples,
-        first_seed=EVALUATION_SEED_OFFSET + seed,
-        batch_size=batch_size or (manifest.recipe or {}).get("batch_size", 4),
+        samples=judging.get("samples", 16),
+        first_seed=EVALUATION_SEED_OFFSET + judging.get("seed", 0),
+        batch_size=judging.get("batch_size") or (manifest.recipe or {}).get("batch_size", 4),
     )
     seeds = tuple(seed for batch in batches for seed in batch.seeds)
     if used := set(seeds) & set(manifest.profiled_seeds):
         raise InputError(f"seed {min(used)} was used to profile this bundle: choose another --seed")
-    place, processes = running.get("device") or default_device(), running.get("processes", ALONE)
-    original, scheduled = _open_both(bundle, manifest, reference, place, budget)
-    steps = steps or manifest.num_inference_steps
+    place, processes = judging.get("device") or default_device(), judging.get("processes", ALONE)
+    original, scheduled = _open_both(bundle, manifest, judging.get("reference"), place, judging.get("budget"))
+    steps = judging.get("steps") or manifest.num_inference_steps
     share = processes.share(batches)
     pairs = [(Runner(pipe=pipe, steps=steps, call=manifest.call), []) for pipe in (original, scheduled)]
-    for batch, on_step in iterate(share, "reference and bundle", running.get("progress"), 2 * steps):
+    for batch, on_step in iterate(share, "reference and bundle", judging.get("progress"), 2 * steps):
         for runner, made in pairs:  # taking turns, so that what else the machine does slows down both
             made.append(runner.run_one(batch, on_step))
     references, outcomes = (made for _, made in pairs)
