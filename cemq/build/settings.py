@@ -9,6 +9,7 @@ from typing import Any
 from cemq.bundle.manifest import MANIFEST
 from cemq.bundle.original import Original
 from cemq.errors import InputError, ModelError, choose
+from cemq.evaluation.scores import check_metrics
 from cemq.memory.placement import parse_bytes
 from cemq.pipelines.batches import check_call, default_steps, read_call, read_conditions
 from cemq.pipelines.lora import Lora, check_fusing, locate_lora, read_lora
@@ -214,6 +215,7 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
 def check_recipe(recipe: Recipe) -> None:
     """What can be said of settings without a model. Raises CemqError."""
     QuantizationSettings.of(recipe).check()
+    check_metrics()
     if not recipe.policy:
         PlanSettings.of(recipe).check(recipe.steps)
         check_runs(PlanSettings.of(recipe), samples=effort_of(recipe).planning_samples)

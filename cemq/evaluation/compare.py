@@ -18,7 +18,7 @@ from cemq.bundle.manifest import Manifest, read_bundle
 from cemq.bundle.original import find_original
 from cemq.errors import InputError, check_keywords
 from cemq.evaluation.pictures import TINY, sheet
-from cemq.evaluation.scores import METRICS, score, summary
+from cemq.evaluation.scores import METRICS, check_metrics, score, summary
 from cemq.files import absolute, check_writable, written_whole
 from cemq.metrics import relative_l2
 from cemq.parallel import ALONE, Processes
@@ -136,11 +136,12 @@ def measure_fidelity(
     Raises:
         ProcessError: Another process has failed.
     """
+    conditions = [each.conditions for each in processes.share(batches)] or [()] * len(outcomes)
     found = [
-        score(a.images, b.images)
+        score(a.images, b.images, asked)
         | {"relative_l2": relative_l2(a.latents, b.latents)}
         | {name: np.full(len(b.images), getattr(b, name)) for name in ("num_steps", "full_steps")}
-        for a, b in zip(references, outcomes, strict=True)
+        for a, b, asked in zip(references, outcomes, conditions, strict=True)
     ]
     gathered = processes.gather(found)
     values = {name: np.concatenate([each[name] for each in gathered]) for name in gathered[0]}
@@ -200,6 +201,7 @@ def run_both(bundle: str | Path, **judging: Unpack[Judging]) -> SideBySide:
     Raises:
         CemqError: As `evaluate` does.
     """
+    check_metrics()
     manifest = read_bundle(Path(bundle), verify=judging.get("verify", "once"))
     batches = make_batches(
         manifest.held_out_conditions,
