@@ -301,7 +301,8 @@ def test_blocks_of_every_family_of_transformers_can_be_answered_for(name):
         with attached(pipe, H2Cache(threshold=0, detail_threshold=0)):
             assert np.array_equal(draw(pipe, family), plain)
     except ModelError as error:
-        said = ("has no list of blocks", "no attention or feed-forward", "return other shapes than its first one")
+        grows = "return other shapes than its first one"  # HiDream's last blocks hand on fewer tokens
+        said = ("has no list of blocks", "no attention or feed-forward", *([grows] if name == "hidream" else []))
         assert any(each in str(error) for each in said)  # noqa: PT017
         return
     for policy in (H2Cache(threshold=1e9, detail_threshold=1e9), DuCa(interval=4)):
