@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from cemq.runtime.h2cache import H2Cache
     from cemq.runtime.magcache import MagCache
     from cemq.runtime.policies import register_policy
+    from cemq.runtime.precisecache import PreciseCache
     from cemq.runtime.runner import Runner
     from cemq.runtime.sencache import SenCache
     from cemq.runtime.teacache import TeaCache
@@ -57,6 +58,7 @@ _PUBLIC = {
     "TextEncoderConfig": "cemq.quantize.in_transformers",
     "Format": "cemq.quantize",
     "MagCache": "cemq.runtime.magcache",
+    "PreciseCache": "cemq.runtime.precisecache",
     "Plan": "cemq.schedule.plan",
     "Runner": "cemq.runtime.runner",
     "SenCache": "cemq.runtime.sencache",
@@ -88,12 +90,11 @@ _PUBLIC = {
 }
 __all__ = [  # written out, for type checkers
     "__version__", "BundleError", "CacheSchedule", "CemqConfig", "CemqError", "Comparison", "DiCache", "DuCa",
-    "EasyCache", "ErrorPrior", "Evaluation", "Format", "H2Cache", "MagCache", "Plan", "Runner", "SenCache", "TeaCache",
-    "TextEncoderConfig", "apply_policy", "apply_schedule", "attached", "compare", "detach", "evaluate", "export",
-    "for_request",
-    "from_pretrained", "generate", "launched", "plan_memory", "plan_schedule", "push_to_hub", "quantize_and_schedule",
-    "quantize_in_place", "quantize_text_encoder", "register_format", "register_metric", "register_policy",
-    "register_predictor", "replan", "report", "set_budget",
+    "EasyCache", "ErrorPrior", "Evaluation", "Format", "H2Cache", "MagCache", "Plan", "PreciseCache", "Runner",
+    "SenCache", "TeaCache", "TextEncoderConfig", "apply_policy", "apply_schedule", "attached", "compare", "detach",
+    "evaluate", "export", "for_request", "from_pretrained", "generate", "launched", "plan_memory", "plan_schedule",
+    "push_to_hub", "quantize_and_schedule", "quantize_in_place", "quantize_text_encoder", "register_format",
+    "register_metric", "register_policy", "register_predictor", "replan", "report", "set_budget",
 ]  # fmt: skip
 
 

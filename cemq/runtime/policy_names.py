@@ -12,6 +12,7 @@ import cemq.runtime.duca
 import cemq.runtime.easycache
 import cemq.runtime.h2cache
 import cemq.runtime.magcache
+import cemq.runtime.precisecache
 import cemq.runtime.sencache
 import cemq.runtime.teacache  # noqa: F401
 from cemq.errors import InputError, choose

@@ -13,6 +13,7 @@ from cemq.runtime.easycache import EasyCache
 from cemq.runtime.h2cache import H2Cache
 from cemq.runtime.magcache import MagCache, fitted_magnitudes
 from cemq.runtime.policies import Policy
+from cemq.runtime.precisecache import PreciseCache
 from cemq.runtime.sencache import SenCache, fitted_sensitivities
 from cemq.runtime.teacache import TeaCache, fitted_coefficients
 
@@ -49,6 +50,11 @@ def _dicache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
 def _sencache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
     tables = bench.fitted("sencache", lambda: fitted_sensitivities(bench.runner, bench.batches[: bench.planned]))
     return _follow(bench, SenCache(threshold=knob, most_skipped=MOST_SKIPPED, **tables._asdict()))
+
+
+@add_method("precisecache", "PreciseCache's LFCache, arXiv:2603.00976", Threshold(low=1e-3, high=20.0))
+def _precisecache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
+    return _follow(bench, PreciseCache(threshold=knob))
 
 
 @add_method("duca", "DuCa, arXiv:2412.18911", Interval(low=2, high=16))
