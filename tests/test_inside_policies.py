@@ -17,7 +17,7 @@ import cemq
 from cemq.bundle.manifest import read_bundle
 from cemq.errors import InputError, ModelError
 from cemq.pipelines.batches import run
-from cemq.runtime import attached
+from cemq.runtime import attached, cache_checked
 from cemq.runtime.cached.residual import route_of
 from cemq.runtime.duca import DuCa, duca_steps, with_bonus
 from cemq.runtime.h2cache import H2Cache, summarized
@@ -442,4 +442,15 @@ def test_a_bundle_keeps_it_and_counts_what_it_computes(tmp_path):
     assert duca_steps(8, 3).count("full") <= manifest.full_steps < 8
     found = cemq.evaluate(tmp_path / "bundle", samples=2, device="cpu")
     assert found.full_steps < 8
-    assert cemq.plan_memory(tmp_path / "bundle", "4GiB").components
+    (denoiser,) = [each for each in cemq.plan_memory(tmp_path / "bundle", "4GiB").components if each.cached_bytes]
+    assert denoiser.name == "transformer"
+
+
+def test_what_a_policy_may_keep_is_known_before_hours_of_work():
+    pipe, sizes = make_dit(), {}
+    for kind in ("modules", "inside"):
+        with cache_checked(pipe, kind) as memory:
+            run(pipe, BATCH, steps=1, call=CALL)
+        sizes[kind] = memory.step_bytes
+    assert sizes["inside"] == sizes["modules"] > 0
+    assert memory.contents == "outputs of 4 modules of 2 blocks, at most"

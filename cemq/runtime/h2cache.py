@@ -84,7 +84,7 @@ class _Stream:
 class _Staged:
     """H2-Cache in one run, for each stream of calls by itself."""
 
-    most_kept = 2  # a residual of each stage
+    most_kept = 1  # of two stages, a residual each
 
     def __init__(self, settings: H2Cache) -> None:
         self._settings = settings

@@ -8,7 +8,7 @@ run on a part of its tokens counts for that part, one that is not called or not 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,6 +53,19 @@ class _Asking(Answers):
         return answer
 
 
+@dataclass(eq=False)
+class _Noting(Answers):
+    """One call of the denoiser, which runs as it is."""
+
+    outputs: list[Any] = field(default_factory=list)
+
+    def call(self, position: Place, args: Any, kwargs: Any, forward: Callable[..., Any]) -> Any:
+        output = forward(*args, **kwargs)
+        if position.module is not None and not position.feeds:
+            self.outputs.append(output)
+        return output
+
+
 def _with_first(args: Any, kwargs: Any, first: torch.Tensor) -> tuple[list[Any], dict[str, Any]]:
     """Arguments of a call with another first tensor."""
     args, kwargs = list(args), dict(kwargs)
@@ -71,7 +84,8 @@ class InsideCache:
     def __init__(self, denoiser: nn.Module):
         self._denoiser, self._parts = denoiser, len(find_parts(denoiser))
         self.hooks: InnerHooks = InnerHooks(denoiser, _places)
-        self.contents: str = f"what its policy keeps of {len(block_stack(denoiser))} blocks"
+        # what a policy keeps is its own business: of a full-compute step hardly more than this
+        self.contents: str = f"outputs of {self._parts} modules of {len(block_stack(denoiser))} blocks, at most"
 
     def answered(self, forward: Forward, inside: Inside) -> tuple[Any, float]:
         """The denoiser's output, and the share of its modules that was computed for it.
@@ -94,7 +108,11 @@ class InsideCache:
 
     @torch.compiler.disable(recursive=False)
     def compute(self, forward: Forward, *, wanted: bool, shapes: Any) -> tuple[Any, Any]:
-        return forward(), None
+        """The denoiser's output and, if it is asked what may be kept, what its modules return."""
+        if not wanted:
+            return forward(), None
+        noting = _Noting()
+        return self.hooks.run(forward, noting), noting.outputs
 
     def serve(self, forward: Forward, prediction: Any) -> Any:
         raise AssertionError("nothing is kept to be served from")
