@@ -28,9 +28,12 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from cemq.quantize.in_transformers import TextEncoderConfig, quantize_text_encoder
     from cemq.runtime import apply_policy, attached, detach, for_request, set_budget
     from cemq.runtime.dicache import DiCache
+    from cemq.runtime.duca import DuCa
     from cemq.runtime.easycache import EasyCache
+    from cemq.runtime.h2cache import H2Cache
     from cemq.runtime.magcache import MagCache
     from cemq.runtime.policies import register_policy
+    from cemq.runtime.precisecache import PreciseCache
     from cemq.runtime.runner import Runner
     from cemq.runtime.sencache import SenCache
     from cemq.runtime.teacache import TeaCache
@@ -46,13 +49,16 @@ _PUBLIC = {
     "CemqConfig": "cemq.quantize",
     "CemqError": "cemq.errors",
     "DiCache": "cemq.runtime.dicache",
+    "DuCa": "cemq.runtime.duca",
     "EasyCache": "cemq.runtime.easycache",
+    "H2Cache": "cemq.runtime.h2cache",
     "ErrorPrior": "cemq.prior.error_prior",
     "Comparison": "cemq.evaluation.rivals.comparison",
     "Evaluation": "cemq.evaluation.compare",
     "TextEncoderConfig": "cemq.quantize.in_transformers",
     "Format": "cemq.quantize",
     "MagCache": "cemq.runtime.magcache",
+    "PreciseCache": "cemq.runtime.precisecache",
     "Plan": "cemq.schedule.plan",
     "Runner": "cemq.runtime.runner",
     "SenCache": "cemq.runtime.sencache",
@@ -83,12 +89,12 @@ _PUBLIC = {
     "quantize_text_encoder": "cemq.quantize.in_transformers",
 }
 __all__ = [  # written out, for type checkers
-    "__version__", "BundleError", "CacheSchedule", "CemqConfig", "CemqError", "Comparison", "DiCache", "EasyCache",
-    "ErrorPrior", "Evaluation", "Format", "MagCache", "Plan", "Runner", "SenCache", "TeaCache", "TextEncoderConfig",
-    "apply_policy", "apply_schedule", "attached", "compare", "detach", "evaluate", "export", "for_request",
-    "from_pretrained", "generate", "launched", "plan_memory", "plan_schedule", "push_to_hub", "quantize_and_schedule",
-    "quantize_in_place", "quantize_text_encoder", "register_format", "register_metric", "register_policy",
-    "register_predictor", "replan", "report", "set_budget",
+    "__version__", "BundleError", "CacheSchedule", "CemqConfig", "CemqError", "Comparison", "DiCache", "DuCa",
+    "EasyCache", "ErrorPrior", "Evaluation", "Format", "H2Cache", "MagCache", "Plan", "PreciseCache", "Runner",
+    "SenCache", "TeaCache", "TextEncoderConfig", "apply_policy", "apply_schedule", "attached", "compare", "detach",
+    "evaluate", "export", "for_request", "from_pretrained", "generate", "launched", "plan_memory", "plan_schedule",
+    "push_to_hub", "quantize_and_schedule", "quantize_in_place", "quantize_text_encoder", "register_format",
+    "register_metric", "register_policy", "register_predictor", "replan", "report", "set_budget",
 ]  # fmt: skip
 
 

@@ -819,8 +819,12 @@ def plan_memory(
 def export(
     bundle: Bundle,
     format: Annotated[
-        str, typer.Option("--format", help="json, for cemq.apply_schedule, or cache-dit, sglang or sd.cpp.")
+        str,
+        typer.Option("--format", help="json, for cemq.apply_schedule, or cache-dit, sglang, sglang-dpcache or sd.cpp."),
     ] = "json",
+    request: Annotated[
+        Path | None, typer.Option(help="For sglang-dpcache: a schedule that the server's dpcache_calibrate wrote.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; default: stdout.")] = None,
 ) -> None:
     """Write a bundle's schedule for another program, or for a pipeline that someone else quantized.
@@ -829,7 +833,7 @@ def export(
     """
     from cemq.bundle.schedule_file import export as run_export
 
-    text = run_export(bundle, format)
+    text = run_export(bundle, format, request=request)
     if output is None:
         print(text, end="")
         return

@@ -11,7 +11,7 @@ import torch
 from diffusers.hooks import MagCacheConfig, apply_mag_cache
 from hypothesis import given
 from hypothesis import strategies as st
-from support.pipelines import CALL, make_dit, run_dit, save_dit
+from support.pipelines import BATCH, CALL, make_dit, run_dit, save_dit
 from torch import nn
 from typer.testing import CliRunner
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_dit(tmp_path_factory.mktemp("compare"), labels=40)
+    return save_dit(tmp_path_factory.mktemp("compare"), labels=40, layers=3)
 
 
 def compared(folder, names, **settings):
@@ -226,6 +226,25 @@ def test_magcache_of_ours_is_that_of_diffusers():
             theirs = run_dit(pipe, steps=STEPS)
             np.testing.assert_allclose(theirs, ours, atol=1e-5)
     assert computed == [step + STEPS * number for number in range(3) for step in (0, 1, 4, 7)]
+
+
+def test_fastercache_of_diffusers_leaves_out_the_branch_without_a_label(folder):
+    """Class labels come first in a batch, the empty one last; the hook takes the first half for the empty one."""
+    pipe, seen = make_dit(), []
+    bench = SimpleNamespace(
+        runner=SimpleNamespace(pipe=pipe, run_one=lambda _: run_dit(pipe, steps=1)), timestep=0.0,
+        batches=[BATCH], fitted=lambda name, fit: True,
+    )  # fmt: skip
+    embedder = pipe.transformer.transformer_blocks[0].norm1.emb
+    with METHODS["diffusers-fastercache"].apply(bench, 2):
+        handle = embedder.register_forward_pre_hook(lambda _, given: seen.append(given[1].tolist()))
+        run_dit(pipe, steps=STEPS)
+        handle.remove()
+    labels, twice = list(BATCH.conditions), 2  # by the first block and by the final layer
+    assert seen[:twice] == [[1000, 1000, *labels]] * twice
+    skipped = [each for each in seen if len(each) == len(labels)]
+    assert skipped == [labels] * len(skipped)
+    assert 0 < len(skipped) < len(seen) == STEPS * twice
 
 
 # --- the command

@@ -145,6 +145,141 @@ def test_every_engine_is_told_what_is_not_promised_and_nothing_can_leave_the_com
     assert "Fidelity measured with cemq does not carry over" in text
 
 
+# --- SGLang's DPCache
+
+
+@pytest.fixture(scope="module")
+def in_a_line(tmp_path_factory):
+    """A bundle that DPCache could follow: no guidance with two branches, bfloat16, the first two steps in full."""
+    root = tmp_path_factory.mktemp("line")
+    make_flux().save_pretrained(root / "pipeline")
+    (root / "prompts.txt").write_text("a bold seven\na thin two\n")
+    call = {name: FLUX_CALL[name] for name in ("height", "width", "max_sequence_length")}
+    cemq.quantize_and_schedule(
+        str(root / "pipeline"), root / "bundle", scheme="none", calib=str(root / "prompts.txt"), dtype="bfloat16",
+        device="cpu", **SETTINGS | {"call": call},
+    )  # fmt: skip
+    return planned(root / "bundle", full_steps=(0, 1, 2, 5), predictor="taylor1")
+
+
+def planned(folder, **schedule):
+    """A bundle with another schedule of 8 steps."""
+    other = CacheSchedule(num_steps=8, **schedule).to_dict()
+    return resealed(folder, lambda manifest: manifest.update(schedule=other))
+
+
+def changed(source, target, **keys):
+    """A copy of a bundle, of which the manifest says something else."""
+    return resealed(Path(shutil.copytree(source, target)), lambda manifest: manifest.update(keys))
+
+
+def read_dpcache(text):
+    """As strictly as the schema is documented: these keys and types, and what must hold between them."""
+    found = json.loads(text)
+    assert set(found) == {
+        *("schema", "schedule_method", "predictor", "objective", "source_commit", "request", "mandatory_full_steps"),
+        *("force_last_full", "max_gap", "num_full_steps", "full_steps", "calibrated_cost", "calibration"),
+    }
+    assert found["schema"] == "sglang-dpcache-schedule-v2"
+    assert found["predictor"] == {
+        "name": "final-feature-linear-extrapolation", "order": 1, "arithmetic": "feature-dtype-elementwise-v1",
+    }  # fmt: skip
+    assert found["objective"] == "pact-mean-abs-final-feature-predicted-steps-only-v1"
+    assert found["source_commit"]
+    assert re.fullmatch("[0-9a-f]{64}", found["calibration"]["manifest_sha256"])
+    assert type(found["calibration"]["num_samples"]) is int
+    assert found["calibrated_cost"] >= 0
+    request, full, steps = found["request"], found["full_steps"], found["request"]["num_inference_steps"]
+    types = {
+        "pipeline": str, "checkpoint": str, "num_inference_steps": int, "height": int, "width": int,
+        "guidance_scale": float, "do_classifier_free_guidance": bool, "quality": str,
+        "attention_backend": (str, type(None)), "dtype": str, "scheduler": str, "scheduler_config_sha256": str,
+        "timesteps": list, "sigmas": list,
+    }  # fmt: skip
+    assert set(request) == set(types)
+    assert all(isinstance(request[name], kind) for name, kind in types.items())
+    assert request["dtype"] == "bfloat16"
+    assert request["do_classifier_free_guidance"] is False
+    assert (len(request["timesteps"]), len(request["sigmas"])) == (steps, steps + 1)
+    assert all(isinstance(each, float) for each in (*request["timesteps"], *request["sigmas"]))
+    leading = found["mandatory_full_steps"]
+    assert leading == list(range(len(leading)))
+    assert len(leading) >= 2
+    assert full == sorted(set(full))
+    assert full[: len(leading)] == leading
+    assert found["num_full_steps"] == len(full)
+    assert 0 <= full[0] <= full[-1] < steps
+    assert found["force_last_full"] is (full[-1] == steps - 1)
+    assert max(np.diff([*full, steps])) <= found["max_gap"]
+    return found
+
+
+def test_dpcache_of_sglang_is_told_the_steps_and_what_they_are_for(in_a_line):
+    found = read_dpcache(cemq.export(in_a_line, "sglang-dpcache"))
+    manifest = read_bundle(in_a_line)
+    assert found["full_steps"] == [0, 1, 2, 5]
+    assert (found["mandatory_full_steps"], found["max_gap"], found["force_last_full"]) == ([0, 1, 2], 3, False)
+    request = found["request"]
+    assert (request["height"], request["width"], request["pipeline"]) == (16, 16, "FluxPipelineConfig")
+    assert request["guidance_scale"] == 3.5
+    assert request["timesteps"] == pytest.approx(manifest.sampler.timesteps)
+    assert request["sigmas"] == pytest.approx([*(t / 1000 for t in manifest.sampler.timesteps), 0])
+    assert found["calibration"]["num_samples"] == len(manifest.profiled_seeds)
+    assert any("Fidelity measured with cemq does not carry over" in note for note in found["calibration"]["notes"])
+
+
+def test_a_calibrated_schedule_says_what_the_server_is_asked_for(in_a_line, tmp_path):
+    theirs = read_dpcache(cemq.export(in_a_line, "sglang-dpcache"))
+    theirs["request"] |= {"attention_backend": "fa", "quality": "default", "pipeline": "FluxConfig"}
+    file, output = tmp_path / "K5.json", tmp_path / "K4.json"
+    file.write_text(json.dumps(theirs | {"full_steps": [0, 1, 2, 4, 6], "num_full_steps": 5}))
+    asked = ["export", in_a_line, "--format", "sglang-dpcache", "--request", file, "-o", output]
+    shown = CliRunner().invoke(cli.app, [*map(str, asked)])
+    assert shown.exit_code == 0, shown.output
+    found = read_dpcache(output.read_text())
+    assert found["request"] == theirs["request"]
+    assert found["full_steps"] == [0, 1, 2, 5]
+    for damage, message in (
+        ({"dtype": "float16"}, "the request is for float16"),
+        ({"do_classifier_free_guidance": True}, "DPCache refuses guidance with two branches"),
+        ({"timesteps": [900.0] * 8}, "is for 8 steps at other timesteps than the 8 that this plan"),
+        ({"more": 1}, "is no schedule of SGLang's dpcache_calibrate"),
+    ):
+        file.write_text(json.dumps(theirs | {"request": theirs["request"] | damage}))
+        with pytest.raises(InputError, match=message):
+            cemq.export(in_a_line, "sglang-dpcache", request=file)
+    with pytest.raises(InputError, match="cannot be read"):
+        cemq.export(in_a_line, "sglang-dpcache", request=tmp_path / "none.json")
+    with pytest.raises(InputError, match="only the format sglang-dpcache has one, found json"):
+        cemq.export(in_a_line, request=file)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"full_steps": (0, 1, 4), "predictor": "reuse"},
+            "this plan predicts with reuse: plan with --predictor taylor1",
+        ),
+        ({"full_steps": (0, 2, 4), "predictor": "taylor1"}, "and this plan skips the second step"),
+        ({"full_steps": (0, 1, 4), "branch_steps": (4,)}, "has no guidance, of which this plan skips a branch"),
+        ({"dtype": "float32"}, "this bundle is of float32: build with --dtype bfloat16"),
+        ({"lora": [{"name": "a", "scale": 1.0, "sha256": "0" * 64, "revision": None}]}, "DPCache refuses LoRAs"),
+        ({"denoisers": ["transformer", "transformer_2"]}, "follows one transformer, this pipeline has 2"),
+        ({"call": {"image": "a.png"}}, "DPCache takes no pictures, this bundle was planned with image"),
+        ({"call": {}}, "this bundle was planned without: build with --call"),
+        ({"call": {"height": 16, "width": 16, "true_cfg_scale": 2.0}}, "DPCache refuses guidance with two branches"),
+    ],
+)
+def test_what_dpcache_cannot_follow_is_refused(in_a_line, tmp_path, keys, message):
+    if "full_steps" in keys:
+        bundle = planned(Path(shutil.copytree(in_a_line, tmp_path / "other")), **keys)
+    else:
+        bundle = changed(in_a_line, tmp_path / "other", **keys)
+    with pytest.raises(InputError, match=f"export format sglang-dpcache: .*{message}"):
+        cemq.export(bundle, "sglang-dpcache")
+
+
 @pytest.fixture
 def cached_by_cache_dit(bundle, tmp_path):
     """A pipeline that cache-dit runs with a bundle's schedule."""
@@ -187,8 +322,8 @@ def test_the_command_writes_a_file_or_prints(bundle, tmp_path):
     wrong = invoke(cli.app, ["export", str(bundle), "--format", "cachedit"])
     assert (wrong.exit_code, wrong.stderr.strip()) == (
         1,
-        "cemq: unknown export format 'cachedit': choose from json, cache-dit, sglang, sd.cpp; did you mean "
-        "'cache-dit'?",
+        "cemq: unknown export format 'cachedit': choose from json, cache-dit, sglang, sd.cpp, "
+        "sglang-dpcache; did you mean 'cache-dit'?",
     )
     nowhere = invoke(cli.app, ["export", str(bundle), "-o", str(tmp_path / "none" / "a.json")])
     assert "does not exist" in nowhere.stderr

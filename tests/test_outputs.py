@@ -65,6 +65,13 @@ def test_videos_are_written_frame_by_frame(tmp_path, suffix):
             assert np.abs(np.asarray(file.convert("RGB")) / 255 - FRAMES[3]).max() < 1 / 255
 
 
+def test_what_is_no_number_is_black():
+    """As in every other picture that is written, and without a warning."""
+    image = np.full((2, 2, 3), 0.5, dtype=np.float32)
+    image[0, 0], image[0, 1], image[1, 0] = np.nan, np.inf, -1
+    assert np.asarray(Sample(kind="image", values=image).to_pil())[..., 0].tolist() == [[0, 255], [0, 128]]
+
+
 def test_a_video_is_a_list_of_pictures_to_pil():
     assert [frame.size for frame in Sample(kind="video", values=FRAMES, rate=10).to_pil()] == [(12, 16)] * 5
     assert Sample(kind="image", values=FRAMES[0]).to_pil().size == (12, 16)

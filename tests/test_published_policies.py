@@ -17,6 +17,7 @@ from cemq.runtime.easycache import EasyCache
 from cemq.runtime.magcache import MagCache, fitted_magnitudes
 from cemq.runtime.policies import Serving
 from cemq.runtime.policy_names import describe_policy, make_policy, parse_policy
+from cemq.runtime.precisecache import PreciseCache, low_frequencies, reduced
 from cemq.runtime.runner import Runner
 from cemq.runtime.sencache import SenCache, fitted_sensitivities
 
@@ -26,7 +27,7 @@ TABLES = {"timesteps": (1000.0, 700.0, 300.0), "to_sample": (0.2, 0.5, 0.9), "to
 FLUX_TABLES = {"timesteps": (1.0, 0.6), "to_sample": (0.1, 0.4), "to_timestep": (0.05, 0.2)}
 NOTHING_SKIPPED = (
     MagCache(threshold=0, magnitudes=(1.0,)), EasyCache(threshold=0, warm_up=1), DiCache(threshold=0, retention=0),
-    SenCache(threshold=0, timesteps=(1.0,), to_sample=(0.0,), to_timestep=(0.0,)),
+    SenCache(threshold=0, timesteps=(1.0,), to_sample=(0.0,), to_timestep=(0.0,)), PreciseCache(threshold=0),
 )  # fmt: skip
 
 
@@ -317,6 +318,75 @@ def test_dicache_probes_no_more_blocks_than_there_are(dit):
         run(dit, BATCH, steps=4, call=CALL)
 
 
+# --- PreciseCache
+
+
+def low_part(values, radius):
+    """The same frequencies, by what is left of the values where all others are taken out."""
+    height, width = values.shape[-2:]
+    spectrum = torch.fft.fftshift(torch.fft.fft2(values), dim=(-2, -1))
+    for row, column in itertools.product(range(height), range(width)):
+        if (row - height // 2) ** 2 + (column - width // 2) ** 2 > (radius * min(height, width)) ** 2:
+            spectrum[..., row, column] = 0
+    return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1)))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 2, 10, 15), (1, 2, 3, 4, 4)])
+@pytest.mark.parametrize("radius", [0.2, 0.0, 1.0])
+def test_low_frequencies_are_as_large_as_the_picture_of_them(shape, radius):
+    torch.manual_seed(0)
+    one, other = torch.randn(shape), torch.randn(shape)
+    found = (low_frequencies(one, radius) - low_frequencies(other, radius)).norm().item()
+    assert found == pytest.approx(low_part(one - other, radius).norm().item(), rel=1e-4)
+    if radius == 1:
+        assert found == pytest.approx((one - other).norm().item(), rel=1e-4)
+
+
+def test_every_fourth_row_and_column_and_every_other_frame_is_tried():
+    image, video = torch.arange(2 * 64.0).reshape(1, 2, 8, 8), torch.arange(3 * 64.0).reshape(1, 1, 3, 8, 8)
+    assert reduced(image, 4, 2)[0, 1].tolist() == [[64, 68], [96, 100]]
+    assert reduced(video, 4, 2)[0, 0, :, 0, 0].tolist() == [0, 128]
+    for sample in (torch.zeros(1, 16, 4), torch.zeros(1, 4, 3, 8)):
+        with pytest.raises(ModelError, match="cannot be reduced by 4: it takes a denoiser that is given pictures"):
+            reduced(sample, 4, 2)
+
+
+def precisecache_by_hand(settings, computed):
+    state = {"low": None, "largest": 0.0, "sum": 0.0, "kept": None}
+
+    def answer(number, sample, timestep, evaluate):
+        tried = evaluate(sample=sample[:, :, :: settings.shrink, :: settings.shrink])[:, : sample.shape[1]]
+        low = low_part(tried, settings.radius)
+        before, state["low"] = state["low"], low
+        if before is not None:
+            change = (low - before).norm().item()
+            state["largest"] = max(state["largest"], change)
+            state["sum"] += change
+            if state["sum"] <= settings.threshold * state["largest"]:
+                return state["kept"]
+        state["sum"], state["kept"] = 0.0, evaluate()
+        computed.append(number)
+        return state["kept"]
+
+    return answer
+
+
+@pytest.mark.parametrize(("threshold", "shrink", "radius"), [(0.7, 4, 0.2), (1.5, 2, 0.3), (1.2, 2, 0.0)])
+def test_precisecache_decides_as_worked_out_by_hand(dit, threshold, shrink, radius):
+    settings, expected = PreciseCache(threshold=threshold, shrink=shrink, radius=radius), []
+    with by_hand(dit, precisecache_by_hand(settings, expected)):
+        picture = run(dit, BATCH, steps=STEPS, call=CALL)
+    found, drawn = steps_computed(dit, lambda: run(dit, BATCH, steps=STEPS, call=CALL), settings)
+    assert found == [expected]
+    assert 1 < len(expected) < STEPS
+    assert np.array_equal(drawn, picture)
+
+
+def test_precisecache_takes_no_tokens(flux):
+    with attached(flux, PreciseCache(threshold=1)), pytest.raises(ModelError, match="not tokens, and large enough"):
+        run(flux, ONE, steps=2, call=FLUX_CALL)
+
+
 # --- SenCache
 
 
@@ -396,7 +466,7 @@ def test_fitted_sensitivities_are_secants_along_the_run(drawing):
 def test_a_threshold_of_nothing_computes_everything(drawing):
     pipe, draw, calls = drawing
     plain = draw()
-    for policy in NOTHING_SKIPPED:
+    for policy in NOTHING_SKIPPED[: -1 if calls == 2 else None]:  # FLUX is given tokens, which PreciseCache refuses
         with attached(pipe, policy) as hook:
             assert np.array_equal(draw(), plain)
             assert (hook.full_evaluations, hook.skipped_evaluations) == (STEPS * calls, 0)
@@ -420,6 +490,8 @@ def test_nothing_is_held_once_a_run_is_over(dit):
         ("easycache:threshold=0.05,warm_up=10", EasyCache(threshold=0.05, warm_up=10)),
         ("dicache:threshold=0.4,blocks=2,most_aligned=2,cache=output",
          DiCache(threshold=0.4, blocks=2, most_aligned=2, cache="output")),
+        ("precisecache:threshold=0.5,shrink=2,shrink_frames=1,radius=0.1",
+         PreciseCache(threshold=0.5, shrink=2, shrink_frames=1, radius=0.1)),
         ("sencache:threshold=0.1,timesteps=900;100,to_sample=0.5;1,to_timestep=0;0.01,early_threshold=0",
          SenCache(threshold=0.1, timesteps=(900, 100), to_sample=(0.5, 1), to_timestep=(0, 0.01), early_threshold=0)),
     ],
@@ -442,6 +514,10 @@ def test_each_is_made_again_of_what_describes_it(text, policy):
         ("dicache:threshold=1,blocks=0", "dicache: blocks=0: choose a whole number, 1 or more"),
         ("dicache:threshold=1,retention=some", "dicache: retention=some: choose 0 to 1"),
         ("dicache:threshold=1,most_aligned=0.5", "dicache: most_aligned=0.5: choose 1 or more"),
+        ("precisecache:threshold=-1", "precisecache: threshold=-1: choose 0 or more"),
+        ("precisecache:threshold=1,shrink=0", "precisecache: shrink=0: choose a whole number, 1 or more"),
+        ("precisecache:threshold=1,radius=2", "precisecache: radius=2: choose 0 to 1"),
+        ("precisecache:threshold=1,cache=residual", "precisecache: cache=residual: it reuses the output"),
         ("sencache:threshold=1,timesteps=1,to_sample=1;2,to_timestep=1", "give as many numbers for each"),
         ("sencache:threshold=1,timesteps=1,to_sample=-1,to_timestep=1", "to_sample, to_timestep: choose 0 or more"),
         ("sencache:threshold=1,timesteps=a,to_sample=1,to_timestep=1", "timesteps: give a number for every timestep"),

@@ -15,7 +15,7 @@ from cemq.schedule import CacheSchedule
 from cemq.schedule.budcache import budcache_steps
 from cemq.schedule.cachequant import cachequant_steps, group_lengths, l1_distances
 from cemq.schedule.dpcache import dpcache_steps, extrapolation_costs
-from cemq.schedule.fixed import cache_dit_steps, interval_steps, spectrum_steps
+from cemq.schedule.fixed import spectrum_steps
 from cemq.schedule.meancache import MEANS, plan_meancache, velocity_errors
 from cemq.schedule.procache import nonincreasing_gaps, procache_steps
 
@@ -345,16 +345,6 @@ def test_procache_refuses_what_it_cannot_spend(budget):
 # --- published as they are
 
 
-def test_intervals_begin_after_the_first_steps():
-    assert interval_steps(10, 3) == (0, 3, 6, 9)
-    assert interval_steps(10, 3, first_enhance=3) == (0, 1, 2, 5, 8)
-    assert interval_steps(4, 1) == (0, 1, 2, 3)
-    assert interval_steps(3, 9, first_enhance=3) == (0, 1, 2)
-    for interval, first in ((0, 1), (2, 0), (2, 5)):
-        with pytest.raises(InputError, match=f"interval={interval}, first_enhance={first}"):
-            interval_steps(4, interval, first)
-
-
 def test_gaps_of_spectrum_grow():
     full = spectrum_steps(50)
     assert full == (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46)  # 3.6x
@@ -362,14 +352,3 @@ def test_gaps_of_spectrum_grow():
     assert spectrum_steps(3) == (0, 1, 2)
     with pytest.raises(InputError, match="warmup=0"):
         spectrum_steps(50, warmup=0)
-
-
-def test_presets_of_cache_dit_are_what_the_package_says():
-    pytest.importorskip("cache_dit")
-    slow = cache_dit_steps(28, "slow")
-    assert slow == (*range(8), 9, 10, 11, 14, 15, 16, 19, 20, 23, 27)
-    assert [len(cache_dit_steps(28, name)) for name in ("slow", "medium", "fast", "ultra")] == [18, 15, 11, 8]
-    with pytest.raises(InputError, match="cache-dit has no mask 'hasty' for 28 steps"):
-        cache_dit_steps(28, "hasty")
-    with pytest.raises(InputError, match="cache-dit has no mask 'medium' for 5 steps"):
-        cache_dit_steps(5)

@@ -9,6 +9,7 @@ from typing import Any
 from cemq.bundle.manifest import MANIFEST
 from cemq.bundle.original import Original
 from cemq.errors import InputError, ModelError, choose
+from cemq.evaluation.scores import check_metrics
 from cemq.memory.placement import parse_bytes
 from cemq.pipelines.batches import check_call, default_steps, read_call, read_conditions
 from cemq.pipelines.lora import Lora, check_fusing, locate_lora, read_lora
@@ -26,7 +27,7 @@ from cemq.recipe import Recipe, find_calibration, load_recipe, make_recipe, reci
 from cemq.runtime.policies import Policy
 from cemq.runtime.policy_names import parse_policy
 from cemq.schedule import SEARCH
-from cemq.schedule.plan import CACHES
+from cemq.schedule.plan import CACHES, INSIDE
 from cemq.search.choose import check_runs
 from cemq.search.settings import AUTO_BUDGET, EFFORTS, Effort, PlanSettings
 
@@ -214,12 +215,13 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
 def check_recipe(recipe: Recipe) -> None:
     """What can be said of settings without a model. Raises CemqError."""
     QuantizationSettings.of(recipe).check()
+    check_metrics()
     if not recipe.policy:
         PlanSettings.of(recipe).check(recipe.steps)
         check_runs(PlanSettings.of(recipe), samples=effort_of(recipe).planning_samples)
     else:
         choose("effort", recipe.effort, EFFORTS)
-        choose("cache", parse_policy(recipe.policy).cache, CACHES)
+        choose("cache", parse_policy(recipe.policy).cache, (*CACHES, INSIDE))
     if recipe.also_steps and recipe.solver != SEARCH:
         raise InputError(
             f"also_steps: other step counts are searched for, found --solver {recipe.solver}: leave one out"

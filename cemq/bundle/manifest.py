@@ -37,6 +37,7 @@ CACHED = {  # what skipped steps are predicted from, in words
     "output": "the model's output",
     "residual": "the residual of all blocks",
     "modules": "the outputs of attention and feed-forward modules",
+    "inside": "what its policy keeps of blocks and modules",
 }
 _MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # what reading damaged JSON raises
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

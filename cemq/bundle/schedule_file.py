@@ -6,30 +6,40 @@ import dataclasses
 import json
 from pathlib import Path
 
+from cemq.bundle.dpcache import FORMAT as DPCACHE
+from cemq.bundle.dpcache import dpcache
 from cemq.bundle.engines import ENGINES
 from cemq.bundle.manifest import MANIFEST, Manifest, read_bundle
 from cemq.errors import InputError, choose
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.schedule import CacheSchedule
 
-FORMATS = ("json", *ENGINES)
+FORMATS = ("json", *ENGINES, DPCACHE)
 KIND, VERSION = "cemq-schedule", 1
 _KEYS = {"kind", "version", "schedule", "sampler", "made_for", "cache"}
 
 
-def export(bundle: str | Path, format: str = "json") -> str:
+def export(bundle: str | Path, format: str = "json", *, request: str | Path | None = None) -> str:
     """The schedule of a bundle as text.
 
     ``json`` is what `cemq.apply_schedule` reads: full-compute steps, predictor, the sampler they belong to, and what
     they were planned for. ``cache-dit`` is YAML for ``cache_dit.load_configs``, ``sglang`` environment lines and
-    ``sd.cpp`` flags; comments in them say what differs there.
+    ``sd.cpp`` flags; comments in them say what differs there. ``sglang-dpcache`` is JSON for SGLang's DPCache.
+
+    Args:
+        request: For ``sglang-dpcache`` alone: a schedule that SGLang calibrated on the server that is to follow this
+            one, whose ``request`` block is taken over; None makes one up from the bundle.
 
     Raises:
         InputError: No such format, one that cannot say this schedule, or a policy decides and there is none.
         BundleError: The bundle is incomplete or damaged.
     """
     choose("export format", format, FORMATS)
+    if request is not None and format != DPCACHE:
+        raise InputError(f"request={request}: only the format {DPCACHE} has one, found {format}")
     manifest = _read_scheduled(Path(bundle))
+    if format == DPCACHE:
+        return dpcache(manifest, Path(bundle), request)
     made_for = {
         "model": manifest.model,
         "revision": manifest.revision,

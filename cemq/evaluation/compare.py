@@ -24,15 +24,15 @@ from cemq.bundle.manifest import Manifest, read_bundle
 from cemq.bundle.original import Original, find_original
 from cemq.bundle.plan_memory import plan_memory, plan_original
 from cemq.errors import InputError, check_keywords
-from cemq.evaluation.pictures import TINY, as_bytes, sheet
-from cemq.evaluation.scores import METRICS, score, summary
+from cemq.evaluation.pictures import TINY, sheet
+from cemq.evaluation.scores import METRICS, check_metrics, score, summary
 from cemq.files import absolute, cache_folder, check_writable, written_whole
 from cemq.memory.offload import free_host_memory
 from cemq.metrics import relative_l2
 from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
 from cemq.pipelines.opening import check_device, component_bytes, default_device, weight_bytes
-from cemq.pipelines.outputs import as_pictures, kind_of, output_kind, rate_of
+from cemq.pipelines.outputs import as_bytes, as_pictures, kind_of, output_kind, rate_of
 from cemq.runtime import schedule_hook
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
 
@@ -51,9 +51,15 @@ class Running(TypedDict, total=False):
     processes: Processes
 
 
-class RunningWithin(Running, total=False):
-    """`Running`, and the device memory to stay within."""
+class Judging(Running, total=False):
+    """What samples a bundle is judged on, and against what; each may be left out. `evaluate` says what they are."""
 
+    reference: str | None
+    samples: int
+    seed: int
+    steps: int | None
+    budget: int | str | None
+    batch_size: int | None
     vram: str | int | None
 
 
@@ -139,11 +145,12 @@ def measure_fidelity(
     Raises:
         ProcessError: Another process has failed.
     """
+    conditions = [each.conditions for each in processes.share(batches)] or [()] * len(outcomes)
     found = [
-        score(a.images, b.images)
+        score(a.images, b.images, asked)
         | {"relative_l2": relative_l2(a.latents, b.latents)}
         | {name: np.full(len(b.images), getattr(b, name)) for name in ("num_steps", "full_steps")}
-        for a, b in zip(references, outcomes, strict=True)
+        for a, b, asked in zip(references, outcomes, conditions, strict=True)
     ]
     gathered = processes.gather(found)
     values = {name: np.concatenate([each[name] for each in gathered]) for name in gathered[0]}
@@ -166,29 +173,19 @@ def _whole(count: float) -> float:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-def evaluate(
-    bundle: str | Path,
-    *,
-    reference: str | None = None,
-    samples: int = 16,
-    seed: int = 0,
-    steps: int | None = None,
-    budget: int | str | None = None,
-    batch_size: int | None = None,
-    picture: str | Path | None = None,
-    **running: Unpack[RunningWithin],
-) -> Evaluation:
+def evaluate(bundle: str | Path, *, picture: str | Path | None = None, **judging: Unpack[Judging]) -> Evaluation:
     """Compare a bundle with its full-precision, uncached original on seeds and prompts not used for profiling.
 
     Args:
+        picture: Write a PNG: images in full precision, below them the bundle's, figures and schedule; of videos four
+            frames and of audio spectrograms, full precision on the left and the bundle on the right.
         reference: The original, into which the bundle's LoRAs are fused; None takes the model the bundle was made from.
-        seed: Samples use the seeds 1000000 + seed, 1000000 + seed + 1, ...; profiling used others.
+        samples: To judge by; 16 by default.
+        seed: Samples use the seeds 1000000 + seed, 1000000 + seed + 1, ...; profiling used others. 0 by default.
         steps: Denoising steps of both; None takes the bundle's.
         budget: Full-compute steps of as many steps as the bundle was made for, or a ratio such as ``"3x"``; None takes
             the bundle's own schedule.
         batch_size: Samples run together; None takes that of the bundle's recipe, or 4.
-        picture: Write a PNG: images in full precision, below them the bundle's, figures and schedule; of videos four
-            frames and of audio spectrograms, full precision on the left and the bundle on the right.
         device: Where both run; None takes CUDA where there is one.
         vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: full precision draws all samples,
             then the bundle does, one at a time, each under the cheapest placement that fits.
@@ -200,57 +197,45 @@ def evaluate(
         CemqError: The bundle or the reference cannot be used, or a seed was used for profiling.
         PlacementError: One of them does not fit into ``vram``, and how much the least placement needs.
     """
-    check_keywords("evaluate", running, RunningWithin)
+    check_keywords("evaluate", judging, Judging)
     if picture is not None:
         check_picture_path(Path(picture))
         picture = absolute(picture)
-    found = run_both(
-        bundle, reference=reference, samples=samples, seed=seed, steps=steps, budget=budget, batch_size=batch_size,
-        **running,
-    )  # fmt: skip
+    found = run_both(bundle, **judging)
     if picture is not None:
-        _draw(picture, found, running.get("processes", ALONE))
+        _draw(picture, found, judging.get("processes", ALONE))
     return found.evaluation
 
 
-def run_both(
-    bundle: str | Path,
-    *,
-    reference: str | None = None,
-    samples: int = 16,
-    seed: int = 0,
-    steps: int | None = None,
-    budget: int | str | None = None,
-    batch_size: int | None = None,
-    **running: Unpack[RunningWithin],
-) -> SideBySide:
+def run_both(bundle: str | Path, **judging: Unpack[Judging]) -> SideBySide:
     """What `evaluate` runs, whose arguments these are, and all that was made on the way.
 
     Raises:
         CemqError: As `evaluate` does.
     """
-    manifest = read_bundle(Path(bundle), verify=running.get("verify", "once"))
-    place, processes = running.get("device") or default_device(), running.get("processes", ALONE)
-    vram = running.get("vram")
+    check_metrics()
+    manifest = read_bundle(Path(bundle), verify=judging.get("verify", "once"))
+    place, processes = judging.get("device") or default_device(), judging.get("processes", ALONE)
+    vram, budget = judging.get("vram"), judging.get("budget")
     batches = make_batches(
         manifest.held_out_conditions,
-        samples=samples,
-        first_seed=EVALUATION_SEED_OFFSET + seed,
-        batch_size=_at_once(batch_size, manifest, vram),
+        samples=judging.get("samples", 16),
+        first_seed=EVALUATION_SEED_OFFSET + judging.get("seed", 0),
+        batch_size=_at_once(judging.get("batch_size"), manifest, vram),
     )
     seeds = tuple(seed for batch in batches for seed in batch.seeds)
     if used := set(seeds) & set(manifest.profiled_seeds):
         raise InputError(f"seed {min(used)} was used to profile this bundle: choose another --seed")
-    steps, share = steps or manifest.num_inference_steps, processes.share(batches)
+    steps, share = judging.get("steps") or manifest.num_inference_steps, processes.share(batches)
     calls = {"steps": steps, "call": manifest.call}
     loaded = {"device": place, "budget": budget, "vram": vram, "verify": "never"}  # it is verified by now
     scheduled = _Side("bundle", partial(from_pretrained, bundle, **loaded))
     if vram is not None:  # refused now, not after full precision has drawn
         plan_memory(bundle, vram, device=check_device(place).type, budget=budget, host_memory=free_host_memory())
-    with _opening(find_original(manifest, reference), manifest, place, vram) as opening:
+    with _opening(find_original(manifest, judging.get("reference")), manifest, place, vram) as opening:
         original = _Side("reference", opening)
         run_all = _take_turns if vram is None else _one_after_the_other
-        run_all((original, scheduled), share, calls, running.get("progress"))
+        run_all((original, scheduled), share, calls, judging.get("progress"))
     references, outcomes = original.made, scheduled.made
     fidelity = measure_fidelity(references, outcomes, processes, batches)
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
@@ -421,7 +406,7 @@ def write_side_by_side(path: Path, references: np.ndarray, images: np.ndarray, r
         lines.append(np.ones((gap, lines[0].shape[1], 3)))
     sheet = np.concatenate(lines[:-1])
     with written_whole(path, "picture") as partial:
-        Image.fromarray((sheet * 255).round().astype(np.uint8)).save(partial)
+        Image.fromarray(as_bytes(sheet)).save(partial)
 
 
 def _in_a_row(pictures: np.ndarray, most: int = 4) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cemq.parallel import ALONE, Processes
-from cemq.pipelines.outputs import Kind, kind_of
+from cemq.pipelines.outputs import Kind, as_bytes, kind_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,11 +23,6 @@ _ROW, TINY, _GAP, _LINE, _MARGIN, _FONT = 800, 128, 6, 34, 16, 16
 _PAPER, _INK, _FULL, _SKIPPED = "#ffffff", "#333333", "#4051b5", "#dfe2f2"
 _FEW, _FEW_TINY = 2, 4  # samples of a sheet
 _LIGHT = 200_000  # bytes of one as a file
-
-
-def as_bytes(values: np.ndarray) -> np.ndarray:
-    """Values from 0 to 1 as 0 to 255; what lies outside or is no number is brought in."""
-    return (np.clip(np.nan_to_num(values), 0, 1) * 255).round().astype(np.uint8)
 
 
 def image_of(picture: np.ndarray, width: int | None = None) -> Image:

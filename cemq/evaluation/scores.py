@@ -13,10 +13,11 @@ from typing import Any, get_args
 import numpy as np
 
 from cemq.errors import InputError
+from cemq.evaluation import perceptual
 from cemq.metrics import psnr_db, ssim
 from cemq.pipelines.outputs import Kind, as_levels, as_pictures, kind_of
 
-Compare = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Compare = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class Metric:
         higher_is_better: Or the fifth percentile is the ninety-fifth, and the worst is the highest.
         kinds: Of samples that it can say something of.
         package: That it needs; without it the metric is left out.
+        at_hand: Whether all else that it needs is there; it is left out where not.
+        reads_prompts: Whether ``compare`` takes the samples' prompts too; without any it is left out.
     """
 
     name: str
@@ -37,15 +40,18 @@ class Metric:
     higher_is_better: bool = True
     kinds: tuple[Kind, ...] = get_args(Kind)
     package: str | None = None
+    at_hand: Callable[[], bool] = lambda: True
+    reads_prompts: bool = False
 
 
 def of_pictures(compare: Compare) -> Compare:
     """The mean over a video's frames, or over the spectrograms of the channels of audio, of what compares images."""
 
-    def compared(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    def compared(reference: np.ndarray, other: np.ndarray, *prompts: Sequence[str]) -> np.ndarray:
         left, right = as_pictures(reference), as_pictures(other)
         flat = (each.reshape(-1, *each.shape[2:]) for each in (left, right))
-        return compare(*flat).reshape(len(left), -1).mean(1)
+        repeated = ([prompt for prompt in each for _ in range(left.shape[1])] for each in prompts)
+        return compare(*flat, *repeated).reshape(len(left), -1).mean(1)
 
     return compared
 
@@ -84,6 +90,18 @@ METRICS: dict[str, Metric] = {
             name="flip", compare=of_pictures(flip), higher_is_better=False, kinds=("image", "video"),
             package="flip_evaluator",
         ),
+        Metric(
+            name="lpips", compare=of_pictures(perceptual.lpips), higher_is_better=False, kinds=("image", "video"),
+            at_hand=perceptual.has_lpips,
+        ),
+        Metric(
+            name="clip_score", compare=of_pictures(perceptual.clip_score), kinds=("image", "video"),
+            at_hand=perceptual.has_clip, reads_prompts=True,
+        ),
+        Metric(
+            name="clip_change", compare=of_pictures(perceptual.clip_change), kinds=("image", "video"),
+            at_hand=perceptual.has_clip, reads_prompts=True,
+        ),
         Metric(name="change_psnr_db", compare=change_psnr_db, kinds=("video",)),
         Metric(name="snr_db", compare=snr_db, kinds=("audio",)),
         Metric(name="spectral_db", compare=spectral_db, higher_is_better=False, kinds=("audio",)),
@@ -112,14 +130,28 @@ def register_metric(
     METRICS[name] = Metric(name=name, compare=compare, higher_is_better=higher_is_better, kinds=tuple(kinds))
 
 
-def score(reference: np.ndarray, other: np.ndarray) -> dict[str, np.ndarray]:
-    """Every metric that can be had here of samples of this kind, one number a sample."""
-    kind = kind_of(reference)
-    return {
-        name: metric.compare(reference, other)
-        for name, metric in METRICS.items()
-        if kind in metric.kinds and (metric.package is None or importlib.util.find_spec(metric.package))
-    }
+def score(reference: np.ndarray, other: np.ndarray, conditions: Sequence[str | int] = ()) -> dict[str, np.ndarray]:
+    """Every metric that can be had here of samples of this kind, one number a sample.
+
+    Args:
+        conditions: What each sample was asked to be; some metrics read prompts.
+
+    Raises:
+        InputError: What a metric needs is asked for, and not here.
+    """
+    kind, has_prompts = kind_of(reference), bool(conditions) and all(isinstance(each, str) for each in conditions)
+    found = {}
+    for name, metric in METRICS.items():
+        if kind not in metric.kinds or (metric.reads_prompts and not has_prompts) or not metric.at_hand():
+            continue
+        if metric.package is None or importlib.util.find_spec(metric.package):
+            found[name] = metric.compare(reference, other, *([list(conditions)] if metric.reads_prompts else []))
+    return found
+
+
+def check_metrics() -> None:
+    """Raises InputError where a metric was asked for whose weights are not here, before anything is run for it."""
+    perceptual.check_clip()
 
 
 def summary(name: str, values: np.ndarray, samples: Sequence[tuple[int, str | int]]) -> dict[str, Any]:

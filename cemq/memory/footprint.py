@@ -230,7 +230,7 @@ def _cached_tensors(cache: str, tensors: list[Tensor]) -> int:
 
     Text and picture may have modules of their own: those of the text, which is shorter, are counted as if it were not.
     """
-    if cache != "modules":
+    if cache not in ("modules", "inside"):  # of the latter a policy keeps no more
         return 1
     blocks: dict[tuple[str, str], set[str]] = {}
     for tensor in tensors:

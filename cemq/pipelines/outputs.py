@@ -50,7 +50,7 @@ class Sample:
         """A PIL image, or a list of them for a video."""
         from PIL import Image
 
-        frames = [Image.fromarray(frame) for frame in _bytes(self.values.reshape(-1, *self.values.shape[-3:]))]
+        frames = [Image.fromarray(frame) for frame in as_bytes(self.values.reshape(-1, *self.values.shape[-3:]))]
         return frames if self.kind == "video" else frames[0]
 
     def save(self, path: Path) -> None:
@@ -71,7 +71,7 @@ class Sample:
         elif path.suffix.lower() == ".mp4":
             import imageio
 
-            imageio.mimwrite(path, list(_bytes(self.values)), fps=self.rate, macro_block_size=1)
+            imageio.mimwrite(path, list(as_bytes(self.values)), fps=self.rate, macro_block_size=1)
         else:
             first, *others = self.to_pil()
             first.save(path, save_all=True, append_images=others, duration=round(1000 / self.rate), loop=0)
@@ -190,8 +190,9 @@ def _spectrograms(audio: np.ndarray) -> np.ndarray:
     return levels[..., None].expand(-1, -1, -1, 3).reshape(samples, channels, *levels.shape[1:], 3).numpy()
 
 
-def _bytes(values: np.ndarray) -> np.ndarray:
-    return (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+def as_bytes(values: np.ndarray) -> np.ndarray:
+    """Values from 0 to 1 as 0 to 255; what lies outside or is no number is brought in."""
+    return (np.clip(np.nan_to_num(values), 0, 1) * 255).round().astype(np.uint8)
 
 
 def _write_wave(path: Path, values: np.ndarray, rate: int) -> None:

@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cemq.errors import ModelError
+from cemq.errors import InputError, ModelError
 from cemq.memory.placement import format_bytes
 from cemq.pipelines.fingerprint import SamplerFingerprint
 from cemq.pipelines.lora import is_adapted
@@ -23,10 +23,11 @@ from cemq.pipelines.opening import denoisers, refuse_lost_weights
 from cemq.runtime.arguments import DenoiserArguments
 from cemq.runtime.branches import Branches
 from cemq.runtime.cached.caches import Cache, make_caches
+from cemq.runtime.cached.inside import InsideCache
 from cemq.runtime.cached.modulated import modulated_input, probed
 from cemq.runtime.callers import Caller, ThreadContexts, find_caller
 from cemq.runtime.history import History, shapes_of
-from cemq.runtime.policies import Decider, Policy, Scheduled, StepCall
+from cemq.runtime.policies import Decider, Inside, Policy, Scheduled, Serving, StepCall
 from cemq.runtime.registration import (
     OutermostHook,
     Uncopied,
@@ -38,7 +39,7 @@ from cemq.runtime.registration import (
 )
 from cemq.runtime.steps import AnySamplerTracker, AnyStepsTracker, StepTracker, Stream
 from cemq.schedule import CacheSchedule, full_compute
-from cemq.schedule.plan import Plan
+from cemq.schedule.plan import INSIDE, Plan
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -54,6 +55,7 @@ class Run:
     histories: dict[Stream, History] = field(default_factory=dict)
     computed: Counter[int] = field(default_factory=Counter)  # calls, by how many steps were taken before them
     served: Counter[int] = field(default_factory=Counter)
+    spared: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))  # of the computed, by a policy
     memory: str = ""  # what was said last of the bytes that are cached
     policy: Policy | None = None  # None: the schedule decides
 
@@ -73,7 +75,7 @@ class Run:
     @property
     def full_steps(self) -> float:
         """Steps that were computed; one of which a call in two was served is half a one."""
-        return sum(calls / (calls + self.served[step]) for step, calls in self.computed.items())
+        return sum((calls - self.spared[step]) / (calls + self.served[step]) for step, calls in self.computed.items())
 
     @property
     def cached_bytes(self) -> int:
@@ -110,6 +112,8 @@ class _Call:
     shapes: Any = None
     keep: Callable[[Any], None] | None = None
     not_served: Callable[[], None] | None = None  # told if it could not be
+    inside: Inside | None = None  # who answers within it
+    spare: Callable[[float], None] | None = None  # told the share of it that was not computed
 
 
 class ScheduleHook(Uncopied):
@@ -218,10 +222,13 @@ class ScheduleHook(Uncopied):
             modulated_input=functools.partial(modulated_input, module, forward),
             sample=hook.arguments.sample(args, kwargs), timestep=timestep,
             probe=functools.partial(probed, module, forward),
-            evaluate=functools.partial(hook.evaluate, args, kwargs),
+            evaluate=functools.partial(hook.evaluate, args, kwargs), shapes=shapes,
         )  # fmt: skip
         serving = decider.decide(asked)
-        if serving is not None:
+        inside = None if serving is None or isinstance(serving, Serving) else serving
+        if inside is not None and self.plan.cache != INSIDE:
+            raise ModelError(f"cache={self.plan.cache}: a policy that answers blocks itself takes cache={INSIDE}")
+        if isinstance(serving, Serving):
             if history.shapes == shapes and history.kept.keys() >= set(serving.sources):
                 sums = history.serve(serving.sources, serving.weights, serving.added)
                 prediction = branches.with_the_first(sums, is_first=is_first)
@@ -246,7 +253,11 @@ class ScheduleHook(Uncopied):
                 if step_index in needed and computed is not None:
                     computed(asked, kept)
 
-        return _Call(wanted=is_needed or (branches.by_difference and is_first), shapes=shapes, keep=keep)
+        wanted = is_needed or (branches.by_difference and is_first)
+        return _Call(wanted=wanted, shapes=shapes, keep=keep, inside=inside, spare=self._spare)
+
+    def _spare(self, share: float) -> None:
+        self.run.spared[self.tracker.steps_taken] += share
 
     def _not_served(self) -> None:
         self.run.served[self.tracker.steps_taken] -= 1
@@ -325,6 +336,10 @@ class DenoiserHook(OutermostHook):
             if output is not None:
                 return output
             self._not_served(call)
+        if call.inside is not None and isinstance(self.cache, InsideCache):
+            output, share = self.cache.answered(forward, call.inside)
+            self._spare(call, 1 - share)
+            return output
         output, value = self.cache.compute(forward, wanted=call.wanted, shapes=call.shapes)
         self._after(call, value)
         return output
@@ -359,6 +374,11 @@ class DenoiserHook(OutermostHook):
     def _after(self, call: _Call, value: Any) -> None:
         if value is not None and call.keep is not None:
             call.keep(value)
+
+    @torch.compiler.disable()
+    def _spare(self, call: _Call, share: float) -> None:
+        if call.spare is not None:
+            call.spare(share)
 
     @torch.compiler.disable()
     def _not_served(self, call: _Call) -> None:
@@ -413,6 +433,8 @@ def attach(
         plan = replace(plan, cache=cache)
         if is_dataclass(policy) and "cache" in {each.name for each in fields(policy)} and policy.cache != cache:
             replace(policy, cache=cache)  # which says so where it cannot do with that
+    if policy is None and plan.cache == INSIDE:
+        raise InputError(f"cache={INSIDE}: policies that answer blocks themselves have it, schedules have none")
     models, run = [model for _, model in denoisers(pipe)], Run(plan.schedule, policy=policy)
     for denoiser in models:
         refuse_other_caches(denoiser)

@@ -7,7 +7,7 @@ sees, as TeaCache does, is a file of its own and is entered with `register_polic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -36,6 +36,43 @@ class Probe(NamedTuple):
     after: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Place:
+    """A block of a denoiser, or one of its attention and feed-forward modules.
+
+    Args:
+        block: Which one of all the denoiser's blocks, from 0, list by list.
+        stack: The classes of all of them.
+        module: The module's name in its block; None for the block itself.
+        feeds: Whether the module does nothing but feed a projection that joins attention and feed-forward.
+    """
+
+    block: int
+    stack: tuple[str, ...]
+    module: str | None = None
+    feeds: bool = False
+
+
+class Inside(Protocol):
+    """Answers the calls of a denoiser's blocks and of their modules, within one call of it."""
+
+    def answer(self, place: Place, arguments: Mapping[int | str, Any], run: Callable[..., Any]) -> Any:
+        """What a block or a module is to return, as a tensor or tensors of its own.
+
+        Args:
+            arguments: Its own, by position or name; not to be changed.
+            run: Computes it; a tensor that is handed over takes the place of the first tensor among its arguments.
+
+        Raises:
+            StrayError: `cemq.runtime.cached.inner.StrayError`: it cannot be answered for.
+        """
+        ...
+
+    def end(self) -> bool:
+        """Told when the call has ended; False if it cannot be what was meant, for other blocks were called."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepCall:
     """One call of a denoiser, before anything of it is computed.
@@ -51,6 +88,7 @@ class StepCall:
         timestep: As the denoiser is given it, a tensor or a number; None where it cannot be told.
         probe: What so many of the first blocks make of the call, found by running the denoiser up to there.
         evaluate: Runs the denoiser; ``sample`` and ``timestep`` are keywords that take the place of the call's own.
+        shapes: Of its tensors; equal where calls are alike.
     """
 
     step: int
@@ -62,6 +100,7 @@ class StepCall:
     timestep: Any
     probe: Callable[[int], Probe]
     evaluate: Callable[..., Any]
+    shapes: Any
 
 
 class Decider(Protocol):
@@ -73,8 +112,8 @@ class Decider(Protocol):
 
     most_kept: int  # steps that are cached at once, at most
 
-    def decide(self, call: StepCall) -> Serving | None:
-        """What to serve; None to compute the call."""
+    def decide(self, call: StepCall) -> Serving | Inside | None:
+        """What to serve; None to compute the call. With ``cache="inside"`` who answers within it, or None."""
         ...
 
     def keeps(self, call: StepCall, *, served: bool) -> Collection[int]:

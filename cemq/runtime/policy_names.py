@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import cemq.runtime.dicache  # these register themselves
+import cemq.runtime.duca
 import cemq.runtime.easycache
+import cemq.runtime.h2cache
 import cemq.runtime.magcache
+import cemq.runtime.precisecache
 import cemq.runtime.sencache
 import cemq.runtime.teacache  # noqa: F401
 from cemq.errors import InputError, choose

@@ -4,26 +4,7 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from cemq.errors import InputError
-
-
-def interval_steps(num_steps: int, interval: int, first_enhance: int = 1) -> tuple[int, ...]:
-    """Every ``interval`` steps, after ``first_enhance`` full ones; the last step need not be full.
-
-    FORA (arXiv:2407.01425) is released with ``first_enhance=1``; TaylorSeer (arXiv:2503.06923) with 2 for DiT, 3 for
-    FLUX and 1 for Wan; ToCa (arXiv:2410.05317) with 3.
-
-    >>> interval_steps(12, 4, first_enhance=2)
-    (0, 1, 5, 9)
-    """
-    if interval < 1 or not 1 <= first_enhance <= num_steps:
-        raise InputError(
-            f"interval={interval}, first_enhance={first_enhance}: both are at least 1, and the second at most "
-            f"the {num_steps} steps"
-        )
-    return (*range(first_enhance), *range(first_enhance - 1 + interval, num_steps, interval))
 
 
 def spectrum_steps(num_steps: int, window: float = 2.0, flex: float = 0.75, warmup: int = 5) -> tuple[int, ...]:
@@ -40,20 +21,3 @@ def spectrum_steps(num_steps: int, window: float = 2.0, flex: float = 0.75, warm
         full.append(step)
         window = round(window + flex, 3)
     return tuple(full)
-
-
-def cache_dit_steps(num_steps: int, preset: str = "medium") -> tuple[int, ...]:
-    """What cache-dit computes under its step mask ``slow``, ``medium``, ``fast`` or ``ultra``, as that package says.
-
-    Raises:
-        InputError: It is not installed, or has no such mask for so many steps.
-    """
-    try:
-        from cache_dit import steps_mask
-    except ImportError as error:
-        raise InputError(f"step masks of cache-dit need the package: pip install cache-dit ({error})") from error
-    try:
-        mask = steps_mask(total_steps=num_steps, mask_policy=preset)
-    except (AssertionError, ValueError) as error:
-        raise InputError(f"cache-dit has no mask '{preset}' for {num_steps} steps: {error}") from error
-    return tuple(np.flatnonzero(mask).tolist())

@@ -25,6 +25,7 @@ from cemq.schedule.rectify import Correction
 from cemq.schedule.solvers import Aims
 
 CACHES = ("output", "residual", "modules")
+INSIDE = "inside"  # of policies that answer calls of blocks and modules themselves
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,7 +36,8 @@ class Plan:
 
     ``cache`` says what skipped steps are predicted from: the denoiser's ``output``, the ``residual`` of its blocks, or
     the outputs of their attention and feed-forward ``modules``; the rest of the denoiser is computed. Raises InputError
-    for anything else, and for anything but the output where the schedule skips branches of guidance.
+    for anything else, and for anything but the output where the schedule skips branches of guidance. A policy may have
+    ``inside`` too, see `cemq.runtime.policies.Inside`.
     """
 
     schedule: CacheSchedule
@@ -49,7 +51,8 @@ class Plan:
     others: tuple[Plan, ...] = ()
 
     def __post_init__(self) -> None:
-        choose("cache", self.cache, CACHES)
+        if self.cache != INSIDE:
+            choose("cache", self.cache, CACHES)
         if self.schedule.branch_steps and self.cache != "output":
             raise InputError(f"cache={self.cache}: branches of guidance are skipped one by one with cache=output only")
         if self.schedule.corrects and self.cache != "output":

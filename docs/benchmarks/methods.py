@@ -62,7 +62,7 @@ def table(rows: list[dict[str, Any]], model: str, scheme: str) -> list[str]:
         row = found(name, targets[len(targets) // 2])
         return row["psnr_db"] if row and row["status"] == "ok" else -1.0
 
-    for name in sorted({row["method"] for row in own} - {FULL}, key=level, reverse=True):
+    for name in sorted({row["method"] for row in own} - {FULL}, key=lambda name: (-level(name), name)):
         cells = []
         for target in targets:
             row = found(name, target)

@@ -58,21 +58,21 @@ def tiny_vae(latent_channels: int) -> AutoencoderKL:
     ).eval()
 
 
-def make_dit(scheduler=None, head_dim=16) -> DiTPipeline:
+def make_dit(scheduler=None, head_dim=16, layers=2) -> DiTPipeline:
     """Class-conditional, guidance batched, learned sigma (the second half of the channels is thrown away)."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=head_dim, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=1000,
+        num_attention_heads=2, attention_head_dim=head_dim, in_channels=4, out_channels=8, num_layers=layers,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=1000,
     )  # fmt: skip
     pipe = DiTPipeline(transformer=transformer.eval(), vae=tiny_vae(4), scheduler=scheduler or DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def save_dit(root: Path, labels: int, head_dim: int = 16) -> Path:
+def save_dit(root: Path, labels: int, head_dim: int = 16, layers: int = 2) -> Path:
     """`make_dit` as ``pipeline`` in a folder, and beside it ``labels.txt`` to calibrate with; returns the folder."""
-    make_dit(head_dim=head_dim).save_pretrained(root / "pipeline")
+    make_dit(head_dim=head_dim, layers=layers).save_pretrained(root / "pipeline")
     (root / "labels.txt").write_text("".join(f"{label}\n" for label in range(labels)))
     return root
 

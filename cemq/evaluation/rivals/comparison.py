@@ -19,6 +19,7 @@ from cemq.errors import InputError, check_keywords, choose
 from cemq.evaluation.compare import check_picture_path
 from cemq.evaluation.rivals.contest import FULL, Contest, Row
 from cemq.evaluation.rivals.methods import METHODS, Bench
+from cemq.evaluation.scores import check_metrics
 from cemq.files import written_whole
 from cemq.pipelines.batches import (
     EVALUATION_SEED_OFFSET,
@@ -149,6 +150,7 @@ def compare(
     for name, given in (("ratios", ratios), ("methods", methods), ("schemes", schemes)):
         if given is not None and not given:
             raise InputError(f"{name}: none is named; leave it out for the default")
+    check_metrics()
     targets = [_ratio(each) for each in ratios]
     chosen = [METHODS[choose("method", name, METHODS)] for name in (methods or METHODS)]
     course = _course(str(model), settings)

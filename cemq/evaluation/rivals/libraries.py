@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -10,12 +11,17 @@ from functools import partial
 from typing import Any
 
 from cemq.evaluation.rivals.methods import MOST_SKIPPED, Bench, Interval, Knob, Threshold, add_method
+from cemq.pipelines.batches import Batch
 from cemq.pipelines.noise_scheduler import intercepted
 from cemq.pipelines.opening import denoisers
 from cemq.runtime.arguments import DenoiserArguments
 from cemq.runtime.cached.modules import find_parts
 
 _CONTEXT = "cemq"  # of calls that a pipeline gives none
+_OF_BRANCHES = (  # arguments of denoisers with a row for each sample and branch of guidance
+    *("hidden_states", "encoder_hidden_states", "timestep", "attention_mask", "encoder_attention_mask"),
+    *("class_labels", "pooled_projections"),
+)
 
 
 # --- diffusers
@@ -144,6 +150,78 @@ def _broadcast(bench: Bench, model: Any, interval: float) -> None:
         current_timestep_callback=lambda: int(bench.timestep),
     )
     apply_pyramid_attention_broadcast(model, config)
+
+
+def _is_batched(bench: Bench) -> bool:
+    """Whether the branches of guidance are one call of the denoiser, of twice the samples."""
+
+    def look() -> bool:
+        ((_, model), *_), sizes = denoisers(bench.runner.pipe), []
+        arguments = DenoiserArguments(model)
+
+        def note(_: Any, args: Any, kwargs: Any) -> None:
+            sizes.append(len(arguments.sample(args, kwargs)))
+
+        first = bench.batches[0]
+        handle = model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            bench.runner.run_one(Batch(conditions=first.conditions[:1], seeds=first.seeds[:1]))
+        finally:
+            handle.remove()
+        return max(sizes) == 2
+
+    return bench.fitted("batched guidance", look)
+
+
+def _swapped(value: Any) -> Any:
+    """The halves of a batch, the second first; anything else as it is."""
+    import torch
+
+    return value.roll(len(value) // 2, 0) if torch.is_tensor(value) and value.dim() and len(value) > 1 else value
+
+
+@contextmanager
+def _unconditional_first(pipe: Any) -> Iterator[None]:
+    """FasterCache takes the first half of a batch for the unconditional one; of class labels that is the second."""
+    from torch.utils._pytree import tree_map
+
+    handles = []
+    for _, model in denoisers(pipe):
+        if "class_labels" in inspect.signature(type(model).forward).parameters:
+            handles += [
+                model.register_forward_pre_hook(lambda _, *given: tree_map(_swapped, given), with_kwargs=True),
+                model.register_forward_hook(lambda _, args, output: tree_map(_swapped, output)),
+            ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@add_method(
+    "diffusers-fastercache", "FasterCache, arXiv:2410.19355, diffusers", Interval(low=2, high=50), package="diffusers"
+)
+@contextmanager
+def _faster_cache(bench: Bench, interval: float) -> Iterator[None]:
+    """Attention every so many steps and the unconditional branch every 2.5 times as many, 2 and 5 as released."""
+    from diffusers.hooks import FasterCacheConfig, apply_faster_cache
+
+    logging.getLogger("diffusers.hooks.faster_cache").setLevel(logging.ERROR)  # which warns of itself
+    settings: dict[str, Any] = {
+        "spatial_attention_block_skip_range": int(interval),
+        "unconditional_batch_skip_range": round(2.5 * interval),
+        "attention_weight_callback": lambda _: 0.5,
+        "tensor_format": "BCHW",
+        "is_guidance_distilled": not _is_batched(bench),
+        "current_timestep_callback": lambda: int(bench.timestep),
+        "_unconditional_conditional_input_kwargs_identifiers": _OF_BRANCHES,
+    }
+    with (
+        _unconditional_first(bench.runner.pipe),
+        hooked(bench, lambda model: apply_faster_cache(model, FasterCacheConfig(**settings))),
+    ):
+        yield
 
 
 _add_hooked("diffusers-firstblockcache", "First Block Cache", Threshold(low=1e-4, high=2.0), _first_block)

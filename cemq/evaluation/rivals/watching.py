@@ -5,14 +5,19 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from cemq.evaluation.rivals.methods import MOST_SKIPPED, Bench, Threshold, add_method
+from cemq.evaluation.rivals.methods import MOST_SKIPPED, Bench, Interval, Threshold, add_method
 from cemq.runtime import attached
 from cemq.runtime.dicache import DiCache
+from cemq.runtime.duca import DuCa
 from cemq.runtime.easycache import EasyCache
+from cemq.runtime.h2cache import H2Cache
 from cemq.runtime.magcache import MagCache, fitted_magnitudes
 from cemq.runtime.policies import Policy
+from cemq.runtime.precisecache import PreciseCache
 from cemq.runtime.sencache import SenCache, fitted_sensitivities
 from cemq.runtime.teacache import TeaCache, fitted_coefficients
+
+_DETAIL = 0.22 / 0.15  # of H2-Cache's thresholds, as released
 
 
 def _follow(bench: Bench, policy: Policy) -> AbstractContextManager[Any]:
@@ -45,3 +50,18 @@ def _dicache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
 def _sencache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
     tables = bench.fitted("sencache", lambda: fitted_sensitivities(bench.runner, bench.batches[: bench.planned]))
     return _follow(bench, SenCache(threshold=knob, most_skipped=MOST_SKIPPED, **tables._asdict()))
+
+
+@add_method("precisecache", "PreciseCache's LFCache, arXiv:2603.00976", Threshold(low=1e-3, high=20.0))
+def _precisecache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
+    return _follow(bench, PreciseCache(threshold=knob))
+
+
+@add_method("duca", "DuCa, arXiv:2412.18911", Interval(low=2, high=16))
+def _duca(bench: Bench, knob: float) -> AbstractContextManager[Any]:
+    return _follow(bench, DuCa(interval=int(knob)))
+
+
+@add_method("h2-cache", "H2-Cache, arXiv:2510.27171", Threshold(low=1e-4, high=10.0))
+def _h2cache(bench: Bench, knob: float) -> AbstractContextManager[Any]:
+    return _follow(bench, H2Cache(threshold=knob, detail_threshold=knob * _DETAIL))

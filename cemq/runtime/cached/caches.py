@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_map
 
 from cemq.pipelines.opening import denoisers
 from cemq.runtime.cached.inner import Forward
+from cemq.runtime.cached.inside import InsideCache
 from cemq.runtime.cached.modules import ModuleCache
 from cemq.runtime.cached.residual import ResidualCache, Routes
 from cemq.runtime.history import copied, summed, tensor_bytes
 from cemq.runtime.registration import OutermostHook, install, uninstall
+from cemq.schedule.plan import INSIDE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -72,7 +74,8 @@ def make_caches(kind: str, models: Sequence[nn.Module]) -> list[Cache]:
     if kind == "residual":
         routes: Routes = {}
         return [ResidualCache(model, routes) for model in models]
-    return [ModuleCache(model) if kind == "modules" else OutputCache() for model in models]
+    kinds = {"output": lambda _: OutputCache(), "modules": ModuleCache, INSIDE: InsideCache}
+    return [kinds[kind](model) for model in models]
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, NoReturn, Protocol
@@ -41,6 +42,14 @@ class Pass(Protocol):
         """What a module returns in place of computing it. Raises StrayError."""
 
 
+class Answers(ABC):
+    """One call of the denoiser in which something else decides, module by module, what each returns."""
+
+    @abstractmethod
+    def call(self, position: Any, args: Any, kwargs: Any, forward: Callable[..., Any]) -> Any:
+        """What a module returns; ``forward`` computes it."""
+
+
 class _InnerHook(OutermostHook):
     """Runs its module, or returns what the current pass serves; outside of a pass it only runs it."""
 
@@ -51,6 +60,9 @@ class _InnerHook(OutermostHook):
 
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        answers = self._answers()
+        if answers is not None:
+            return answers.call(self.position, args, kwargs, self.fn_ref.original_forward)
         if not self._computes():
             return self._serve(args, kwargs)
         output = self.fn_ref.original_forward(*args, **kwargs)
@@ -58,19 +70,26 @@ class _InnerHook(OutermostHook):
         return output
 
     @torch.compiler.disable()
+    def _answers(self) -> Answers | None:
+        current = self.hooks.current
+        return current if isinstance(current, Answers) else None
+
+    @torch.compiler.disable()
     def _computes(self) -> bool:
         current = self.hooks.current
-        return current is None or current.computes
+        return current is None or isinstance(current, Answers) or current.computes
 
     @torch.compiler.disable()
     def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.hooks.current is not None:
-            self.hooks.current.note(self.position, module, dict(enumerate(args)) | kwargs, output)
+        current = self.hooks.current
+        if current is not None and not isinstance(current, Answers):
+            current.note(self.position, module, dict(enumerate(args)) | kwargs, output)
 
     @torch.compiler.disable()
     def _serve(self, args: Any, kwargs: Any) -> Any:
         current = self.hooks.current
         assert current is not None  # or the module would compute
+        assert not isinstance(current, Answers)
         return current.serve(self.position, dict(enumerate(args)) | kwargs)
 
 
@@ -83,7 +102,7 @@ class InnerHooks:
         self._local = threading.local()  # another thread may run the same denoiser for another pipeline
 
     @property
-    def current(self) -> Pass | None:
+    def current(self) -> Pass | Answers | None:
         """The pass that this thread is in."""
         return getattr(self._local, "current", None)
 
@@ -111,7 +130,7 @@ class InnerHooks:
         self._hooks = {}
 
     @torch.compiler.disable(recursive=False)
-    def run(self, forward: Forward, current: Pass) -> Any:
+    def run(self, forward: Forward, current: Pass | Answers) -> Any:
         """``forward()``, as one pass."""
         self._enter(current)
         try:
@@ -120,7 +139,7 @@ class InnerHooks:
             self._enter(None)
 
     @torch.compiler.disable()
-    def _enter(self, current: Pass | None) -> None:
+    def _enter(self, current: Pass | Answers | None) -> None:
         self._local.current = current
 
 

@@ -8,6 +8,7 @@ added between blocks (ControlNets) come from the skipped step itself, and are in
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +25,14 @@ Position = tuple[int, type]  # of a block in the stack, and its class
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Route:
+class Route:
     """Which argument of a block continues as which leaf of what it returns."""
 
     structure: Any
     sources: tuple[int | str | None, ...]  # positions or names of arguments; None for leaves that are no tensors
     leaves: tuple[Any, ...]  # dtypes of tensors; other leaves (SD3's last block returns None for its text) themselves
 
-    def handed_on(self, arguments: Arguments) -> list[Any]:
+    def handed_on(self, arguments: Mapping[int | str, Any]) -> list[Any]:
         try:
             return [
                 leaf if source is None else arguments[source].to(leaf)
@@ -42,10 +43,10 @@ class _Route:
 
 
 # By position and class of the block: Wan 2.2's second denoiser is served before it has run, as the first one was.
-Routes = dict[Position, _Route]
+Routes = dict[Position, Route]
 
 
-def _route(block: nn.Module, arguments: Arguments, output: Any) -> _Route:
+def route_of(block: str, arguments: Mapping[int | str, Any], output: Any) -> Route:
     """A leaf continues the argument of its shape; of several, the nearest, for blocks add to what they are given."""
     leaves, structure = tree_flatten(output)
     sources: list[int | str | None] = []
@@ -60,14 +61,13 @@ def _route(block: nn.Module, arguments: Arguments, output: Any) -> _Route:
         ]
         if torch.is_tensor(leaf) and not alike:
             raise ModelError(
-                f"{type(block).__name__} returns a shape that it is not given, so that no residual can be cached; "
-                "use cache='output'"
+                f"{block} returns a shape that it is not given, so that no residual can be cached; use cache='output'"
             )
         if len(alike) > 1:
             alike.sort(key=lambda key, leaf=leaf: (arguments[key].float() - leaf.float()).norm().item())
         sources.append(alike[0] if alike else None)
     kept = tuple(leaf.dtype if torch.is_tensor(leaf) else leaf for leaf in leaves)
-    return _Route(structure=structure, sources=tuple(sources), leaves=kept)
+    return Route(structure=structure, sources=tuple(sources), leaves=kept)
 
 
 @dataclass(eq=False)
@@ -82,7 +82,7 @@ class _Pass:
 
     def note(self, position: Position, module: nn.Module, arguments: Arguments, output: Any) -> None:
         if position not in self.routes:
-            self.routes[position] = _route(module, arguments, output)
+            self.routes[position] = route_of(type(module).__name__, arguments, output)
         self.called.append(position)
         self.end = tree_flatten(output)[0]
 
@@ -93,17 +93,26 @@ class _Pass:
         leaves = route.handed_on(arguments)
         self.called.append(position)
         if self.residual is not None and len(self.called) == self.residual[0]:
-            leaves = _added(leaves, self.residual[1])
+            leaves = added(leaves, self.residual[1])
         self.end = leaves
         return tree_unflatten(leaves, route.structure)
 
 
-def _added(leaves: list[Any], residual: list[Any]) -> list[Any]:
+def added(leaves: Sequence[Any], residual: Sequence[Any]) -> list[Any]:
+    """Their sums, in the dtypes of the first. Raises StrayError where shapes differ."""
     if [_shape(leaf) for leaf in leaves] != [_shape(leaf) for leaf in residual]:
         raise StrayError
     return [
         (leaf.to(_wide(leaf)) + more.to(_wide(leaf))).to(leaf.dtype) if torch.is_tensor(leaf) else leaf
         for leaf, more in zip(leaves, residual, strict=True)
+    ]
+
+
+def difference(ends: Sequence[Any], starts: Sequence[Any]) -> list[Any]:
+    """Leaf by leaf, in float32 at least; leaves that are no tensors are those of the ends."""
+    return [
+        end.detach().to(_wide(end)) - start.detach().to(_wide(end)) if torch.is_tensor(end) else end
+        for end, start in zip(ends, starts, strict=True)
     ]
 
 
@@ -180,11 +189,7 @@ class ResidualCache(InnerCache):
             self._refuse("it calls none of its blocks")
         if full.called != bare.called:
             self._refuse(self.strayed)
-        leaves = [
-            end.detach().to(_wide(end)) - start.detach().to(_wide(end)) if torch.is_tensor(end) else end
-            for end, start in zip(full.end, bare.end, strict=True)
-        ]
-        return len(full.called), leaves
+        return len(full.called), difference(full.end, bare.end)
 
     @torch.compiler.disable()
     def _rounded(self, residual: Residual, full: _Pass) -> Residual:
