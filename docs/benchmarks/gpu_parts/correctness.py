@@ -27,7 +27,7 @@ from cemq.quantize.kernels import integer_linear
 from gpu_parts import Case, Rows, Setting, flux
 
 ROOT = Path(__file__).parents[3]
-TESTS = ("tests/test_triton_kernels.py", "tests/test_backends.py")
+TESTS = ("tests/test_triton_kernels.py", "tests/test_backends.py", "tests/test_fp8.py")
 TEST_SECONDS = 60
 WORKERS = 8  # compiling takes most of the time
 SCHEMES = ("w8a8", "w4a8")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cemq.quantize import integers
+from cemq.quantize.fp8 import E4M3, has_scaled_product, scaled_product
 from cemq.quantize.integers import GROUP_SIZE
 from cemq.quantize.kernels import integer_linear
 from gpu_parts import Case, Rows, Setting
@@ -101,17 +102,15 @@ def _int_mm(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
 
 
 def _fp8(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
-    """E4M3 for tokens and output channels, multiplied by torch's scaled product."""
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    scale = weight.float().abs().amax(1, keepdim=True) / largest
-    rounded = (weight.float() / scale).to(torch.float8_e4m3fn)
+    """cemq's: E4M3 for tokens and output channels, multiplied by torch's scaled product, which must be there."""
+    codec = E4M3()
+    codes, scale = codec.encode(weight.float())
+    if not has_scaled_product(weight.device.type, weight.device.index, weight.dtype):
+        raise RuntimeError("torch has no scaled product of E4M3 here, or gives another result")
 
     def layer(values: torch.Tensor) -> torch.Tensor:
-        token_scale = values.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / largest
-        tokens = (values.float() / token_scale).to(torch.float8_e4m3fn)
-        return torch._scaled_mm(
-            tokens, rounded.t(), token_scale, scale.t(), bias=bias, out_dtype=values.dtype, use_fast_accum=True
-        )
+        tokens, token_scale = codec.encode(values.float())
+        return scaled_product(tokens, token_scale, codes, scale, bias, values.dtype)
 
     return torch.compile(layer, dynamic=False)
 
@@ -163,7 +162,7 @@ KERNELS: dict[str, Callable[[torch.Tensor, torch.Tensor], Layer]] = {
     "cemq w4a8": _cemq_int4,
     "cemq tokens alone": _cemq_quantize,
     "torch._int_mm, compiled": _int_mm,
-    "torch._scaled_mm fp8, compiled": _fp8,
+    "cemq fp8, torch._scaled_mm, compiled": _fp8,
     "torchao int8, compiled": _torchao,
     "torchao fp8, compiled": _torchao_fp8,
     "gemlite int8": partial(_gemlite, False),
