@@ -28,7 +28,7 @@ from cemq.quantize.kernels import (
     register_kernel,
 )
 from cemq.quantize.kernels.choice import FILE, tolerance, wrong
-from cemq.quantize.kernels.own import by_torch_ops
+from cemq.quantize.kernels.own import by_torch_ops, compile_obstacle
 from cemq.quantize.layers import use_kernel
 
 CPU = torch.device("cpu")
@@ -353,8 +353,9 @@ def test_one_that_fails_or_gives_something_else_is_left_out_with_a_reason(clock,
     assert list(next(iter(chosen.remembered(CPU).values())).failed) == ["broken", "wrong"]
 
 
-def test_where_all_fail_torch_ops_are_the_last_resort(tmp_path, monkeypatch):
-    for name in ("one", "other"):
+@pytest.mark.parametrize("names", [("one",), ("one", "other")])
+def test_where_all_fail_torch_ops_are_the_last_resort(names, tmp_path):
+    for name in names:
         register_kernel(name, lambda values, weights: 1 / 0)
     del KERNELS["cpu"]
     assert Choices(tmp_path).kernel("auto", make_values(), make_weights()).name == "torch"
@@ -485,8 +486,11 @@ def test_layers_keep_their_kernel_when_they_are_copied_and_few_rows_need_none():
     assert use_kernel([model[1:]], "auto") == 0
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
-def test_a_compiled_layer_goes_by_its_kernel(scheme, fresh_compiler):
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of inductor's own imports
+@pytest.mark.parametrize(("scheme", "backend"), [("w8a8", "aot_eager"), ("w4a8", "aot_eager"), ("w8a8", "inductor")])
+def test_a_compiled_layer_goes_by_its_kernel(scheme, backend, fresh_compiler):
+    if backend == "inductor" and (why := compile_obstacle("cpu")):
+        pytest.skip(why)
     calls = []
 
     def multiply(values, weights):
@@ -498,7 +502,7 @@ def test_a_compiled_layer_goes_by_its_kernel(scheme, fresh_compiler):
     expected = layer(values)
     calls.clear()  # `auto` has tried it, too
     use_kernel([layer], "mine")
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
     assert torch.equal(compiled(values), expected)
     assert calls == [layer.scheme.weight_bits] * 2  # it is compared once, and then computes
 

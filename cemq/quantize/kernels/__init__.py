@@ -41,7 +41,7 @@ def integer_linear(
     bias: torch.Tensor | None,
     smooth: torch.Tensor | None = None,
     gelu: bool = False,
-    kernel: str = AUTO,
+    by: str = AUTO,
 ) -> torch.Tensor:
     """Quantize each token, multiply integers, scale back; with ``gelu``, apply its tanh form to the result.
 
@@ -52,7 +52,7 @@ def integer_linear(
         weight_sum: int32 (out, 1), row sums of the integer weight, which the tokens' zero points are multiplied with.
         bias: (out,) or None.
         smooth: float32 (in,) that the values are multiplied with before they are quantized, or None.
-        kernel: The name of one in `KERNELS`, ``fastest`` of all, or ``auto``: the fastest of those with this very
+        by: The name of one in `KERNELS`, ``fastest`` of all, or ``auto``: the fastest of those with this very
             arithmetic.
 
     Returns:
@@ -60,7 +60,7 @@ def integer_linear(
     """
     compiling = torch.compiler.is_compiling()
     if compiling and values.device.type in ("cpu", "cuda"):
-        arguments = values, weight, group_scale, weight_scale, weight_sum, bias, smooth, gelu, kernel
+        arguments = values, weight, group_scale, weight_scale, weight_sum, bias, smooth, gelu, by
         return _integer_linear_op(*arguments)
     values, bias = values.contiguous(), _as(bias, values.dtype)
     weights = LinearWeights(
@@ -71,7 +71,7 @@ def integer_linear(
         bias=bias,
         columns=values.shape[1],
     )
-    run = by_torch_ops if compiling else choices().kernel(kernel, values, weights).run
+    run = by_torch_ops if compiling else choices().kernel(by, values, weights).run
     return run(values, weights, smooth, gelu)
 
 
@@ -111,7 +111,7 @@ _integer_linear_op = torch.library.custom_op(
     integer_linear,
     mutates_args=(),
     schema="(Tensor values, Tensor weight, Tensor? group_scale, Tensor weight_scale, Tensor weight_sum, Tensor? bias, "
-    "Tensor? smooth, bool gelu=False, str kernel='auto') -> Tensor",
+    "Tensor? smooth, bool gelu=False, str by='auto') -> Tensor",
 )
 _weight_only_linear_op = torch.library.custom_op(
     "cemq::weight_only_linear",

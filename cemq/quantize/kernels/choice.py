@@ -156,9 +156,8 @@ class Choices:
         self, asked: str, shape: Shape, values: torch.Tensor, weights: LinearWeights
     ) -> tuple[Kernel, Choice | None]:
         candidates = _candidates(asked, values, weights)
-        if len(candidates) < 2:
-            kernel = self._untried(asked, values, weights)
-            return kernel, Choice(kernel=kernel.name)
+        if [kernel.name for kernel in candidates] in (["cpu"], ["torch"]):  # C was compared when it was built
+            return candidates[0], Choice(kernel=candidates[0].name)
         key = f"{asked} {shape}"
         if (stored := self._usable(key, values.device, candidates)) is None:
             if not _comparable(values):
