@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from cemq.prior.error_prior import ErrorPrior
     from cemq.quantize import CemqConfig, Format, quantize_in_place, register_format
     from cemq.quantize.in_transformers import TextEncoderConfig, quantize_text_encoder
+    from cemq.quantize.kernels.registry import register_kernel
     from cemq.runtime import apply_policy, attached, detach, for_request, set_budget
     from cemq.runtime.dicache import DiCache
     from cemq.runtime.duca import DuCa
@@ -83,6 +84,7 @@ _PUBLIC = {
     "report": "cemq.evaluation.page",
     "set_budget": "cemq.runtime",
     "register_format": "cemq.quantize",
+    "register_kernel": "cemq.quantize.kernels.registry",
     "register_metric": "cemq.evaluation.scores",
     "register_policy": "cemq.runtime.policies",
     "register_predictor": "cemq.predict.predictors",
@@ -94,7 +96,7 @@ __all__ = [  # written out, for type checkers
     "SenCache", "TeaCache", "TextEncoderConfig", "apply_policy", "apply_schedule", "attached", "compare", "detach",
     "evaluate", "export", "for_request", "from_pretrained", "generate", "launched", "plan_memory", "plan_schedule",
     "push_to_hub", "quantize_and_schedule", "quantize_in_place", "quantize_text_encoder", "register_format",
-    "register_metric", "register_policy", "register_predictor", "replan", "report", "set_budget",
+    "register_kernel", "register_metric", "register_policy", "register_predictor", "replan", "report", "set_budget",
 ]  # fmt: skip
 
 

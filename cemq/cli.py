@@ -58,6 +58,9 @@ HostMemory = Annotated[
 OffloadFolder = Annotated[
     Path | None, typer.Option(help="For weights that --vram keeps on disk; default: ~/.cache/cemq/offload.")
 ]
+Kernel = Annotated[
+    str, typer.Option(metavar="NAME", help="What multiplies integers: auto, fastest, or one that doctor shows.")
+]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by quantize-and-schedule.")]
 
 
@@ -362,6 +365,7 @@ def generate(
     device: Device = None,
     vram: Vram = None,
     offload_folder: OffloadFolder = None,
+    kernel: Kernel = "auto",
     verify: Verify = "once",
     quiet: Quiet = False,
 ) -> None:
@@ -381,7 +385,7 @@ def generate(
     with _at_work(quiet) as progress:
         sample = generate_sample(
             bundle, condition, seed=seed, steps=steps, budget=budget, call=arguments, device=device, vram=vram,
-            offload_folder=offload_folder, verify=check_verify(verify), output=output, progress=progress,
+            offload_folder=offload_folder, kernel=kernel, verify=check_verify(verify), output=output, progress=progress,
         )  # fmt: skip
     sample.save(output)
     print(output)
@@ -691,6 +695,7 @@ def bench(
     ] = None,
     device: Device = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile every variant of --arch.")] = False,
+    kernel: Kernel = "auto",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file to write as well.")] = None,
     verify: Annotated[str | None, _VERIFY] = None,
     quiet: Quiet = False,
@@ -718,6 +723,7 @@ def bench(
         "device": device,
         "full_precision": not no_full_precision,
         "verify": verify,
+        "kernel": kernel,
     }
     if not bundle:
         names = _names(schemes) if schemes is not None else None
@@ -743,10 +749,11 @@ def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave torch.compile out, which takes most of the time.")
     ] = False,
+    kernel: Kernel = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show what this machine can do: every backend and scheme, tried on a tiny model.
+    """Show what this machine can do: every backend and scheme, tried on a tiny model, and every kernel on a layer.
 
     Example: cemq doctor --quick
     """
@@ -754,7 +761,7 @@ def doctor(
     from cemq.bench.table import print_doctor
 
     with _at_work(quiet) as progress:
-        found = examine(quick=quick, progress=progress)
+        found = examine(quick=quick, kernel=kernel, progress=progress)
     if as_json:
         _print_json(found)
     else:

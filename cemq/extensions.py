@@ -1,4 +1,4 @@
-"""What others add to cemq, without a change of it: predictors, policies, number formats.
+"""What others add to cemq, without a change of it: predictors, policies, metrics, number formats, kernels.
 
 A package names a module under the entry point group ``cemq.extensions``; importing that module registers what is in it.
 """

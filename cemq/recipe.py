@@ -54,7 +54,7 @@ class Recipe(BaseModel):
         description="A LoRA to fuse first: a file or a Hub id, and :SCALE if it is not 1; repeatable.",
         json_schema_extra={"metavar": "FILE|ID[:SCALE]", "repeated": True},
     )
-    scheme: str = Field("w8a8", description="w8a8, w4a8, w8a16, w4a16 or none")
+    scheme: str = Field("w8a8", description="w8a8, w4a8, w8a8-fp8, w8a16, w4a16 or none")
     backend: str = Field("native", description="native, quanto, bitsandbytes or torchao; see cemq doctor")
     rounding: Literal["gptq", "nearest"] = Field("gptq", description="Of native weights: gptq or nearest")
     smoothed: bool = Field(False, description="Scale native 8-bit activations per channel.")

@@ -347,7 +347,7 @@ def test_native_schemes_do_everything_on_the_cpu(capsys):
     result = examine(quick=True, progress=lambda stage, share: stages.append((stage, share)))
     assert stages[-1] == ("trying", 1.0)
     native = [row for row in result["rows"] if (row["backend"], row["device"]) == ("native", "cpu")]
-    assert [row["scheme"] for row in native] == ["w8a8", "w4a8", "w8a16", "w4a16"]
+    assert [row["scheme"] for row in native] == ["w8a8", "w4a8", "w8a16", "w4a16", "w8a8-fp8"]
     for row in native:
         assert row["error"] < 0.1
         assert row["probes"] == dict.fromkeys(("runs", "reload", "copy", "offload", "group", "sequential"), "ok"), row[
@@ -391,16 +391,17 @@ def test_the_doctor_reports_what_fails_and_what_is_missing(monkeypatch, capsys):
     assert tried["probes"]["broken"] == "ValueError: not today"
     assert tried["probes"]["other"].startswith("another output: relative difference")
     print_doctor(result)
-    assert "w4a16 cpu: broken: ValueError: not today" in capsys.readouterr().out
+    assert "w8a8-fp8 cpu: broken: ValueError: not today" in capsys.readouterr().out
 
 
 def test_the_doctor_goes_on_after_a_scheme_that_does_not_run(monkeypatch):
     monkeypatch.setattr("cemq.quantize.layers.NativeLinear.multiply", lambda self, values: 1 / 0)
     monkeypatch.setattr(doctor, "installed", lambda backend: backend == "native")
     result = examine(quick=True)
-    tried = [row for row in result["rows"] if row["backend"] == "native"]
+    *tried, fp8 = [row for row in result["rows"] if row["backend"] == "native"]
     assert {row["probes"]["runs"] for row in tried} == {"ZeroDivisionError: division by zero"}
     assert {row["probes"]["reload"] for row in tried} == {"-"}
+    assert set(fp8["probes"].values()) == {"ok"}  # whose layers are of another class
 
 
 def test_the_doctor_command_prints_json(monkeypatch):

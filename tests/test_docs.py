@@ -19,8 +19,10 @@ from cemq.cli import app
 from cemq.errors import ModelError
 from cemq.pipelines.batches import Batch, run
 from cemq.predict.predictors import PREDICTORS, serving_matrix
-from cemq.quantize import BACKENDS, SCHEMES
+from cemq.quantize import BACKENDS, SCHEMES, NativeLinear
 from cemq.quantize.coded import CodedLinear
+from cemq.quantize.kernels import KERNELS, choices
+from cemq.quantize.layers import use_kernel
 from cemq.recipe import Recipe
 from cemq.runtime import schedule_hook
 from cemq.runtime.policies import POLICIES
@@ -198,6 +200,28 @@ def test_the_number_format_of_ones_own_stores_as_shown():
         for name in names:
             SCHEMES.pop(name, None)
             BACKENDS["native"].layers.pop(name, None)
+
+
+def test_the_kernel_of_ones_own_multiplies_as_shown():
+    (code,) = examples("extending.md", "A kernel")
+    try:
+        exec(code, {})
+        for scheme in ("w8a8", "w4a8"):
+            layer, values = NativeLinear.from_linear(torch.nn.Linear(48, 32), SCHEMES[scheme]), torch.randn(64, 48)
+            use_kernel([layer], "cpu")
+            expected = layer(values)
+            use_kernel([layer], "floats")
+            assert torch.allclose(layer(values), expected, rtol=1e-5, atol=1e-5)
+            (made, *_) = (each for each in choices().made() if each.asked == "floats")
+            assert made.choice.kernel == "floats"
+    finally:
+        KERNELS.pop("floats", None)
+        choices().reset()
+
+
+def test_every_kernel_is_in_the_table():
+    rows = re.findall(r"^\| `([\w-]+)` \|", section("quantization.md", "Speed"), flags=re.M)
+    assert rows == list(KERNELS)
 
 
 def test_every_option_of_a_build_is_explained():

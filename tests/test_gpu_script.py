@@ -15,7 +15,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks"
 PARTS = ("machine", "correctness", "steps", "linears", "skipping", "vram", "rounding", "building")
 # kernels of others, which are not everywhere; all that a toy may lack
-OPTIONAL = ("gemlite", "humming", "torchao")
+OPTIONAL = ("comfy-kitchen", "gemlite", "humming", "torchao")
 
 
 def start(script, *arguments):
@@ -80,7 +80,8 @@ def test_every_part_runs_at_the_size_of_a_toy(tmp_path):
     pictures = {row["picture"] for row in rows["vram"] if "picture" in row}
     assert len(pictures) == 1
     errors = {row["scheme"]: row["relative_l2"] for row in rows["steps"] if row["what"] == "step"}
-    assert errors["bfloat16"] == 0 < errors["w8a8"] < errors["w4a8"] < 0.3
+    assert errors["bfloat16"] == 0 < errors["w8a8"] < errors["w8a8-fp8"] < errors["w4a8"] < 0.3
+    assert {row["chosen"] for row in rows["linears"] if "chosen" in row} <= {"cpu", "triton", "int-mm"}
     assert {row["how"] for row in rows["rounding"]} == {"nearest", "gptq"}
 
 

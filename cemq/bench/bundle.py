@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from accelerate.utils import send_to_device
 
 from cemq.bench.answers import relative_error
-from cemq.bench.forward import FULL_PRECISION
+from cemq.bench.forward import FULL_PRECISION, kernels_taken
 from cemq.bench.machine import describe_machine
 from cemq.bench.measure import Timing, busy_note, make_rows, measure, of_stage
 from cemq.bench.random_models import tensor_bytes
@@ -19,12 +19,13 @@ from cemq.bundle.checksums import Verify
 from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import Manifest, read_bundle
 from cemq.bundle.original import find_original
-from cemq.errors import ModelError, choose
+from cemq.errors import ModelError, check_keywords, choose
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, make_batches, run
 from cemq.pipelines.opening import DTYPES, check_device, default_device, denoisers
 from cemq.quantize import record_calls
 from cemq.quantize.allocate import replayed_output
 from cemq.quantize.calls import Call, replay
+from cemq.quantize.kernels import AUTO
 from cemq.runtime import attached, detach, schedule_hook
 from cemq.runtime.policies import Policy
 from cemq.runtime.runner import said_of_steps
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
 _RECORDED_STEPS = 2  # of the short run that one call of the denoiser is taken from
 
 
+class Loaded(TypedDict, total=False):
+    """Whether the original is timed as well, and how the bundle is loaded; each may be left out."""
+
+    full_precision: bool
+    verify: Verify | bool
+    kernel: str
+
+
 def bench_bundle(
     bundle: str | Path,
     *,
@@ -43,17 +52,17 @@ def bench_bundle(
     batch: int = 1,
     rounds: int = 5,
     device: str | None = None,
-    full_precision: bool = True,
-    verify: Verify | bool = "once",
     progress: Progress | None = None,
+    **loaded: Unpack[Loaded],
 ) -> dict[str, Any]:
     """Time a bundle, and the model it was made from where that can be found.
 
     Args:
         dtype: Of everything that is not quantized; None takes the bundle's.
         batch: Samples of a run.
-        full_precision: Look for the original and time it as well.
-        verify: When checksums are compared: ``always``, ``once`` on this machine, or ``never``.
+        full_precision: Look for the original and time it as well; this is done unless it is False.
+        verify: When checksums are compared: ``always``, ``once`` on this machine, which is the default, or ``never``.
+        kernel: What multiplies integers (`cemq.from_pretrained`).
 
     Returns:
         Plain data, as `forward.bench_architecture` returns it, with two tables.
@@ -61,24 +70,24 @@ def bench_bundle(
     Raises:
         CemqError: The bundle cannot be used, or a setting is unknown.
     """
-    manifest = read_bundle(Path(bundle), verify=verify)
+    check_keywords("bench_bundle", loaded, Loaded)
+    kernel = loaded.get("kernel", AUTO)
+    manifest = read_bundle(Path(bundle), verify=loaded.get("verify", "once"))
     dtype = choose("dtype", dtype or manifest.dtype, DTYPES)
-    device = device or default_device()
-    place = check_device(device)
-    pipes, notes = _open_original(manifest, dtype, device) if full_precision else ({}, [])
-    pipes[manifest.scheme] = quantized = from_pretrained(bundle, device=device, torch_dtype=dtype, verify="never")
+    place = check_device(device := device or default_device())
+    pipes, notes = _open_original(manifest, dtype, device) if loaded.get("full_precision", True) else ({}, [])
+    quantized = from_pretrained(bundle, device=device, torch_dtype=dtype, verify="never", kernel=kernel)
+    pipes[manifest.scheme] = quantized
     schedule, policy = manifest.schedule, schedule_hook(quantized).run.policy
     detach(quantized)
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    (samples,) = make_batches(
-        manifest.held_out_conditions, samples=batch, first_seed=EVALUATION_SEED_OFFSET, batch_size=batch
-    )
+    samples = _samples(manifest, batch)
     component = denoisers(quantized)[0][0]
     models = {name: getattr(pipe, component) for name, pipe in pipes.items()}
     call = _recorded_call(quantized, manifest, samples, place)
-    errors = _relative_errors(models, call)
     in_turn = partial(measure, rounds=3 * rounds, device=place, progress=of_stage(progress, "one forward"))
+    errors = _relative_errors(models, call)
     forwards = in_turn({name: partial(replay, model, call) for name, model in models.items()})
     in_turn = partial(measure, rounds=rounds, warm_up=1, device=place, progress=of_stage(progress, "whole run"))
     runs, (num_steps, full_steps) = _time_runs(pipes, policy or schedule, manifest, samples, in_turn)
@@ -88,24 +97,31 @@ def bench_bundle(
         notes.append(note)
     weights = {name: tensor_bytes(model) for name, model in models.items()}
     where = f"batch {batch}, {dtype} on {device}"
+    titles = (
+        f"{bundle}: one forward of the {component}, {where}, median of {3 * rounds}",
+        f"{bundle}: whole run of {manifest.num_inference_steps} steps, {where}, median of {rounds}",
+    )
     return {
         "machine": describe_machine(),
         "settings": {
             "bundle": str(bundle), "model": manifest.model, "backend": manifest.backend, "dtype": dtype, "batch": batch,
             "rounds": rounds, "device": device, "steps": manifest.num_inference_steps, "full_steps": full_steps,
+            "kernel": kernel,
         },
         "notes": notes + (busy_note(forwards) or busy_note(runs)),
         "tables": [
-            {
-                "title": f"{bundle}: one forward of the {component}, {where}, median of {3 * rounds}",
-                "rows": make_rows(forwards, weights, errors),
-            },
-            {
-                "title": f"{bundle}: whole run of {manifest.num_inference_steps} steps, {where}, median of {rounds}",
-                "rows": make_rows(runs, weights | {cached: weights[manifest.scheme]}, {}),
-            },
+            {"title": titles[0], "rows": make_rows(forwards, weights, errors)},
+            {"title": titles[1], "rows": make_rows(runs, weights | {cached: weights[manifest.scheme]}, {})},
         ],
+        "kernels": kernels_taken(kernel),
     }  # fmt: skip
+
+
+def _samples(manifest: Manifest, batch: int) -> Batch:
+    (samples,) = make_batches(
+        manifest.held_out_conditions, samples=batch, first_seed=EVALUATION_SEED_OFFSET, batch_size=batch
+    )
+    return samples
 
 
 def _open_original(manifest: Manifest, dtype: str, device: str) -> tuple[dict[str, DiffusionPipeline], list[str]]:

@@ -6,7 +6,7 @@ import copy
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +25,18 @@ from cemq.extensions import load_extensions
 from cemq.pipelines.batches import Progress
 from cemq.pipelines.opening import default_dtype
 from cemq.predict.predictors import PREDICTORS
-from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, installed
+from cemq.quantize import BACKENDS, SCHEMES, CemqConfig, NativeLinear, installed
+from cemq.quantize.kernels import AUTO, KERNELS, LinearWeights, check_kernel, choices
+from cemq.quantize.kernels.choice import milliseconds, wrong
+from cemq.quantize.kernels.registry import Kernel
+from cemq.quantize.layers import use_kernel
 from cemq.runtime.policy_names import known_policies
 
 OK, NOT_TRIED = "ok", "-"
 LARGEST_ERROR = 0.3  # fp4 weights of random models come to half of it
 _COMPILED_ERROR = 0.02  # compiled code rounds in other places
 _ROWS = 128  # integer products begin below it
+_WIDTH = 256  # of the layer that kernels are tried on
 
 # widths that every backend takes, and tokens enough for the integer products
 TINY = Architecture(
@@ -47,12 +52,13 @@ TINY = Architecture(
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A quantized model to try, its inputs and what it answered when it was new."""
+    """A quantized model to try, its inputs and what it answered when it was new; and what multiplies its integers."""
 
     model: Any
     inputs: Inputs
     output: torch.Tensor
     device: torch.device
+    kernel: str = AUTO
 
     def same(self, model: Any, tolerance: float = 0.0) -> str:
         """`OK` if ``model`` answers as this one did, bit for bit unless there is a tolerance."""
@@ -67,6 +73,7 @@ def _save_reload(subject: Subject) -> str:
     with tempfile.TemporaryDirectory() as folder:
         subject.model.save_pretrained(folder)
         again = type(subject.model).from_pretrained(folder, torch_dtype=subject.output.dtype).to(subject.device)
+        use_kernel([again], subject.kernel)
         return subject.same(again.eval())
 
 
@@ -120,19 +127,29 @@ PROBES: dict[str, Probe] = {
 
 
 def examine(
-    *, quick: bool = False, probes: Mapping[str, Probe] = PROBES, progress: Progress | None = None
+    *,
+    quick: bool = False,
+    probes: Mapping[str, Probe] = PROBES,
+    kernel: str = AUTO,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Try everything on every device.
 
     Args:
         quick: Leave torch.compile out, which takes most of the time.
         probes: What is tried of each quantized model, by name; each says `OK` or why not.
+        kernel: What the native layers multiply integers with.
 
     Returns:
-        Plain data: machine, notes, what is known by name, the extensions that were loaded, and a row for each backend,
-        scheme and device. A row's ``probes`` say ``ok``, why not, or ``-`` for what was not tried; a backend that is
-        not installed has one row, with a ``reason``.
+        Plain data: machine, notes, what is known by name, the extensions that were loaded, a row for each backend,
+        scheme and device, and one for each kernel, device and bits of weights. A row's ``probes``, and a kernel's
+        ``state``, say ``ok``, why not, or ``-`` for what was not tried; a backend that is not installed has one row,
+        with a ``reason``. ``choices`` are the kernels that are remembered for shapes, by device.
+
+    Raises:
+        InputError: There is no such kernel.
     """
+    check_kernel(kernel)
     extensions = load_extensions()
     probes = {name: probe for name, probe in probes.items() if not (quick and name == "compile")}
     devices = _devices()
@@ -158,10 +175,11 @@ def examine(
             exact = predict(original, inputs)
             for backend, scheme in pairs:
                 row = {"backend": backend, "scheme": scheme, "device": str(device), "reason": ""}
-                rows.append(row | _try(probes, original, exact, inputs, backend, scheme))
+                rows.append(row | _try(probes, original, exact, inputs, backend, scheme, kernel))
                 tried += 1
                 told(tried / total)
         torch.compiler.reset()
+        kernels = [row for device in devices for row in _try_kernels(device, quick)]
     notes = [
         "reload, copy and the offloads must give the same output to the bit; offload: of the whole model, group: layer "
         "by layer by diffusers, sequential: by accelerate; compile: without a break in the graph"
@@ -173,6 +191,7 @@ def examine(
     known = {"predictors": list(PREDICTORS), "policies": list(known_policies()), "schemes": list(SCHEMES)}
     return {
         "machine": describe_machine(), "notes": notes, "rows": rows, "known": known, "extensions": extensions,
+        "kernels": kernels, "choices": _remembered(devices),
     }  # fmt: skip
 
 
@@ -183,19 +202,24 @@ def _try(
     inputs: Inputs,
     backend: str,
     scheme: str,
+    kernel: str,
 ) -> dict[str, Any]:
     """Error and probes of one pair on one device."""
     cells, device, error = {"runs": OK} | dict.fromkeys(probes, NOT_TRIED), exact.device, None
+    integer = BACKENDS[backend].layers[scheme].endswith(NativeLinear.__name__) and SCHEMES[scheme].activation_bits == 8
+    multiplied = kernel if integer else AUTO
 
     def make() -> str:
         nonlocal error, subject
         config: CemqConfig = quantization_config(original, backend, scheme)
         model = random_model(TINY, dtype=exact.dtype, device=device, config=config, batch=TINY.batch)
+        if multiplied == kernel:
+            use_kernel([model], kernel, device)
         output = predict(model, inputs)
         error = relative_error(exact, output)
         if not error <= LARGEST_ERROR:
             return f"relative error {error:.2g} to full precision"
-        subject = Subject(model=model, inputs=inputs, output=output, device=device)
+        subject = Subject(model=model, inputs=inputs, output=output, device=device, kernel=multiplied)
         return OK
 
     subject = None
@@ -204,6 +228,47 @@ def _try(
         for name, probe in probes.items():
             cells[name] = _caught(lambda probe=probe, subject=subject: probe(subject))
     return {"error": error if error == error else None, "probes": cells}
+
+
+def _try_kernels(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+    """What every kernel makes of one layer of 8 and one of 4 bits: milliseconds, and `OK` or why not."""
+    dtype = getattr(torch, default_dtype(device.type))
+    generator = torch.Generator("cpu").manual_seed(0)
+    values, weight, bias = (
+        torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(device)
+        for size in ((_ROWS, _WIDTH), (_WIDTH, _WIDTH), (_WIDTH,))
+    )
+    layers = {bits: _layer(weight, bias.to(dtype), bits) for bits in (8, 4)}
+    for kernel in KERNELS.values():
+        if why := kernel.obstacle_on(device):
+            yield {"kernel": kernel.name, "device": str(device), "bits": None, "state": why, "ms": None}
+            continue
+        for bits in kernel.bits:
+            state = NOT_TRIED
+            if not kernel.compiles or (device.type != "cpu" and not quick):
+                state = wrong(kernel, values.to(dtype), layers[bits]) or OK
+            timed = _milliseconds(kernel, values.to(dtype), layers[bits]) if state == OK else None
+            yield {"kernel": kernel.name, "device": str(device), "bits": bits, "state": state, "ms": timed}
+
+
+def _layer(weight: torch.Tensor, bias: torch.Tensor, bits: int) -> LinearWeights:
+    """What a native layer stores for a float weight (out, in)."""
+    scheme = SCHEMES[f"w{bits}a8"]
+    stored = NativeLinear.quantize(weight, scheme, None)
+    scales = {name: stored[name] for name in ("weight", "weight_scale", "weight_sum")}
+    return LinearWeights(group_scale=stored.get("group_scale"), bias=bias, columns=weight.shape[1], **scales)
+
+
+def _milliseconds(kernel: Kernel, values: torch.Tensor, layer: LinearWeights) -> float:
+    return milliseconds(lambda: kernel.run(values, layer, None, False), values.device)
+
+
+def _remembered(devices: Sequence[torch.device]) -> dict[str, dict[str, str]]:
+    """The kernels that were chosen for shapes, by device and what was asked for."""
+    return {
+        str(device): {asked: choice.kernel for asked, choice in choices().remembered(device).items()}
+        for device in devices
+    }
 
 
 def _caught(probe: Callable[[], str]) -> str:

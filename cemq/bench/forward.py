@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypedDict, Unpack
 
@@ -27,17 +27,21 @@ from cemq.bench.random_models import (
 from cemq.errors import CemqError, InputError, check_keywords, choose, first_line
 from cemq.pipelines.batches import Progress
 from cemq.pipelines.opening import DTYPES, check_device, default_device
-from cemq.quantize import CemqConfig
+from cemq.quantize import SCHEMES, CemqConfig, NativeLinear
+from cemq.quantize.kernels import AUTO, check_kernel, choices
+from cemq.quantize.layers import use_kernel
 
 FULL_PRECISION = "full precision"
 USABLE = 0.9  # of the free memory may go into weights; the rest is for what they work on
 
 
 class Variants(TypedDict, total=False):
-    """Whether full precision is timed beside the schemes, and whether all are compiled; each may be left out."""
+    """Whether full precision is timed beside the schemes, whether all are compiled, and what multiplies the integers of
+    native layers; each may be left out."""
 
     full_precision: bool
     compiled: bool
+    kernel: str
 
 
 def bench_architecture(
@@ -59,9 +63,11 @@ def bench_architecture(
         batch: Inputs of one forward; None takes what one picture needs.
         full_precision: Time the model that is not quantized as well, first; it is unless this is False.
         compiled: Put every variant through torch.compile.
+        kernel: What multiplies integers (`cemq.from_pretrained`).
 
     Returns:
-        Plain data: machine, settings, notes and tables of rows (`measure.make_rows`).
+        Plain data: machine, settings, notes, tables of rows (`measure.make_rows`), and the kernel that was taken for
+        each shape.
 
     Raises:
         CemqError: Something is unknown, not installed or does not fit in memory; before anything is built.
@@ -94,7 +100,17 @@ def bench_architecture(
         "settings": subject.settings(inputs, rounds),
         "notes": notes + strange + busy_note(timings),
         "tables": [{"title": f"{subject}, median of {rounds}", "rows": rows}],
+        "kernels": kernels_taken(subject.kernel),
     }
+
+
+def kernels_taken(asked: str) -> list[dict[str, Any]]:
+    """What computed the integer products of this process, by shape, where it was asked for so."""
+    return [
+        {"device": made.device, "shape": str(made.shape)} | asdict(made.choice)
+        for made in choices().made()
+        if made.asked == asked
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,6 +125,7 @@ class _Subject:
     device: str
     place: torch.device
     compiled: bool
+    kernel: str
 
     @property
     def kind(self) -> torch.dtype:
@@ -135,6 +152,7 @@ class _Subject:
             "rounds": rounds,
             "device": self.device,
             "compiled": self.compiled,
+            "kernel": self.kernel,
         }
 
     def needs(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -160,9 +178,12 @@ class _Subject:
 
     def build(self, name: str) -> torch.nn.Module:
         """The model of a variant."""
-        return random_model(
+        model = random_model(
             self.architecture, dtype=self.kind, device=self.place, config=self.configs[name], batch=self.batch
         )
+        if _multiplies_integers(self.configs[name]):
+            use_kernel([model], self.kernel)
+        return model
 
     def call(self, model: torch.nn.Module, inputs: Inputs) -> Callable[[], torch.Tensor]:
         """One forward of a variant's model."""
@@ -178,6 +199,7 @@ def _subject(
     *,
     full_precision: bool = True,
     compiled: bool = False,
+    kernel: str = AUTO,
 ) -> _Subject:
     """Raises CemqError for anything that is unknown, not installed or cannot be compiled; nothing is built yet."""
     if isinstance(architecture, str):
@@ -188,6 +210,7 @@ def _subject(
         raise InputError("nothing to time: name --schemes, or keep full precision")
     device = device or default_device()
     place = check_device(device)
+    check_kernel(kernel, place)
     if compiled and (obstacle := compile_obstacle(device)):
         raise InputError(f"torch.compile cannot be used here: {obstacle}")
     empty = empty_model(architecture)
@@ -195,8 +218,16 @@ def _subject(
     configs |= {name: quantization_config(empty, *pair) for name, pair in wanted.items()}
     return _Subject(
         architecture=architecture, empty=empty, configs=configs, dtype=dtype, batch=batch or architecture.batch,
-        device=device, place=place, compiled=compiled,
+        device=device, place=place, compiled=compiled, kernel=kernel,
     )  # fmt: skip
+
+
+def _multiplies_integers(config: CemqConfig | None) -> bool:
+    """Whether layers are native ones with int8 activations, which have kernels to choose from."""
+    if config is None:
+        return False
+    scheme = SCHEMES[config.scheme]
+    return config.layer_class(scheme) is NativeLinear and scheme.activation_bits == 8
 
 
 def _relative_errors(

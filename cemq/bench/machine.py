@@ -5,9 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import shutil
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,11 @@ import torch
 
 from cemq.quantize.integers import has_int8_units
 from cemq.quantize.kernels import cpu
+from cemq.quantize.kernels.own import compile_obstacle
 
 LIBRARIES = (
     "cemq", "torch", "diffusers", "transformers", "accelerate", "triton", "optimum-quanto", "bitsandbytes", "torchao",
+    "comfy-kitchen", "gemlite",
 )  # fmt: skip
 # what speeds up int8 and bfloat16 products, and the flags of /proc/cpuinfo that stand for it
 CPU_FEATURES = {
@@ -61,16 +61,6 @@ def one_line(machine: dict[str, Any]) -> str:
 
 def threads_text(machine: dict[str, Any]) -> str:
     return f"{machine['threads']} thread{'s'[: machine['threads'] != 1]}"
-
-
-def compile_obstacle(device: str) -> str:
-    """Why torch.compile cannot work on a device type; empty where it can."""
-    wanted = os.environ.get("CXX") or "g++"
-    if not any(shutil.which(name) for name in (wanted, "clang++", "c++")):
-        return f"no C++ compiler: {wanted} is not on the PATH"
-    if device.startswith("cuda") and find_spec("triton") is None:
-        return "Triton is not installed"
-    return ""
 
 
 def _cpu_info() -> tuple[str, set[str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from cemq.bench.doctor import NOT_TRIED, OK
 from cemq.bench.machine import one_line, threads_text
+from cemq.quantize.kernels import KERNELS
 
 _PIPE_WIDTH = 120
 
@@ -40,6 +42,8 @@ def print_benchmark(result: dict[str, Any]) -> None:
         console.print(table)
         if others:
             console.print(f"time and size: as a share of {first['variant']}", soft_wrap=True)
+    if chosen := [made["kernel"] for made in result["kernels"]]:
+        console.print(f"kernels: {counted(chosen)}", soft_wrap=True)
     _print_notes(console, result["notes"])
 
 
@@ -77,7 +81,36 @@ def print_doctor(result: dict[str, Any]) -> None:
     console.print(table)
     for (probe, reason), names in reasons.items():
         console.print(": ".join(filter(None, (", ".join(names), probe, reason))), soft_wrap=True)
+    _print_kernels(console, result)
     _print_notes(console, result["notes"])
+
+
+def _print_kernels(console: Console, result: dict[str, Any]) -> None:
+    """What multiplies integers here, why others do not, and what was chosen for the shapes that were met."""
+    console.print()
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("kernel", "on", "weights", "tokens", "ms"):
+        table.add_column(title, justify="right" if title == "ms" else "left")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in result["kernels"]:
+        if row["state"] not in (OK, NOT_TRIED):
+            named = row["kernel"] if row["bits"] is None else f"{row['kernel']} int{row['bits']}"
+            reasons.setdefault((named, row["state"]), []).append(row["device"])
+            continue
+        tokens = "symmetric" if KERNELS[row["kernel"]].symmetric else "asymmetric"
+        table.add_row(row["kernel"], row["device"], f"int{row['bits']}", tokens, _shown(row["ms"], ".3f"))
+    console.print(table)
+    for (name, reason), devices in reasons.items():
+        console.print(f"kernel {name} on {', '.join(devices)}: {reason}", soft_wrap=True)
+    for device, chosen in result["choices"].items():
+        if chosen:
+            console.print(f"chosen on {device}: {counted(chosen.values())}", soft_wrap=True)
+
+
+def counted(kernels: Iterable[str]) -> str:
+    """How many shapes each kernel computes, such as ``triton for 12 shapes``."""
+    found = Counter(kernels).most_common()
+    return ", ".join(f"{name} for {count} shape{'s'[: count != 1]}" for name, count in found)
 
 
 def _print_notes(console: Console, notes: list[str]) -> None:

@@ -35,6 +35,7 @@ def generate(
         verify: When checksums are compared: ``always``, ``once`` on this machine, which is the default, or ``never``.
         vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes, for this very call; see
             `cemq.from_pretrained`.
+        kernel: What multiplies integers; see there, too.
         offload_folder: For placements that keep weights on disk; None takes ``~/.cache/cemq/offload``.
 
     Raises:

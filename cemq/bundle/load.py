@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
+from torch import nn
 
 from cemq.bundle.checksums import Verify
 from cemq.bundle.dtypes import check_dtypes, tensor_dtypes
@@ -23,6 +24,8 @@ from cemq.memory.offload import disk_folder, free_host_memory, place
 from cemq.memory.placement import MemoryPlan
 from cemq.pipelines.opening import DTYPES, check_device, default_device, open_pipeline
 from cemq.prior.error_prior import ErrorPrior
+from cemq.quantize.kernels import check_kernel
+from cemq.quantize.layers import use_kernel
 from cemq.reclaim import map_large_allocations
 from cemq.runtime.attach import attach
 from cemq.runtime.policy_names import make_policy
@@ -46,6 +49,7 @@ class Loading(Placing, total=False):
 
     device: str | None
     verify: Verify | bool
+    kernel: str
 
 
 def from_pretrained(
@@ -57,6 +61,7 @@ def from_pretrained(
     call: Mapping[str, Any] | None = None,
     revision: str | None = None,
     verify: Verify | bool = "once",
+    kernel: str = "auto",
     **placing: Unpack[Placing],
 ) -> Any:
     """Load a bundle as its own diffusers pipeline class, quantized and scheduled.
@@ -76,6 +81,9 @@ def from_pretrained(
         revision: Branch, tag or commit on the Hub.
         verify: Compare the checksums of all files first: ``always``, ``once`` on this machine and again for what has
             changed since, or ``never``. True and False stand for always and never.
+        kernel: What multiplies the integers of W8A8 and W4A8: a kernel that ``cemq doctor`` shows, ``auto`` for the
+            fastest of those that round as the bundle was measured, tried once for each shape and device, or ``fastest``
+            of all. Layers that it does not take, or whose result it does not give, have what ``auto`` chooses.
         vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: the cheapest placement that fits is
             applied, ``pipe.cemq_memory_plan`` says which. On a CPU it is the memory of weights and activations.
         offload_folder: For placements that keep weights on disk; None takes ``~/.cache/cemq/offload``.
@@ -87,36 +95,42 @@ def from_pretrained(
         PlacementError: No placement fits in ``vram``, and how much the least one needs; or it would keep weights on
             disk that ``torch_dtype`` converts in memory.
         HubError: There is no such folder, and nothing of that name can be fetched.
-        InputError: Unknown dtype or device, ``vram`` is no size, or ``verify`` none of these words.
+        InputError: Unknown dtype or device, ``vram`` is no size, ``verify`` none of these words, or there is no such
+            kernel, here or at all, or no layer that it would be for.
     """
     check_keywords("from_pretrained", placing, Placing)
     load_extensions()
     folder = absolute(find_bundle(path, revision))  # the pipeline outlives a change of the working folder
     manifest = read_bundle(folder, verify=verify)
     plan = _read_plan(folder, manifest, budget)
-    dtype = str(torch_dtype).removeprefix("torch.") if torch_dtype is not None else manifest.dtype
-    choose("dtype", dtype, DTYPES)
+    dtype = choose("dtype", str(torch_dtype or manifest.dtype).removeprefix("torch."), DTYPES)
     where = check_device(device or default_device())
+    check_kernel(kernel, where)
     policy = make_policy(manifest.policy["name"], manifest.policy["settings"]) if manifest.policy else None
-    memory, on_disk = None, False
+    memory = None
     if (vram := placing.get("vram")) is not None:
         free, steps = free_host_memory(), plan.schedule.budget
         memory = plan_memory(folder, vram, device=where.type, budget=steps, call=call, dtype=dtype, host_memory=free)
-        on_disk = where.type == "cpu" and memory.chosen.placement.disk
-        if on_disk and dtype != manifest.dtype:
-            raise PlacementError(
-                f"vram={vram}: weights would lie on disk, but torch_dtype={dtype} converts all of them in memory "
-                f"first: take the bundle's own {manifest.dtype}, or allow more memory"
-            )
+        if where.type == "cpu" and memory.chosen.placement.disk:
+            _check_unconverted(vram, dtype, manifest)
+            map_large_allocations()  # before diffusers takes memory for every weight of the models that it is to fill
     offloads = memory is not None and memory.chosen.placement.unit != "nothing"
-    if on_disk:
-        map_large_allocations()  # before diffusers takes memory for every weight of the models that it is to fill
     pipe = open_quantized(folder, manifest, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
+    use_kernel((part for part in pipe.components.values() if isinstance(part, nn.Module)), kernel, where)
     if memory is not None:
         _place(pipe, memory, folder, where, placing.get("offload_folder"))
     attach(pipe, plan if policy is None else policy).is_measured = True
     save_as_bundle(pipe, folder, manifest, dtype=dtype)
     return pipe
+
+
+def _check_unconverted(vram: str | int, dtype: str, manifest: Manifest) -> None:
+    """Raises PlacementError where weights that are to stay on disk would be converted."""
+    if dtype != manifest.dtype:
+        raise PlacementError(
+            f"vram={vram}: weights would lie on disk, but torch_dtype={dtype} converts all of them in memory "
+            f"first: take the bundle's own {manifest.dtype}, or allow more memory"
+        )
 
 
 def open_quantized(

@@ -1,4 +1,5 @@
-"""Layers for number formats that come with a codec: stored in it, multiplied as floats."""
+"""Layers for number formats that come with a codec: stored in it, multiplied as floats unless the format has a product
+of its own."""
 
 from __future__ import annotations
 
@@ -35,11 +36,16 @@ class CodedLinear(QuantizedLinear):
         return {"weight": codes, "weight_scale": scale}
 
     def multiply(self, values: torch.Tensor) -> torch.Tensor:
-        weight = _codec(self.scheme.weight).decode(self.integers, self.weight_scale)[:, : self.in_features]
-        if self.scheme.activation is not None and values.shape[0] >= FEW_ROWS:
-            codec = _codec(self.scheme.activation)
-            values = codec.decode(*codec.encode(values.float()))[:, : self.in_features].to(values.dtype)
         bias = None if self.bias is None else self.bias.to(values.dtype)
+        if self.scheme.activation is not None and values.shape[0] >= FEW_ROWS:
+            codec, product = _codec(self.scheme.activation), self.scheme.activation.product
+            tokens = codec.encode(values.float())
+            if product is not None and self.scheme.activation == self.scheme.weight:
+                output = product(*tokens, self.integers, self.weight_scale, bias, values.dtype)
+                if output is not None:
+                    return output
+            values = codec.decode(*tokens)[:, : self.in_features].to(values.dtype)
+        weight = _codec(self.scheme.weight).decode(self.integers, self.weight_scale)[:, : self.in_features]
         return F.linear(values, weight.to(values.dtype), bias)
 
 

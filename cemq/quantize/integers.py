@@ -58,6 +58,17 @@ def quantize_tokens(
     return quantized.to(torch.int8), scale, zero_point.to(torch.int32)
 
 
+def quantize_symmetric(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Symmetric int8 per token, as other libraries' kernels have it: the same three, zero points being zero.
+
+    Args:
+        values: (tokens, channels).
+    """
+    values = values.float()
+    scale = (values.abs().amax(-1, keepdim=True) / INT8_MAX).clamp_min(_TINY)
+    return (values / scale).round().to(torch.int8), scale, torch.zeros_like(scale, dtype=torch.int32)
+
+
 def group_scales(
     weight: torch.Tensor, group_size: int, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

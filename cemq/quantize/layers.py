@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from diffusers.models.activations import GELU
 from torch import nn
 
-from cemq.errors import ModelError
+from cemq.errors import InputError, ModelError
 from cemq.quantize.gptq import gptq_int4, gptq_int8, low_rank, smoothing
 from cemq.quantize.integers import GROUP_SIZE, quantize_channels, quantize_int4, round_to_scales
-from cemq.quantize.kernels import FEW_ROWS, integer_linear, integer_weight, weight_only_linear
+from cemq.quantize.kernels import AUTO, FEW_ROWS, check_kernel, integer_linear, integer_weight, weight_only_linear
 from cemq.quantize.schemes import Scheme
 from cemq.reclaim import give_back
 
@@ -320,12 +320,13 @@ class NativeLinear(QuantizedLinear):
 
     A smoothed layer multiplies its input by ``smooth`` (in,), and its weight has been divided by it (SmoothQuant,
     2211.10438). One with a low-rank correction adds ``(x @ down^T) @ up^T`` in bfloat16 (as in SVDQuant, 2411.05007).
-    One with ``gelu`` gives the tanh form of it (`fuse_gelu`).
+    One with ``gelu`` gives the tanh form of it (`fuse_gelu`). ``kernel`` says what multiplies integers (`use_kernel`).
     """
 
     is_fitted = True
     rounds_anew = True
     gelu = False
+    kernel: str = AUTO
     weight_scale: torch.Tensor
     weight_sum: torch.Tensor
     up: torch.Tensor
@@ -395,7 +396,7 @@ class NativeLinear(QuantizedLinear):
         group_scale, smooth = getattr(self, "group_scale", None), getattr(self, "smooth", None)
         if self._in_integers(values):
             weights = self.integers, group_scale, self.weight_scale, self.weight_sum
-            output = integer_linear(values, *weights, self.bias, smooth, gelu)
+            output = integer_linear(values, *weights, self.bias, smooth, gelu, self.kernel)
         else:
             output = weight_only_linear(values, self.integers, group_scale, self.weight_scale, self.bias, smooth)
         if self.scheme.low_rank:
@@ -440,6 +441,35 @@ def fuse_gelu(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is GELU and module.approximate == "tanh" and type(module.proj) is NativeLinear:
             model.set_submodule(name, FusedGELU(module.proj).train(module.training))
+
+
+def use_kernel(modules: Iterable[nn.Module], kernel: str, device: torch.device | None = None) -> int:
+    """Have the integer products of native layers computed by one kernel, or by a choice (`cemq.quantize.kernels`).
+
+    Layers that a kernel does not take are computed as before. It is not saved with a model: another machine has others.
+
+    Args:
+        kernel: A kernel's name, ``auto`` or ``fastest``.
+        device: Where the layers run; refuses a kernel that cannot run there.
+
+    Returns:
+        The number of layers.
+
+    Raises:
+        InputError: No such kernel, it cannot run on the device, or no layer multiplies integers.
+    """
+    check_kernel(kernel, device)
+    layers = [
+        layer
+        for module in modules
+        for layer in module.modules()
+        if isinstance(layer, NativeLinear) and layer.scheme.activation_bits == 8
+    ]
+    if kernel != AUTO and not layers:
+        raise InputError(f"kernel '{kernel}': no layer here multiplies integers by cemq's own kernels: leave it out")
+    for layer in layers:
+        layer.kernel = kernel
+    return len(layers)
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from cemq.errors import InputError, SchemeError, choose
+from cemq.quantize.fp8 import E4M3, scaled_product
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +37,20 @@ class Format:
     Args:
         bits: Of one number, scales apart.
         codec: How floats are stored in it; None for those that backends multiply by kernels of their own.
+        product: Multiplies codes as they are, where the device can: codes (rows, in) and (out, in), each followed by
+            its scales, bias and the dtype of the result (rows, out); gives None where it cannot. Without one, codes are
+            decoded and floats multiplied.
     """
 
     name: str
     bits: int
     codec: Codec | None = None
+    product: Callable[..., torch.Tensor | None] | None = None
 
 
 INT8, INT4 = Format(name="int8", bits=8), Format(name="int4", bits=4)
 FP4 = Format(name="fp4", bits=4)
+FP8 = Format(name="fp8", bits=8, codec=E4M3(), product=scaled_product)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +104,17 @@ SCHEMES = {
     "w8a16": Scheme(name="w8a16", weight=INT8),
     "w4a16": Scheme(name="w4a16", weight=INT4),
     "w4a16-fp4": Scheme(name="w4a16-fp4", weight=FP4),
+    "w8a8-fp8": Scheme(name="w8a8-fp8", weight=FP8, activation=FP8),
 }
 NO_SCHEME = "none"
 
+_CODED = "cemq.quantize.coded:CodedLinear"
+
 BACKENDS = {
-    "native": Backend(layers=dict.fromkeys(("w8a8", "w4a8", "w8a16", "w4a16"), "cemq.quantize.layers:NativeLinear")),
+    "native": Backend(
+        layers=dict.fromkeys(("w8a8", "w4a8", "w8a16", "w4a16"), "cemq.quantize.layers:NativeLinear")
+        | {"w8a8-fp8": _CODED}
+    ),
     "quanto": Backend(
         layers=dict.fromkeys(("w8a8", "w4a8", "w8a16", "w4a16"), "cemq.quantize.backends.quanto:QuantoLinear"),
         package="optimum.quanto",
@@ -131,7 +144,7 @@ def register_format(format: Format) -> tuple[str, str]:
     """Make a number format known by two schemes of the native backend, whose names are returned: ``wNa16-NAME`` stores
     weights in it, ``wNaN-NAME`` rounds activations to it as well, token by token.
 
-    Storage is real, arithmetic is not: layers decode and multiply floats.
+    Storage is real, arithmetic is not: layers decode and multiply floats, unless the format has a product.
 
     Raises:
         InputError: There is a scheme of that name, the name is no plain word, or the codec does not do what it says.
@@ -149,7 +162,7 @@ def register_format(format: Format) -> tuple[str, str]:
             raise InputError(f"scheme '{scheme.name}': there is one of that name already")
     for scheme in schemes:
         SCHEMES[scheme.name] = scheme
-        BACKENDS["native"].layers[scheme.name] = "cemq.quantize.coded:CodedLinear"
+        BACKENDS["native"].layers[scheme.name] = _CODED
     return schemes[0].name, schemes[1].name
 
 

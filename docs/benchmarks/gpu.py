@@ -4,8 +4,8 @@ Parts, in the order in which they run; ``--parts`` picks some of them:
 
 * machine: the device's rates on large products and copies
 * correctness: the tests that need a GPU, and layers, streams, graphs and placements against an exact reference
-* steps: one block and one full step at the shapes of large models, bfloat16 against W8A8 and W4A8, eager and compiled
-* linears: single layers, cemq's kernels beside those of other libraries
+* steps: one block and one full step at the shapes of large models, bfloat16 against W8A8, W4A8, fp8, eager and compiled
+* linears: single layers, every kernel that cemq chooses from, and those of other libraries
 * skipping: a FLUX-size pipeline, 28 steps in full and 10 of them
 * vram: the same under 8, 12, 16 and 24 GiB
 * rounding: seconds to round one FLUX block, and to fit it by GPTQ
@@ -61,8 +61,8 @@ class Part:
 PARTS = {
     "machine": Part(seconds=25),
     "correctness": Part(seconds=150),
-    "steps": Part(seconds=170),
-    "linears": Part(seconds=60),
+    "steps": Part(seconds=180),
+    "linears": Part(seconds=75),
     "skipping": Part(seconds=60),
     "vram": Part(seconds=90, alone=True),
     "rounding": Part(seconds=20),

@@ -172,8 +172,9 @@ def linears_section(record: Mapping[str, Any], rows: list[Row]) -> str:
             share = 1e3 * operations / rates[0 if kernel == "bfloat16" else 1] / alone
             memory = 1e3 * moved / rates[2] / alone
         shape = f"{row['rows']} x {row['in']} x {row['out']}"
+        name = f"{kernel}: {row['chosen']}" if "chosen" in row else kernel
         lines.append((
-            f"{layer}, {shape}", kernel, row["ms"], row.get("graph_ms"),
+            f"{layer}, {shape}", name, row["ms"], row.get("graph_ms"),
             alone / (base.get("graph_ms") or base["ms"]) if "ms" in base else None, share, memory, row["relative_l2"],
         ))  # fmt: skip
     return "\n\n".join([

@@ -60,6 +60,7 @@ ROWS = (
     native("w8a8", "", "default"),
     native("w8a8", "--rounding nearest", "rounded to nearest", gptq=False),
     native("w8a8", "smoothed: true", "smoothed", smoothed=True),
+    native("w8a8-fp8", "", "rounded to nearest"),
     native("w4a8", "", "default"),
     native("w4a8", "--rounding nearest", "rounded to nearest", gptq=False),
     native("w4a8", "smoothed: true", "smoothed", smoothed=True),

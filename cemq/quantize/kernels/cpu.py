@@ -223,7 +223,7 @@ def _build_and_load(source: Path) -> Kernels:
     if compiler is None:
         raise OSError("no C compiler: neither cc, gcc nor clang is on the PATH")
     built_from = hashlib.sha256(source.read_bytes())
-    built_from.update(repr((compiler, _FLAGS, platform.machine(), _cpu_features())).encode())
+    built_from.update(repr((compiler, _FLAGS, platform.machine(), features())).encode())
     name = f"cpu-{built_from.hexdigest()[:16]}.so"
     try:
         cache = cache_folder()
@@ -252,7 +252,7 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
 
 
-def _cpu_features() -> str:
+def features() -> str:
     """What ``-march=native`` depends on: a home folder may be shared between unlike machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

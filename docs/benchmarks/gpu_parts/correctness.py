@@ -27,7 +27,7 @@ from cemq.quantize.kernels import integer_linear
 from gpu_parts import Case, Rows, Setting, flux
 
 ROOT = Path(__file__).parents[3]
-TESTS = ("tests/test_triton_kernels.py", "tests/test_backends.py")
+TESTS = ("tests/test_triton_kernels.py", "tests/test_backends.py", "tests/test_fp8.py", "tests/test_kernel_registry.py")
 TEST_SECONDS = 60
 WORKERS = 8  # compiling takes most of the time
 SCHEMES = ("w8a8", "w4a8")
@@ -87,8 +87,10 @@ class Layer:
         parts = (stored, group_scale, scale, total, offset)
         return cls(operands=tuple(None if part is None else part.to(setting.device) for part in parts), whole=whole)
 
-    def __call__(self, values: torch.Tensor, **options: Any) -> torch.Tensor:
-        return integer_linear(values, *self.operands, **options)
+    def __call__(self, values: torch.Tensor, by: str | None = None, **options: Any) -> torch.Tensor:
+        """By the Triton kernels on CUDA, unless another one is asked for."""
+        own = "triton" if values.is_cuda else "cpu"
+        return integer_linear(values, *self.operands, by=by or own, **options)
 
     def exact(self, values: torch.Tensor, smooth: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """In float64 on the values' device: the product in floats, and with the bias."""
@@ -215,8 +217,12 @@ def _default_dtype(setting: Setting, dtype: str) -> Rows:
 
 
 def _compiled(setting: Setting, scheme: str, mode: str) -> Rows:
-    """Under torch.compile, with new values each time, as a CUDA graph too."""
-    layer = Layer.draw(setting, scheme, 256, 128, torch.bfloat16, 1)
+    """Under torch.compile, with new values each time, as a CUDA graph too, by the kernel that its first run chooses."""
+    drawn = Layer.draw(setting, scheme, 256, 128, torch.bfloat16, 1)
+
+    def layer(values: torch.Tensor) -> torch.Tensor:
+        return drawn(values, by="auto")
+
     compiled = torch.compile(layer, fullgraph=True, mode=mode)
     with one_block_shape(setting):
         for turn in range(4):

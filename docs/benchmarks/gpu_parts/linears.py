@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cemq.quantize import integers
-from cemq.quantize.integers import GROUP_SIZE
-from cemq.quantize.kernels import integer_linear
+from cemq.quantize import SCHEMES, NativeLinear, integers, kernels
+from cemq.quantize.fp8 import E4M3, has_scaled_product, scaled_product
+from cemq.quantize.kernels import LinearWeights, integer_linear
 from gpu_parts import Case, Rows, Setting
 from gpu_parts.timing import clocks, elapsed, graph_milliseconds, milliseconds
 
@@ -38,6 +38,7 @@ def cases(setting: Setting) -> list[Case]:
             measure=partial(_layer, setting, kernel, rows, columns, outputs),
         )
         for kernel in KERNELS
+        if setting.cuda or not kernel.startswith("triton")
         for layer, (rows, columns, outputs) in shapes.items()
     ]
 
@@ -57,6 +58,8 @@ def _layer(setting: Setting, kernel: str, rows: int, columns: int, outputs: int)
     whole = found[0].shape == exact.shape  # not so where only a part of a layer is timed
     error = float((found[0].float() - exact).norm() / exact.norm()) if whole else None
     row = {"relative_l2": error, "first_seconds": first}
+    if kernel in ("cemq w8a8", "cemq w4a8"):
+        row["chosen"] = kernels.choices().made()[-1].choice.kernel
     yield row | milliseconds(partial(layer, values), setting) | clocks(setting)
     yield {"graph_ms": graph_milliseconds(partial(layer, values), setting)}
 
@@ -65,17 +68,25 @@ def _bfloat16(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
     return lambda values: F.linear(values, weight, bias)
 
 
-def _cemq(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
-    quantized, scale = integers.quantize_channels(weight)
-    total = quantized.sum(1, keepdim=True, dtype=torch.int32)
-    return lambda values: integer_linear(values, quantized, None, scale, total, bias)
+def _cemq(bits: int, kernel: str, weight: torch.Tensor, bias: torch.Tensor) -> Layer:
+    """A native layer of so many bits; ``auto`` takes the fastest of those with cemq's arithmetic."""
+    stored = _stored(bits, weight, bias)
+    operands = stored.weight, stored.group_scale, *stored.scales
+    return lambda values: integer_linear(values, *operands, by=kernel)
 
 
-def _cemq_int4(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
-    packed, group_scale, scale = integers.quantize_int4(weight, GROUP_SIZE)
-    whole = integers.expand_int4(packed, group_scale, weight.shape[1])
-    total = whole.sum(1, keepdim=True, dtype=torch.int32)
-    return lambda values: integer_linear(values, packed, group_scale, scale, total, bias)
+def _named(bits: int, kernel: str, weight: torch.Tensor, bias: torch.Tensor) -> Layer:
+    """One kernel of cemq's registry, by itself."""
+    stored, found = _stored(bits, weight, bias), kernels.KERNELS[kernel]
+    if why := found.obstacle_on(weight.device):
+        raise RuntimeError(why)
+    return lambda values: found.run(values, stored, None, False)
+
+
+def _stored(bits: int, weight: torch.Tensor, bias: torch.Tensor) -> LinearWeights:
+    tensors = NativeLinear.quantize(weight, SCHEMES[f"w{bits}a8"], None)
+    scales = {name: tensors[name] for name in ("weight", "weight_scale", "weight_sum")}
+    return LinearWeights(group_scale=tensors.get("group_scale"), bias=bias, columns=weight.shape[1], **scales)
 
 
 def _cemq_quantize(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
@@ -87,40 +98,17 @@ def _cemq_quantize(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
     return lambda values: triton_cuda.quantize_tokens(values)[0]
 
 
-def _int_mm(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
-    """torch's own integer product, with the quantization before it and the scales after it compiled."""
-    quantized, scale = integers.quantize_channels(weight)
-    total = quantized.sum(1, keepdim=True, dtype=torch.int32)
-
-    def layer(values: torch.Tensor) -> torch.Tensor:
-        tokens, token_scale, zero = integers.quantize_tokens(values)
-        product = torch._int_mm(tokens, quantized.t())
-        return integers.rescale(product, token_scale, zero, scale, total, bias, values.dtype)
-
-    return torch.compile(layer, dynamic=False)
-
-
 def _fp8(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
-    """E4M3 for tokens and output channels, multiplied by torch's scaled product."""
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    scale = weight.float().abs().amax(1, keepdim=True) / largest
-    rounded = (weight.float() / scale).to(torch.float8_e4m3fn)
+    """cemq's: E4M3 for tokens and output channels, multiplied by torch's scaled product, which must be there."""
+    codec = E4M3()
+    codes, scale = codec.encode(weight.float())
+    if not has_scaled_product(weight.device.type, weight.device.index, weight.dtype):
+        raise RuntimeError("torch has no scaled product of E4M3 here, or gives another result")
 
     def layer(values: torch.Tensor) -> torch.Tensor:
-        token_scale = values.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / largest
-        tokens = (values.float() / token_scale).to(torch.float8_e4m3fn)
-        return torch._scaled_mm(
-            tokens, rounded.t(), token_scale, scale.t(), bias=bias, out_dtype=values.dtype, use_fast_accum=True
-        )
+        tokens, token_scale = codec.encode(values.float())
+        return scaled_product(tokens, token_scale, codes, scale, bias, values.dtype)
 
-    return torch.compile(layer, dynamic=False)
-
-
-def _torchao(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    layer = _linear(weight, bias)
-    quantize_(layer, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
     return torch.compile(layer, dynamic=False)
 
 
@@ -132,11 +120,10 @@ def _torchao_fp8(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
     return torch.compile(layer, dynamic=False)
 
 
-def _gemlite(fp8: bool, weight: torch.Tensor, bias: torch.Tensor) -> Layer:
-    from gemlite.helper import A8W8_fp8_dynamic, A8W8_int8_dynamic
+def _gemlite_fp8(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
+    from gemlite.helper import A8W8_fp8_dynamic
 
-    make = A8W8_fp8_dynamic if fp8 else A8W8_int8_dynamic
-    return make(device=str(weight.device), dtype=weight.dtype).from_weights(weight, bias=bias)
+    return A8W8_fp8_dynamic(device=str(weight.device), dtype=weight.dtype).from_weights(weight, bias=bias)
 
 
 def _humming(weights: dict[str, Any], activations: str, weight: torch.Tensor, bias: torch.Tensor) -> Layer:
@@ -159,15 +146,19 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
 
 KERNELS: dict[str, Callable[[torch.Tensor, torch.Tensor], Layer]] = {
     "bfloat16": _bfloat16,
-    "cemq w8a8": _cemq,
-    "cemq w4a8": _cemq_int4,
+    "cemq w8a8": partial(_cemq, 8, "auto"),
+    "cemq w4a8": partial(_cemq, 4, "auto"),
+    "triton w8a8": partial(_named, 8, "triton"),
+    "triton w4a8": partial(_named, 4, "triton"),
+    "int-mm w8a8": partial(_named, 8, "int-mm"),
+    "int-mm w4a8": partial(_named, 4, "int-mm"),
     "cemq tokens alone": _cemq_quantize,
-    "torch._int_mm, compiled": _int_mm,
-    "torch._scaled_mm fp8, compiled": _fp8,
-    "torchao int8, compiled": _torchao,
+    "cemq fp8, torch._scaled_mm, compiled": _fp8,
+    "comfy-kitchen int8": partial(_named, 8, "comfy-kitchen"),
+    "torchao int8, compiled": partial(_named, 8, "torchao"),
     "torchao fp8, compiled": _torchao_fp8,
-    "gemlite int8": partial(_gemlite, False),
-    "gemlite fp8": partial(_gemlite, True),
+    "gemlite int8": partial(_named, 8, "gemlite"),
+    "gemlite fp8": _gemlite_fp8,
     "humming w8a8": partial(_humming, {"dtype": "int8"}, "int8"),
     "humming w4a8": partial(_humming, {"dtype": "int4", "group_size": 128}, "int8"),
     "humming w4a8 fp8": partial(_humming, {"dtype": "int4", "group_size": 128}, "float8e4m3"),

@@ -1,4 +1,5 @@
-"""One block and one full denoiser step at the shapes of large models: bfloat16, W8A8 and W4A8, eager and compiled.
+"""One block and one full denoiser step at the shapes of large models: bfloat16, W8A8 and W4A8, eager and compiled;
+fp8 of the two that gain most.
 
 Weights are random. Blocks of one shape are one and the same block: a step costs what it would cost with weights of its
 own for each, and building the model, moving it and compiling it cost a few blocks.
@@ -23,6 +24,7 @@ from gpu_parts.timing import clocks, elapsed, milliseconds
 
 MODELS = ("flux-dev", "wan-14b", "qwen-image", "sd3.5-medium", "wan-1.3b")
 SCHEMES = ("bfloat16", "w8a8", "w4a8")
+WITH_FP8 = ("flux-dev", "wan-14b")  # where linear layers take most
 TINY = {
     "flux-dev": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
     "wan-1.3b": {"num_layers": 2, "num_attention_heads": 1, "text_dim": 64, "ffn_dim": 128},
@@ -47,7 +49,7 @@ def cases(setting: Setting) -> list[Case]:
         )
         for compiled, names in models.items()
         for name in names
-        for scheme in SCHEMES
+        for scheme in (*SCHEMES, *(["w8a8-fp8"] if name in WITH_FP8 else []))
     ]
 
 
