@@ -119,6 +119,7 @@ def test_symmetric_kernels_are_as_near_as_symmetric_tokens_are(name, rows, colum
     assert "two input features" in kernel.refuses_these(make_values(columns=1), make_weights(columns=1))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of inductor's own imports
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_int_mm_with_compiled_passes_gives_the_reference(bits, backend, fresh_compiler, monkeypatch):

@@ -186,6 +186,7 @@ def examine(
     ]
     if not any(device.type == "cuda" for device in devices):
         notes.append("without a CUDA device, offloading only shows that the calls work here, not that memory is saved")
+    notes.append("kernels with symmetric tokens round activations in another way: they are used where asked for")
     if quick:
         notes.append("torch.compile was left out")
     known = {"predictors": list(PREDICTORS), "policies": list(known_policies()), "schemes": list(SCHEMES)}
