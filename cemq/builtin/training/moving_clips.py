@@ -95,6 +95,14 @@ def centres(ink: np.ndarray) -> np.ndarray:
     return np.stack([x, y], -1) / weight[..., None]
 
 
+def centred(ink: np.ndarray) -> np.ndarray:
+    """Every frame moved by whole pixels, so that its centre of mass is in the middle; ink (n, frames, 32, 32)."""
+    ways = np.rint((IMAGE_SIZE - 1) / 2 - centres(ink)).astype(int).reshape(-1, 2)
+    frames = ink.reshape(-1, *ink.shape[2:])
+    moved = [np.roll(frame, (down, right), (0, 1)) for frame, (right, down) in zip(frames, ways, strict=True)]
+    return np.stack(moved).reshape(ink.shape)
+
+
 def measured_directions(ink: np.ndarray) -> np.ndarray:
     """Index into DIRECTIONS of each clip, from where the centre of mass is in the first frame and in the last."""
     tracks = centres(ink)
