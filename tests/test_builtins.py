@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "builtin-models.md"
 
 def test_the_list_of_models_is_that_of_their_folders_and_each_has_a_card_a_recipe_and_a_module():
     assert set(BUILTINS) == {path.parent.name for path in FOLDER.glob("*/model_index.json")} <= cards().keys()
-    assert {"dit-digits", "sd3-digits", "emoji"} <= set(BUILTINS)
+    assert {"dit-digits", "sd3-digits", "emoji", "moving-digits"} <= set(BUILTINS)
     for name in BUILTINS:
         assert load_recipe(recipe_for(f"builtin:{name}")).calib
         assert importlib.util.find_spec(f"cemq.builtin.training.{name.replace('-', '_')}")

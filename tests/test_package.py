@@ -88,6 +88,7 @@ def test_the_wheel_holds_models_recipes_calibration_texts_and_the_mark_of_types(
         "cemq/builtin/sd3-digits/tokenizer/tokenizer_config.json",
         "cemq/builtin/emoji/card.json",
         "cemq/builtin/emoji/text_encoder_2/model.safetensors",
+        "cemq/builtin/moving-digits/vae/diffusion_pytorch_model.safetensors",
         "cemq/recipes/dit-digits.yaml",
         "cemq/calib_data/prompts.txt",
         "cemq/evaluation/page.html.jinja",

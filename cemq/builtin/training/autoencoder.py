@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLWan
 
 from cemq.builtin.training.fit import Stage, Workshop, fit
 
 BATCH = 64
+
+
+class Pictures(Protocol):
+    """Images or clips by their numbers: a tensor, or what draws one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, which: torch.Tensor, /) -> torch.Tensor: ...
 
 
 def as_float(images: torch.Tensor) -> torch.Tensor:
@@ -21,8 +30,8 @@ def as_float(images: torch.Tensor) -> torch.Tensor:
 def train_autoencoder(
     workshop: Workshop,
     stage: Stage,
-    vae: AutoencoderKL,
-    images: torch.Tensor,
+    vae: AutoencoderKL | AutoencoderKLWan,
+    images: Pictures,
     *,
     batch: int = BATCH,
     kl_weight: float = 1e-3,
@@ -35,7 +44,7 @@ def train_autoencoder(
         posterior = vae.encode(wanted).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(workshop.device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        return F.mse_loss(decoded, wanted) + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        return F.mse_loss(decoded, wanted) + kl_weight * posterior.kl().sum() / posterior.mean.numel()
 
     fit(workshop, stage, [vae], loss)
 
@@ -59,17 +68,21 @@ def centre(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 def train_decoder(
     workshop: Workshop,
     stage: Stage,
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | AutoencoderKLWan,
     latents: torch.Tensor,
     wanted: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    batch: int = BATCH,
 ) -> None:
-    """Teach the decoder alone, from normalised latents that are a little off, to draw what ``wanted`` gives for their
-    numbers."""
+    """Teach the decoder alone, from latents that are a little off, to draw what ``wanted`` gives for their numbers.
+
+    Args:
+        latents: As the decoder takes them, not normalised.
+    """
 
     def loss(generator: torch.Generator) -> torch.Tensor:
-        which = torch.randint(len(latents), (BATCH,), generator=generator)
-        jitter = 0.05 * torch.randn(latents[which].shape, generator=generator)
-        noisy = latents[which] / vae.config.scaling_factor + jitter
+        which = torch.randint(len(latents), (batch,), generator=generator)
+        noisy = latents[which] + 0.05 * torch.randn(latents[which].shape, generator=generator)
         drawn = vae.decode(noisy.to(workshop.device)).sample
         return F.mse_loss(drawn, as_float(wanted(which)).to(workshop.device))
 

@@ -36,7 +36,7 @@ def soften_decoder(workshop: Workshop, vae: AutoencoderKL, latents: torch.Tensor
     """
     soft = soften(torch.from_numpy(digits.images))
     stage = Stage(name="digits-decoder", steps=int(500 * workshop.scale), learning_rate=1e-3, seed=9)
-    train_decoder(workshop, stage, vae, latents, soft.__getitem__)
+    train_decoder(workshop, stage, vae, latents / vae.config.scaling_factor, soft.__getitem__)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ FIRST_SEED, BATCH = 5_000_000, 50
 
 
 def draw(pipe: DiffusionPipeline, conditions: Mapping[str, list], *, steps: int, **call: Any) -> np.ndarray:
-    """One picture of each condition, shape (n, height, width, 3) in [0, 1].
+    """One picture or clip of each condition, shape (n, height, width, 3) or (n, frames, height, width, 3) in [0, 1].
 
     Args:
         conditions: Arguments that take one for each sample, such as ``prompt``.
@@ -23,5 +23,5 @@ def draw(pipe: DiffusionPipeline, conditions: Mapping[str, list], *, steps: int,
         part = {name: asked[first : first + BATCH] for name, asked in conditions.items()}
         generator = [torch.Generator().manual_seed(FIRST_SEED + n) for n in range(first, min(first + BATCH, count))]
         options = {"num_inference_steps": steps, "generator": generator, "output_type": "np"}
-        images.append(pipe(**part, **options, **call).images)
+        images.append(pipe(**part, **options, **call)[0])
     return np.concatenate(images)
