@@ -325,6 +325,34 @@ def test_the_search_takes_some_of_the_samples_and_the_finalists_all():
     assert found.evidence["search_generations"] == pytest.approx(spent, abs=0.01)
 
 
+class Patient(ClosedLoop):
+    """Asked what it has learnt a hundred times at most, so that a search without an end has one."""
+
+    asked = 0
+
+    def fit(self, *args, **options):
+        self.asked += 1
+        assert self.asked < 100
+        return super().fit(*args, **options)
+
+
+@pytest.fixture(scope="module")
+def eight():
+    return prepared(batch_size=1, samples=8)
+
+
+@pytest.mark.parametrize("left", [0.0, 0.3, 0.6, 0.9, 1.2])
+def test_the_search_ends_where_what_is_left_suffices_for_some_of_the_first_samples(eight, left):
+    """A schedule is run on a quarter of the samples first, here two, which cost one generation together."""
+    loop = Patient(**eight)
+    search = Search(loop=loop, settings=PlanSettings(budget=BUDGET, predictor="taylor1"), corrector="none")
+    search.explore(BUDGET, 0.0)
+    begun = loop.spent
+    search.explore(BUDGET, begun + left)
+    assert begun <= loop.spent <= begun + left + 1e-9
+    assert (loop.spent > begun) == (left >= 2 * BUDGET / STEPS)
+
+
 @pytest.fixture(scope="module")
 def singly():
     return prepared(batch_size=1)

@@ -259,12 +259,12 @@ class Search:
         self.loop.run(first, samples=self.searched)  # or nothing would be known of this budget
         for schedule in (*others, *self.published(fitted, budget)):
             self._race(schedule, budget, limit)
-        while self.loop.spent + self.loop.cost(budget, 1) <= limit and (move := self._next(budget)):
-            self._race(move, budget, limit)
+        while (move := self._next(budget)) and self._race(move, budget, limit):
+            pass
 
-    def _race(self, schedule: CacheSchedule, budget: int, limit: float) -> None:
+    def _race(self, schedule: CacheSchedule, budget: int, limit: float) -> bool:
         """Run a schedule on more and more of the searched samples: for as long as it is no worse there than the best so
-        far, and ``limit`` is not spent."""
+        far, and ``limit`` is not spent. Returns whether it was run at all."""
         loop, tried = self.loop, self._tried(budget)
         best = self.ranked(tried)[0] if tried else None
         samples = self.searched if best is None else -(-min(self.searched, loop.samples) // 4)
@@ -276,6 +276,7 @@ class Search:
             trial, cost, samples = loop.run(schedule, samples=samples), cost + further, 2 * samples
             if best and middle_mean(gained(trial, best)) < 0:
                 break
+        return trial is not None
 
     def _predicted(self, prior: ErrorPrior, schedule: CacheSchedule) -> float:
         return prior.final_error(schedule.served, schedule.integrated, self.view)

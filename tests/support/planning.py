@@ -15,11 +15,12 @@ from support.pipelines import CALL, STEPS, make_dit
 BUDGET = 3
 
 
-def prepared(scheme: str = "w4a8", batch_size: int = 2, pipe: Any = None) -> dict[str, Any]:
-    """A quantized pipeline, its prior, and two planning samples as full precision drew them."""
+def prepared(scheme: str = "w4a8", batch_size: int = 2, pipe: Any = None, samples: int | None = None) -> dict[str, Any]:
+    """A quantized pipeline, its prior, and planning samples as full precision drew them: two, or three one by one."""
     pipe = pipe or make_dit()
     profiled, planning = (
-        make_batches((1, 2), samples=4 - batch_size, first_seed=seed, batch_size=batch_size) for seed in (0, 5)
+        make_batches((1, 2), samples=samples or 4 - batch_size, first_seed=seed, batch_size=batch_size)
+        for seed in (0, 5)
     )
     runner = Runner(pipe=pipe, steps=STEPS, call=CALL)
     trajectories, references = runner.record(profiled), runner.run(planning)
