@@ -90,7 +90,7 @@ def duca_steps(num_steps: int, interval: int, *, varied: bool = True) -> tuple[K
     """What every step is; the noisiest comes first.
 
     >>> duca_steps(12, 3)[-5:]
-    ('full', 'cautious', 'full', 'cautious', 'full')
+    ('cautious', 'full', 'full', 'cautious', 'full')
     """
     found: list[Kind] = []
     current = interval
