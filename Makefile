@@ -56,6 +56,8 @@ bench: .venv/installed-dev  ## all figures of docs/benchmarks anew; takes hours
 	$(BIN)/python docs/benchmarks/guidance.py
 	$(BIN)/python docs/benchmarks/teacache.py
 	$(BIN)/python docs/benchmarks/methods.py
+	$(BIN)/python docs/benchmarks/sizes.py
+	$(BIN)/python docs/benchmarks/constants.py
 	$(BIN)/python docs/benchmarks/lora.py
 	$(BIN)/python docs/benchmarks/memory.py
 	$(BIN)/python docs/benchmarks/loading.py
