@@ -335,7 +335,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     columns = min(len(schemes), _COLUMNS)
     lines = -(-len(schemes) // columns)
     figure = Figure(figsize=(5.5 * columns + 3.5, max(5 * lines, 6.5)), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for unused in panels[len(schemes) :]:
+        unused.set_axis_off()
     ours = {"linewidth": 3, "zorder": 3, "color": "black"}
     for axes, scheme in zip(panels, schemes, strict=False):
         for number, name in enumerate(_best_first(rows)):
