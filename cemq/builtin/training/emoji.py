@@ -31,7 +31,6 @@ from cemq.recipe import load_recipe
 
 PICTURES = 14_000
 CHANNELS = 8  # of latents
-TEXT_WIDTH = 64
 DROP_CAPTION = 0.08  # so that guidance by a second call (true_cfg_scale) works too
 # Text positions of a batch, and the share of batches that have them: a plain call of FLUX pads to 512, and all of them
 # take part in its attention. Batches are smaller where there are more, for the same time.
@@ -56,24 +55,15 @@ def transformer() -> FluxTransformer2DModel:
         num_single_layers=6,
         attention_head_dim=32,
         num_attention_heads=4,
-        joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=TEXT_WIDTH,
+        joint_attention_dim=models.TEXT_WIDTH,
+        pooled_projection_dim=models.TEXT_WIDTH,
         guidance_embeds=False,
         axes_dims_rope=(8, 12, 12),
     )
 
 
 def t5(vocabulary_size: int) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=vocabulary_size,
-        d_model=TEXT_WIDTH,
-        d_kv=16,
-        d_ff=2 * TEXT_WIDTH,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-    )
+    config = T5Config(vocab_size=vocabulary_size, feed_forward_proj="gated-gelu", **models.SMALL_T5)
     return T5EncoderModel(config)
 
 

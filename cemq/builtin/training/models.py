@@ -12,6 +12,14 @@ from cemq.builtin.training.digits import STROKES, TILTS, WORDS
 
 PROMPT_TOKENS = 16
 TEXT_WIDTH = 64
+SMALL_T5 = {
+    "d_model": TEXT_WIDTH,
+    "d_kv": 16,
+    "d_ff": 2 * TEXT_WIDTH,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+}
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 OF_DIGITS = ("a", "tilted", *WORDS, *STROKES, *TILTS)
 

@@ -29,7 +29,6 @@ from cemq.recipe import load_recipe
 
 CLIPS = 6_000
 CHANNELS = 8  # of latents
-TEXT_WIDTH = 64
 DROP_CAPTION = 0.1  # for classifier-free guidance
 # Text positions of a batch: its share of the batches, and how many clips it has. A plain call of Wan pads to 512, and
 # all of them take part in its attention.
@@ -61,7 +60,7 @@ def transformer() -> WanTransformer3DModel:
         attention_head_dim=32,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        text_dim=TEXT_WIDTH,
+        text_dim=models.TEXT_WIDTH,
         freq_dim=64,
         ffn_dim=480,
         num_layers=6,
@@ -70,15 +69,7 @@ def transformer() -> WanTransformer3DModel:
 
 
 def umt5(vocabulary_size: int) -> UMT5EncoderModel:
-    config = UMT5Config(
-        vocab_size=vocabulary_size,
-        d_model=TEXT_WIDTH,
-        d_kv=16,
-        d_ff=2 * TEXT_WIDTH,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-    )
+    config = UMT5Config(vocab_size=vocabulary_size, **models.SMALL_T5)
     return UMT5EncoderModel(config)
 
 
