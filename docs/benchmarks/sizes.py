@@ -99,7 +99,7 @@ def page(record: dict[str, Any]) -> str:
         "was fitted to; PSNR in dB to full precision at 50 of 50 steps and the same size: mean, fifth percentile and",
         "worst. Bundles are of the default effort. `made at 64 x 64` is the bundle of that size",
         "called with another height and width; `made here` was profiled, quantized and planned at the size of its row.",
-        "The model was trained at 64 x 64 alone.",
+        "The model was trained at 64 x 64 alone. A row that is not there was not measured.",
         "",
         f"| scheme | of {STEPS} | size | {' | '.join(PLANS)} | made here over made at 64 x 64 |",
         f"|---|---|---|{'---|' * len(PLANS)}---|",
