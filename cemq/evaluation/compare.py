@@ -297,6 +297,7 @@ def _take_turns(
     sides: Sequence[_Side], batches: Sequence[Batch], calls: Mapping[str, Any], progress: Progress | None
 ) -> None:
     """Batch by batch, so that what else the machine does slows down both."""
+    # the last one is opened first: a budget that the bundle does not have is refused before full precision is loaded
     runners = [(side, Runner(pipe=side.pipe, **calls)) for side in reversed(sides)][::-1]
     for batch, on_step in iterate(batches, "reference and bundle", progress, len(sides) * calls["steps"]):
         for side, runner in runners:
