@@ -108,6 +108,27 @@ def test_a_threshold_is_found_where_one_gives_the_ratio(target, power, most):
     assert abs(math.log(found / within)) <= 2 * CLOSE
 
 
+@given(st.lists(st.floats(1.1, 8), min_size=2, max_size=4), st.floats(0.5, 4))
+def test_what_was_tried_for_one_ratio_serves_the_next(targets, power):
+    tried, known, knob = [], {}, Threshold(low=1e-4, high=1e4)
+
+    def measured(threshold):
+        tried.append(threshold)
+        return 1 + 9 * threshold**power / (1 + threshold**power)
+
+    for target in targets:
+        assert abs(math.log(measured(settle(knob, target, measured, 50, known)) / target)) <= 2 * CLOSE
+        tried.pop()  # that of this test itself
+    assert len(tried) == len(set(tried)) == len(known)
+
+
+def test_a_ratio_that_is_out_of_reach_is_not_sought_anew():
+    known, knob = {}, Threshold(low=1e-4, high=1e4)
+    for target in (3.0, 5.0):
+        settle(knob, target, lambda threshold: min(1 + threshold, 2.5), 50, known)
+    assert len(known) <= 14
+
+
 @given(st.integers(8, 100), st.floats(1.2, 9), st.floats(0, 0.4))
 def test_steps_are_the_nearest_whatever_skipped_steps_cost(num_steps, target, cost):
     def measured(steps):
@@ -189,6 +210,25 @@ def test_a_method_that_fails_or_is_not_there_is_a_row_that_says_so(folder, anoth
         ("absent", "no_such_package is not installed", True),
         ("uniform", "ok", False),
     ]
+
+
+def test_each_setting_is_judged_and_timed_once(folder, another):
+    put_on = []
+
+    @another("fixed")
+    @contextmanager
+    def _(bench, knob):
+        put_on.append(knob)
+        with attached(bench.runner.pipe, CacheSchedule(num_steps=STEPS, full_steps=(0, 4), predictor="reuse")):
+            yield
+
+    rows = rows_of(compared(folder, ["fixed"], ratios=[4, 4.05]), "fixed")
+    assert [(row.target, row.setting, row.compute_ratio, row.status) for row in rows] == [
+        (4, 2, 4.0, "ok"),
+        (4.05, 2, 4.0, "ok"),
+    ]
+    assert rows[0].wall_ratio == rows[1].wall_ratio > 1
+    assert put_on == [2, 2, 2, 2]  # once to settle, once to judge, twice to be timed
 
 
 def test_a_method_that_leaves_something_behind_ends_the_comparison(folder, another):

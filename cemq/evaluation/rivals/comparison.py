@@ -163,8 +163,7 @@ def compare(
         for place, method in enumerate(chosen):
             if course.progress is not None:
                 course.progress("methods", (number + place / len(chosen)) / len(kinds))
-            rows += [contest.row(method, target) for target in targets]
-            contest.check_clean(method)
+            rows += contest.rows(method, targets)
         steps = contest.bench.num_steps
     if course.progress is not None:
         course.progress("methods", 1.0)

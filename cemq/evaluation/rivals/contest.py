@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from cemq.pipelines.batches import Batch
 from cemq.runtime.runner import Outcome, Runner
 
 FULL = "full compute"
-_PROBED = 2  # samples that settings are tried on, and that runs are timed on
+_PROBED = 2  # samples that settings are tried on; runs are timed on one
 _NEAR = 1.05  # of the work asked for: what computes more is another matter
-_TIMED = 2  # pairs of runs that wall ratios are the median of
+_TIMED = 2  # turns of runs that wall ratios are the median of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Row:
         target: The compute ratio asked for.
         setting: Of the method's knob.
         compute_ratio: Multiply-accumulates of full compute over those of the method, in layers of the denoiser.
-        wall_ratio: Seconds of full compute over those of the method, two samples, runs taking turns; median.
+        wall_ratio: Seconds of full compute over those of the method, one sample, runs taking turns; median.
         psnr_db: To full precision, uncached; mean over samples.
         p5_db: The fifth percentile of it.
         worst_db: The worst of it.
@@ -84,9 +85,11 @@ class Contest:
     def __post_init__(self) -> None:
         first = self.bench.batches[0]
         self._probe = Batch(conditions=first.conditions[:_PROBED], seeds=first.seeds[:_PROBED])
+        self._timed = Batch(conditions=first.conditions[:1], seeds=first.seeds[:1])
         with counted_work(self.runner.pipe) as work:
-            self._expected = self.runner.run_one(self._probe)
+            self.runner.run_one(self._probe)
         self._full = work.operations
+        self._expected = self.runner.run_one(self._timed)
 
     @property
     def runner(self) -> Runner:
@@ -100,54 +103,71 @@ class Contest:
             **_told(fidelity),
         )  # fmt: skip
 
-    def row(self, method: Method, target: float) -> Row:
-        """Settle a method's knob, then run it on the samples; whatever it fails with is the row's status."""
-        known: dict[str, Any] = {
-            "method": method.name,
-            "source": method.source,
-            "scheme": self.scheme,
-            "target": target,
-        }
-        if method.package is not None and importlib.util.find_spec(method.package) is None:
-            return Row(**known, status=f"{method.package} is not installed")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of libraries that are tried on what they do not know
-                setting = settle(method.knob, target, lambda at: self._ratio(method, at), self.bench.num_steps)
-                return Row(**known, setting=setting, **self._judged(method, setting))
-        except Exception as error:  # of other people's code on a model it may not know
-            cause = error.__cause__ or error  # a run that fails is told as what the pipeline was called with
-            return Row(**known, status=f"{type(cause).__name__}: {first_line(cause)}"[:300])
+    def rows(self, method: Method, targets: Sequence[float]) -> list[Row]:
+        """Settle a method's knob for each target, then run it on the samples; what it fails with is the row's status.
 
-    def _ratio(self, method: Method, setting: float) -> float:
-        with method.apply(self.bench, setting), counted_work(self.runner.pipe) as work:
-            self.runner.run_one(self._probe)
-        return self._full / work.operations
+        Raises:
+            CemqError: The method left the pipeline other than it was: all that follows would be wrong.
+        """
+        known: dict[str, Any] = {"method": method.name, "source": method.source, "scheme": self.scheme}
+        if method.package is not None and importlib.util.find_spec(method.package) is None:
+            return [Row(**known, target=each, status=f"{method.package} is not installed") for each in targets]
+        ratios: dict[float, float] = {}
+        judged: dict[float, dict[str, Any]] = {}  # by setting: two targets may come to the same
+        found = []
+        for target in targets:
+            try:
+                setting = self._settled(method, target, ratios)
+                if setting not in judged:
+                    judged[setting] = self._judged(method, setting)
+                found.append(Row(**known, target=target, setting=setting, **judged[setting]))
+            except Exception as error:  # of other people's code on a model it may not know
+                cause = error.__cause__ or error  # a run that fails is told as what the pipeline was called with
+                found.append(Row(**known, target=target, status=f"{type(cause).__name__}: {first_line(cause)}"[:300]))
+        walls = self._wall_ratios(method, list(judged))
+        return [each if each.setting is None else replace(each, wall_ratio=walls[each.setting]) for each in found]
+
+    def _settled(self, method: Method, target: float, ratios: dict[float, float]) -> float:
+        def measured(setting: float) -> float:
+            with _put_on(self.bench, method, setting), counted_work(self.runner.pipe) as work:
+                self.runner.run_one(self._probe)
+            return self._full / work.operations
+
+        return settle(method.knob, target, measured, self.bench.num_steps, ratios)
 
     def _judged(self, method: Method, setting: float) -> dict[str, Any]:
-        with method.apply(self.bench, setting), counted_work(self.runner.pipe) as work:
+        with _put_on(self.bench, method, setting), counted_work(self.runner.pipe) as work:
             outcomes = self.runner.run(self.batches)
         fidelity = measure_fidelity(self.references, outcomes, batches=self.batches)
         probes = sum(len(batch.seeds) for batch in self.batches) / len(self._probe.seeds)
-        return {
-            "compute_ratio": self._full * probes / work.operations,
-            "wall_ratio": self._wall_ratio(method, setting),
-            **_told(fidelity),
-        }
+        return {"compute_ratio": self._full * probes / work.operations, **_told(fidelity)}
 
-    def _wall_ratio(self, method: Method, setting: float) -> float:
-        ratios = []
+    def _wall_ratios(self, method: Method, settings: Sequence[float]) -> dict[float, float]:
+        """At each setting; runs of full compute before, between and after show whether the method is gone again."""
+        turns: list[list[float]] = []
         for _ in range(_TIMED):
-            seconds = self.runner.run_one(self._probe).seconds
-            with method.apply(self.bench, setting):
-                ratios.append(seconds / self.runner.run_one(self._probe).seconds)
-        return float(np.median(ratios))
+            full = self._run_clean(method)
+            turns.append([])
+            for setting in settings:
+                with _put_on(self.bench, method, setting):
+                    turns[-1].append(full / self.runner.run_one(self._timed).seconds)
+        self._run_clean(method)
+        return dict(zip(settings, np.median(turns, axis=0).tolist(), strict=True))
 
-    def check_clean(self, method: Method) -> None:
-        """Raises CemqError where a method left the pipeline other than it was: all that follows would be wrong."""
-        found = self.runner.run_one(self._probe)
+    def _run_clean(self, method: Method) -> float:
+        """Seconds of one sample at full compute."""
+        found = self.runner.run_one(self._timed)
         if not np.array_equal(found.images, self._expected.images):
             raise CemqError(f"method {method.name} left the pipeline other than it was: compare without it")
+        return found.seconds
+
+
+@contextmanager
+def _put_on(bench: Bench, method: Method, setting: float) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that are tried on what they do not know
+        with method.apply(bench, setting):
+            yield
 
 
 def _told(fidelity: Fidelity) -> dict[str, Any]:
