@@ -20,8 +20,8 @@ from cemq.evaluation.rivals.comparison import RATIOS, draw
 from cemq.evaluation.rivals.contest import FULL, Row
 from cemq.evaluation.rivals.methods import METHODS
 
-MODELS, SCHEMES = ("dit-digits", "sd3-digits", "emoji"), ("none", "w8a8", "w4a8")
-FURTHER = {"emoji": ("7.1x",)}  # compute ratios beside those of `cemq compare`: 7 of 50 steps
+MODELS, SCHEMES = ("dit-digits", "sd3-digits", "emoji", "moving-digits"), ("none", "w8a8", "w4a8")
+ALL_RATIOS = (*RATIOS, "7.1x")  # the last is 7 of 50 steps
 HERE = Path(__file__).with_suffix("")
 
 
@@ -31,8 +31,7 @@ def measure(model: str, scheme: str, samples: int, names: list[str] | None) -> l
     def say(stage: str, share: float) -> None:
         print(f"{model} {scheme}: {stage} {share:.0%} after {(time.time() - started) / 60:.1f} minutes", flush=True)
 
-    ratios = (*RATIOS, *FURTHER.get(model, ()))
-    asked = {"schemes": [scheme], "ratios": ratios, "methods": names}
+    asked = {"schemes": [scheme], "ratios": ALL_RATIOS, "methods": names}
     found = cemq.compare(f"builtin:{model}", samples=samples, device="cpu", progress=say, **asked)
     return [{"model": model} | row for row in found.to_dict()["rows"]]
 
@@ -42,16 +41,18 @@ def row_of(row: dict[str, Any]) -> Row:
 
 
 def table(rows: list[dict[str, Any]], model: str, scheme: str) -> list[str]:
-    """A method a line, the best at the middle ratio first; `fifth percentile / worst` beside each mean."""
+    """A method a line, the best at the middle ratio first; beside each mean the fifth percentile and the worst, and of
+    videos what the differences between frames have."""
     own = [row for row in rows if (row["model"], row["scheme"]) == (model, scheme)]
     full = next(row for row in own if row["method"] == FULL)
     targets = sorted({row["target"] for row in own} - {1.0})
+    told = "p5, worst, frame differences" if full.get("change_psnr_db") else "p5, worst"
     lines = [
         f"### {model}, {scheme}",
         "",
         f"Every step computed: {full['psnr_db']:.1f} dB.",
         "",
-        "| method | " + " | ".join(f"{target:g}x: compute, dB (p5, worst)" for target in targets) + " |",
+        "| method | " + " | ".join(f"{target:g}x: compute, dB ({told})" for target in targets) + " |",
         "|---" * (len(targets) + 1) + "|",
     ]
 
@@ -67,10 +68,12 @@ def table(rows: list[dict[str, Any]], model: str, scheme: str) -> list[str]:
         for target in targets:
             row = found(name, target)
             if row is None or row["status"] != "ok":
-                cells.append("fails")
+                cells.append("fails" if row else "-")
                 continue
-            told = f"{row['compute_ratio']:.2f}x, {row['psnr_db']:.1f} ({row['p5_db']:.1f}, {row['worst_db']:.1f})"
-            cells.append(told if row_of(row).is_near else f"*{told}*")
+            beside = (row[key] for key in ("p5_db", "worst_db", "change_psnr_db") if row.get(key) is not None)
+            figures = ", ".join(f"{each:.1f}" for each in beside)
+            cell = f"{row['compute_ratio']:.2f}x, {row['psnr_db']:.1f} ({figures})"
+            cells.append(cell if row_of(row).is_near else f"*{cell}*")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 

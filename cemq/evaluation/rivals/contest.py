@@ -38,6 +38,8 @@ class Row:
         psnr_db: To full precision, uncached; mean over samples.
         p5_db: The fifth percentile of it.
         worst_db: The worst of it.
+        change_psnr_db: Of the differences between neighbouring frames, mean over samples; None where there are no
+            frames.
         status: ``ok``, or why there is nothing to tell.
     """
 
@@ -52,6 +54,7 @@ class Row:
     p5_db: float | None = None
     worst_db: float | None = None
     ssim: float | None = None
+    change_psnr_db: float | None = None
     status: str = "ok"
 
     @property
@@ -171,5 +174,8 @@ def _put_on(bench: Bench, method: Method, setting: float) -> Iterator[None]:
 
 
 def _told(fidelity: Fidelity) -> dict[str, Any]:
-    scores = fidelity.scores["psnr_db"]
-    return {"psnr_db": fidelity.psnr_db, "p5_db": scores["p5"], "worst_db": scores["worst"], "ssim": fidelity.ssim}
+    scores, changes = fidelity.scores["psnr_db"], fidelity.scores.get("change_psnr_db")
+    return {
+        "psnr_db": fidelity.psnr_db, "p5_db": scores["p5"], "worst_db": scores["worst"], "ssim": fidelity.ssim,
+        "change_psnr_db": changes and changes["mean"],
+    }  # fmt: skip
