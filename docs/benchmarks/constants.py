@@ -37,7 +37,7 @@ from cemq.schedule import CacheSchedule, plan_schedule, suited_corrector
 from cemq.schedule.local_search import plan_predicted
 from cemq.schedule.plan import Plan
 
-CHOSEN_ON, CONFIRMED_ON = ("dit-digits", "sd3-digits"), ("emoji",)
+CHOSEN_ON, CONFIRMED_ON = ("dit-digits", "sd3-digits"), ("emoji", "moving-digits")
 MODELS, BUDGETS, SAMPLES = (*CHOSEN_ON, *CONFIRMED_ON), (15, 10), 16
 HERE = Path(__file__).with_suffix("")
 SHIPPED = "as shipped"

@@ -36,7 +36,7 @@ from cemq.quantize.in_diffusers import quantizable
 from cemq.recipe import find_calibration, load_recipe
 from cemq.runtime.runner import Outcome, Runner
 
-MODELS, SEEDS = ("dit-digits", "sd3-digits", "emoji"), (0, 1000, 2000)
+MODELS, SEEDS = ("dit-digits", "sd3-digits", "emoji", "moving-digits"), (0, 1000, 2000)
 PROFILED, STEPS = 16, 50
 ROTATED = 64  # columns that are rotated together
 HERE = Path(__file__).with_suffix("")
