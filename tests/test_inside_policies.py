@@ -21,7 +21,7 @@ from cemq.runtime import attached, cache_checked
 from cemq.runtime.cached.residual import route_of
 from cemq.runtime.duca import DuCa, duca_steps, with_bonus
 from cemq.runtime.h2cache import H2Cache, summarized
-from cemq.runtime.policy_names import describe_policy, make_policy, parse_policy
+from cemq.runtime.policy_names import describe_policy
 from cemq.schedule import CacheSchedule
 
 STEPS = 10
@@ -393,40 +393,6 @@ def test_who_answers_blocks_has_a_cache_of_its_own(deep_dit):
         attached(deep_dit, DuCa(interval=2), cache="output"),
     ):
         pass
-
-
-@pytest.mark.parametrize(
-    ("text", "policy"),
-    [
-        ("duca:interval=3,fresh=0.1,age_weight=0.5,seed=2", DuCa(interval=3, fresh=0.1, age_weight=0.5, seed=2)),
-        ("h2-cache:threshold=0.1,detail_threshold=0.2,structure_blocks=4",
-         H2Cache(threshold=0.1, detail_threshold=0.2, structure_blocks=4)),
-    ],
-)  # fmt: skip
-def test_each_is_made_again_of_what_describes_it(text, policy):
-    assert parse_policy(text) == policy
-    assert make_policy(**describe_policy(policy)) == policy
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("duca:fresh=0.1", "policy duca needs interval"),
-        ("duca:interval=0", "duca: interval=0: choose a whole number, 1 or more"),
-        ("duca:interval=2,fresh=2", "duca: fresh=2: choose 0 to 1"),
-        ("duca:interval=2,age_weight=-1", "duca: age_weight=-1: choose 0 or more"),
-        ("duca:interval=2,seed=-1", "duca: seed=-1: choose a whole number, 0 or more"),
-        ("duca:interval=2,cache=output", "duca: cache=output: it answers blocks itself"),
-        ("h2-cache:threshold=-1", "h2-cache: threshold=-1: choose 0 or more"),
-        ("h2-cache:threshold=1,detail_threshold=x", "h2-cache: detail_threshold=x: choose 0 or more"),
-        ("h2-cache:threshold=1,structure_blocks=0.5", "structure_blocks=0.5: choose a whole number, 0 or more"),
-        ("h2-cache:threshold=1,cache=modules", "h2-cache: cache=modules: it answers blocks itself"),
-    ],
-)
-def test_settings_that_are_none_are_one_line(text, message):
-    with pytest.raises(InputError, match=message) as caught:
-        parse_policy(text)
-    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_bundle_keeps_it_and_counts_what_it_computes(tmp_path):

@@ -20,7 +20,7 @@ from cemq.errors import BundleError, InputError, ModelError
 from cemq.pipelines.batches import Batch, make_batches, run
 from cemq.runtime import attached, detach, find_hook, for_request, schedule_hook
 from cemq.runtime.policies import POLICIES, Serving, register_policy
-from cemq.runtime.policy_names import describe_policy, make_policy, parse_policy
+from cemq.runtime.policy_names import describe_policy
 from cemq.runtime.runner import Runner
 from cemq.runtime.teacache import TeaCache, fitted_coefficients
 from cemq.schedule import CacheSchedule
@@ -206,32 +206,6 @@ def test_the_fitted_polynomial_says_how_much_the_output_changes(dit):
     (constant,) = fitted_coefficients(runner, batches, degree=0)
     assert constant == pytest.approx(np.mean(changes), rel=1e-4)
     assert len(fitted_coefficients(runner, batches)) == 5
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("teecache:threshold=1", "unknown policy 'teecache'.*did you mean 'teacache'"),
-        ("teacache:treshold=1", "unknown setting of policy teacache 'treshold'.*did you mean 'threshold'"),
-        ("teacache:threshold", "write NAME:KEY=VALUE"),
-        ("teacache", "policy teacache needs threshold: write teacache:threshold="),
-        ("teacache:threshold=-1", "threshold=-1: choose 0 or more"),
-        ("teacache:threshold=much", "threshold=much: choose 0 or more"),
-        ("teacache:threshold=1,coefficients=one", "give numbers, highest power first"),
-        ("", "unknown policy ''"),
-    ],
-)
-def test_a_policy_that_is_none_is_one_line(text, message):
-    with pytest.raises(InputError, match=message) as caught:
-        parse_policy(text)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_policy_is_made_again_of_what_describes_it():
-    policy = parse_policy("teacache:threshold=0.2,coefficients=3.0;1.5;0,cache=output")
-    assert policy == TeaCache(threshold=0.2, coefficients=(3.0, 1.5, 0.0), cache="output")
-    described = describe_policy(policy)
-    assert make_policy(described["name"], described["settings"]) == policy
 
 
 def test_what_is_no_policy_is_not_registered():

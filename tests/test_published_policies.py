@@ -16,7 +16,7 @@ from cemq.runtime.dicache import DiCache
 from cemq.runtime.easycache import EasyCache
 from cemq.runtime.magcache import MagCache, fitted_magnitudes
 from cemq.runtime.policies import Serving
-from cemq.runtime.policy_names import describe_policy, make_policy, parse_policy
+from cemq.runtime.policy_names import describe_policy, make_policy
 from cemq.runtime.precisecache import PreciseCache, low_frequencies, reduced
 from cemq.runtime.runner import Runner
 from cemq.runtime.sencache import SenCache, fitted_sensitivities
@@ -480,54 +480,6 @@ def test_nothing_is_held_once_a_run_is_over(dit):
             assert [key for key, value in vars(schedule_hook(dit).run.decider).items()
                     if isinstance(value, dict) and value != vars(fresh)[key]] == []  # fmt: skip
             assert hook.cached_bytes == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "policy"),
-    [
-        ("magcache:threshold=0.06,magnitudes=1;1.2;0.9,most_skipped=4,retention=0.1",
-         MagCache(threshold=0.06, magnitudes=(1.0, 1.2, 0.9), most_skipped=4, retention=0.1)),
-        ("easycache:threshold=0.05,warm_up=10", EasyCache(threshold=0.05, warm_up=10)),
-        ("dicache:threshold=0.4,blocks=2,most_aligned=2,cache=output",
-         DiCache(threshold=0.4, blocks=2, most_aligned=2, cache="output")),
-        ("precisecache:threshold=0.5,shrink=2,shrink_frames=1,radius=0.1",
-         PreciseCache(threshold=0.5, shrink=2, shrink_frames=1, radius=0.1)),
-        ("sencache:threshold=0.1,timesteps=900;100,to_sample=0.5;1,to_timestep=0;0.01,early_threshold=0",
-         SenCache(threshold=0.1, timesteps=(900, 100), to_sample=(0.5, 1), to_timestep=(0, 0.01), early_threshold=0)),
-    ],
-)  # fmt: skip
-def test_each_is_made_again_of_what_describes_it(text, policy):
-    assert parse_policy(text) == policy
-    assert make_policy(**describe_policy(policy)) == policy
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("magcache:threshold=1", "policy magcache needs magnitudes"),
-        ("magcache:threshold=-1,magnitudes=1", "magcache: threshold=-1: choose 0 or more"),
-        ("magcache:threshold=1,magnitudes=1;0", "magcache: magnitudes: give a number above 0 for every step"),
-        ("magcache:threshold=1,magnitudes=1,most_skipped=1.5", "most_skipped=1.5: choose a whole number, 0 or more"),
-        ("magcache:threshold=1,magnitudes=1,retention=2", "magcache: retention=2: choose 0 to 1"),
-        ("easycache:threshold=much", "easycache: threshold=much: choose 0 or more"),
-        ("easycache:threshold=1,warm_up=-1", "warm_up=-1: choose a whole number, 0 or more"),
-        ("dicache:threshold=1,blocks=0", "dicache: blocks=0: choose a whole number, 1 or more"),
-        ("dicache:threshold=1,retention=some", "dicache: retention=some: choose 0 to 1"),
-        ("dicache:threshold=1,most_aligned=0.5", "dicache: most_aligned=0.5: choose 1 or more"),
-        ("precisecache:threshold=-1", "precisecache: threshold=-1: choose 0 or more"),
-        ("precisecache:threshold=1,shrink=0", "precisecache: shrink=0: choose a whole number, 1 or more"),
-        ("precisecache:threshold=1,radius=2", "precisecache: radius=2: choose 0 to 1"),
-        ("precisecache:threshold=1,cache=residual", "precisecache: cache=residual: it reuses the output"),
-        ("sencache:threshold=1,timesteps=1,to_sample=1;2,to_timestep=1", "give as many numbers for each"),
-        ("sencache:threshold=1,timesteps=1,to_sample=-1,to_timestep=1", "to_sample, to_timestep: choose 0 or more"),
-        ("sencache:threshold=1,timesteps=a,to_sample=1,to_timestep=1", "timesteps: give a number for every timestep"),
-        ("sencache:threshold=1,timesteps=1,to_sample=1,to_timestep=1,early_threshold=-1", "early_threshold=-1: choose"),
-    ],
-)
-def test_settings_that_are_none_are_one_line(text, message):
-    with pytest.raises(InputError, match=message) as caught:
-        parse_policy(text)
-    assert len(str(caught.value).splitlines()) == 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,13 +20,12 @@ from cemq.bundle.save import save_as_bundle
 from cemq.errors import BundleError, CemqError, InputError, PlacementError, check_keywords, choose
 from cemq.extensions import load_extensions
 from cemq.files import absolute
-from cemq.memory.offload import disk_folder, free_host_memory, place
+from cemq.memory.offload import before_placing, disk_folder, free_host_memory, place
 from cemq.memory.placement import MemoryPlan
 from cemq.pipelines.opening import DTYPES, check_device, default_device, open_pipeline
 from cemq.prior.error_prior import ErrorPrior
 from cemq.quantize.kernels import check_kernel
 from cemq.quantize.layers import use_kernel
-from cemq.reclaim import map_large_allocations
 from cemq.runtime.attach import attach
 from cemq.runtime.policy_names import make_policy
 from cemq.schedule import AUTO, SEARCH
@@ -113,9 +112,8 @@ def from_pretrained(
         memory = plan_memory(folder, vram, device=where.type, budget=steps, call=call, dtype=dtype, host_memory=free)
         if where.type == "cpu" and memory.chosen.placement.disk:
             _check_unconverted(vram, dtype, manifest)
-            map_large_allocations()  # before diffusers takes memory for every weight of the models that it is to fill
-    offloads = memory is not None and memory.chosen.placement.unit != "nothing"
-    pipe = open_quantized(folder, manifest, dtype=dtype, device="cpu" if offloads else str(where), aligned=not offloads)
+    # not `open_placed`: dtypes are checked, and kernels chosen, before offloading hides the weights
+    pipe = open_quantized(folder, manifest, dtype=dtype, **before_placing(memory, where))
     use_kernel((part for part in pipe.components.values() if isinstance(part, nn.Module)), kernel, where)
     if memory is not None:
         _place(pipe, memory, folder, where, placing.get("offload_folder"))

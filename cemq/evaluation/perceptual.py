@@ -52,8 +52,9 @@ class _Lpips(nn.Module):
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        weights = _read(file)
-        heads = _read(Path(str(torchmetrics.__file__)).parent / "functional" / "image" / "lpips_models" / "alex.pth")
+        weights = read_weights(file, "lpips")
+        own = Path(str(torchmetrics.__file__)).parent / "functional" / "image" / "lpips_models" / "alex.pth"
+        heads = read_weights(own, "lpips")
         self.layers, self.weights = nn.ModuleList(), []
         for number, (place, channels, kernel, stride, padding, pooled) in enumerate(_CONVOLUTIONS):
             layer = nn.Conv2d(*channels, kernel, stride, padding, device="cpu", dtype=torch.float32)
@@ -82,12 +83,13 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
     return features / (features.square().sum(1, keepdim=True) + 1e-16).sqrt()
 
 
-def _read(file: Path) -> Any:
+def read_weights(file: Path, metric: str) -> Any:
+    """What a file of torch's holds, for a metric. Raises InputError where it cannot be read."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever reading a damaged file raises
         raise InputError(
-            f"metric lpips: '{file}' cannot be read ({first_line(error)}): remove it, or put it right"
+            f"metric {metric}: '{file}' cannot be read ({first_line(error)}): remove it, or put it right"
         ) from None
 
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from cemq.errors import InputError
-from cemq.evaluation import perceptual
+from cemq.evaluation import image_reward, perceptual
 from cemq.metrics import psnr_db, ssim
 from cemq.pipelines.outputs import Kind, as_levels, as_pictures, kind_of
 
@@ -101,6 +101,10 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="clip_change", compare=of_pictures(perceptual.clip_change), kinds=("image", "video"),
             at_hand=perceptual.has_clip, reads_prompts=True,
+        ),
+        Metric(
+            name="image_reward", compare=of_pictures(image_reward.image_reward), kinds=("image", "video"),
+            at_hand=image_reward.has_image_reward, reads_prompts=True,
         ),
         Metric(name="change_psnr_db", compare=change_psnr_db, kinds=("video",)),
         Metric(name="snr_db", compare=snr_db, kinds=("audio",)),

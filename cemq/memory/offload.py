@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import accelerate
 import torch
@@ -62,14 +62,25 @@ def open_placed(
         ModelError: It cannot be loaded.
         PlacementError: It has parts that the placement's offloading cannot follow.
     """
-    placement = plan.chosen.placement
+    pipe = open_pipeline(folder, dtype=dtype, variant=variant, **before_placing(plan, device))
+    place(pipe, plan, device=device, offload_folder=offload_folder)
+    return pipe
+
+
+class BeforePlacing(TypedDict):
+    """Where `open_pipeline` lays weights that are then placed."""
+
+    device: str
+    aligned: bool
+
+
+def before_placing(plan: MemoryPlan | None, device: torch.device) -> BeforePlacing:
+    """How to open what `place` is then given. Without a plan all of it is to run on the device, and lies there."""
+    placement = ON_DEVICE if plan is None else plan.chosen.placement
     if placement.disk and device.type == "cpu":
         map_large_allocations()  # before diffusers takes memory for every weight of the models that it is to fill
     stays = placement is ON_DEVICE
-    where = str(device) if stays else "cpu"
-    pipe = open_pipeline(folder, dtype=dtype, device=where, aligned=stays, variant=variant)
-    place(pipe, plan, device=device, offload_folder=offload_folder)
-    return pipe
+    return {"device": str(device) if stays else "cpu", "aligned": stays}
 
 
 def place(
