@@ -448,6 +448,7 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="Other methods beside it: what compare --json printed.")
     ] = None,
     device: Device = None,
+    vram: Vram = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -462,8 +463,9 @@ def report(
 
     with _at_work(quiet) as progress:
         found = write_report(
-            bundle, output, samples=samples, reference=reference, compare=compare, device=device, progress=progress
-        )
+            bundle, output, samples=samples, reference=reference, compare=compare, device=device, vram=vram,
+            progress=progress,
+        )  # fmt: skip
     if as_json:
         _print_json(found.to_dict() | {"report": str(output)})
         return
