@@ -149,17 +149,18 @@ def _runner_and_references(
     """What runs the bundle, nothing attached, and what full precision made of the batches, which is gone by then."""
     place, vram = running.get("device") or default_device(), running.get("vram")
     calls: dict[str, Any] = {"steps": manifest.num_inference_steps, "call": manifest.call}
-    shared = calls | {"processes": running.get("processes", ALONE)}
+    processes = running.get("processes", ALONE)
     with opening_original(find_original(manifest), vram, dtype=manifest.dtype, device=place, **calls) as opening:
         pipe = opening()
         pipe.set_progress_bar_config(disable=True)
-        references = Runner(pipe=pipe, progress=running.get("progress"), **shared).run(batches, "reference")
-        del pipe
+        runner = Runner(pipe=pipe, progress=running.get("progress"), processes=processes, **calls)
+        references = runner.run(batches, "reference")
+        del pipe, runner
         free_device_memory()  # the bundle takes its place
     pipe = from_pretrained(folder, device=place, vram=vram, verify="never")  # it is verified by now
     detach(pipe)
     pipe.set_progress_bar_config(disable=True)
-    return Runner(pipe=pipe, **shared), references
+    return Runner(pipe=pipe, processes=processes, **calls), references
 
 
 def _ranked(
