@@ -448,6 +448,7 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="Other methods beside it: what compare --json printed.")
     ] = None,
     device: Device = None,
+    vram: Vram = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -462,8 +463,9 @@ def report(
 
     with _at_work(quiet) as progress:
         found = write_report(
-            bundle, output, samples=samples, reference=reference, compare=compare, device=device, progress=progress
-        )
+            bundle, output, samples=samples, reference=reference, compare=compare, device=device, vram=vram,
+            progress=progress,
+        )  # fmt: skip
     if as_json:
         _print_json(found.to_dict() | {"report": str(output)})
         return
@@ -517,9 +519,12 @@ def compare(
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; default: the model's.")] = None,
     calib: Annotated[str | None, typer.Option(help="Text file, one prompt or class label a line.")] = None,
     call: Call = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 4,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples drawn at once; default: 4, with --vram 1.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG: PSNR over compute ratio.")] = None,
     device: Device = None,
+    vram: Vram = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: by device.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -538,7 +543,7 @@ def compare(
         found = run_comparison(
             model, ratios=_names(budgets), methods=None if methods is None else _names(methods),
             schemes=None if schemes is None else _names(schemes), samples=samples, seed=seed, steps=steps, calib=calib,
-            call=_call_arguments(call), batch_size=batch_size, device=device, dtype=dtype, progress=progress,
+            call=_call_arguments(call), batch_size=batch_size, device=device, vram=vram, dtype=dtype, progress=progress,
         )  # fmt: skip
     if plot is not None:
         draw(found.rows, plot)
@@ -634,6 +639,7 @@ def analyze(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG: predicted against measured error.")] = None,
     device: Device = None,
+    vram: Vram = None,
     verify: Verify = "once",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -657,7 +663,7 @@ def analyze(
             asked = {
                 "schedules": schedules, "predictors": _names(predictors), "budget": budget, "corrector": corrector,
             }  # fmt: skip
-            shared = {"device": device, "progress": progress, "processes": processes}
+            shared = {"device": device, "vram": vram, "progress": progress, "processes": processes}
             check = functools.partial(check_analysis, **asked)
             with bundle_of(bundle, check=check, scheme=scheme, recipe=recipe, **shared) as folder:
                 found = run_analysis(folder, samples=samples, seed=seed, verify=checked, **asked, **shared)

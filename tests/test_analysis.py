@@ -6,6 +6,7 @@ import pytest
 import yaml
 from PIL import Image
 from support.pipelines import make_dit
+from support.placing import needed_to_draw
 from support.priors import prior_of, trajectories
 from typer.testing import CliRunner
 
@@ -13,7 +14,7 @@ import cemq
 from cemq import build
 from cemq.build import bundle_of
 from cemq.cli import app
-from cemq.errors import CemqError, InputError, ModelError
+from cemq.errors import CemqError, InputError, ModelError, PlacementError
 from cemq.evaluation import analysis
 from cemq.evaluation.analysis import (
     analyze,
@@ -108,6 +109,28 @@ def test_a_bundle_is_analyzed_on_schedules_that_were_run(bundle):
     assert min(errors) > 0
     for cost, value in spearman.items():
         assert value == pytest.approx(rank_correlation([point[cost] for point in points], errors))
+
+
+def test_a_bundle_is_analyzed_within_a_limit(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = {"schedules": 5, "predictors": ["reuse", "taylor2"], "samples": 2, "budget": 3, "device": "cpu"}
+    cached = 12 << 10  # of three steps, by taylor2
+    within, found = analyze(bundle, vram=needed_to_draw(bundle, beside=cached), **asked), analyze(bundle, **asked)
+    for name in asked["predictors"]:
+        pairs = list(zip(within["points"][name], found["points"][name], strict=True))
+        assert [one["full_steps"] for one, _ in pairs] == [other["full_steps"] for _, other in pairs]
+        for one, other in pairs:
+            assert one["psnr_db"] == pytest.approx(other["psnr_db"], abs=0.05)
+    assert list((tmp_path / "cache").rglob("*.dat"))  # the bundle's weights rest there
+    assert not list((tmp_path / "cache").rglob("original-*"))
+
+
+def test_what_does_not_fit_is_not_analyzed(bundle, monkeypatch):
+    monkeypatch.setattr(cemq.Runner, "run_one", lambda *_: pytest.fail("something was run"))
+    with pytest.raises(PlacementError, match="vram=1000 B: nothing fits"):
+        analyze(bundle, schedules=5, budget=3, vram=1000, device="cpu")
+    with pytest.raises(PlacementError, match=r"the cache may hold 12\.0 KiB, and with that sequential offload to disk"):
+        analyze(bundle, schedules=5, budget=3, predictors=["taylor2"], vram=needed_to_draw(bundle), device="cpu")
 
 
 def test_an_analysis_of_too_few_or_impossibly_many_schedules_is_refused(bundle):

@@ -141,6 +141,7 @@ BAD = {
         *cases("--budget", *BUDGETS, before=["BUNDLE"]),
         *cases("--picture", *FILES, "a.txt", "a.jpg", "", before=["BUNDLE"]),
         *cases("--device", *DEVICES, before=["BUNDLE"]),
+        *cases("--vram", *NUMBERS, "0", "1B", "8 apples", before=["BUNDLE"]),
         *cases("--verify", "", "True", "twice", before=["BUNDLE"]),
     ],
     "compare": [
@@ -159,6 +160,10 @@ BAD = {
         *cases("--batch-size", *NUMBERS, "0", before=COMPARED),
         *cases("--plot", *FILES, "a.txt", "a.jpg", "", before=COMPARED),
         *cases("--device", *DEVICES, before=COMPARED),
+        *cases("--vram", *NUMBERS, "0", "1B", "8 apples", before=COMPARED),
+        *cases("--vram", *NUMBERS, "0", "1B", "8 apples", before=["BUNDLE"]),
+        [*COMPARED, "--vram", "8GiB", "--schemes", "w8a8"],
+        [*COMPARED, "--vram", "8GiB", "--batch-size", "2"],
         *cases("--dtype", "", "float8", "int8", before=COMPARED),
     ],
     "play": [
@@ -184,6 +189,7 @@ BAD = {
         *cases("--compare", "", "nowhere", "/", "FILE", "FILE/x", "EMPTY", "LOOP", "BINARY.yaml", "NULL/cemq.json",
                "LIST/cemq.json", "DEEP/cemq.json", "BUNDLE/cemq.json", before=["BUNDLE", *PAGE]),
         *cases("--device", *DEVICES, before=["BUNDLE", *PAGE]),
+        *cases("--vram", *NUMBERS, "0", "1B", "8 apples", before=["BUNDLE", *PAGE]),
     ],
     "verify": [
         *commands([["BUNDLE"], ["BUNDLE", "--json"]]),
@@ -214,6 +220,8 @@ BAD = {
         *cases("--corrector", "", "auto", "cubic", before=["BUNDLE"]),
         *cases("--plot", *FILES, "a.txt", "", before=["BUNDLE"]),
         *cases("--device", *DEVICES, before=["BUNDLE", "--schedules", "5"]),
+        *cases("--vram", *NUMBERS, "0", "1B", "8 apples", before=["BUNDLE", "--schedules", "5"]),
+        *cases("--vram", "", "0", "1B", "8 apples", before=["PIPELINE"]),
         *cases("--verify", "", "True", "twice", before=["BUNDLE"]),
         *cases("--verify", "twice", before=["PIPELINE"]),
     ],

@@ -11,7 +11,7 @@ import torch
 from diffusers.hooks import MagCacheConfig, apply_mag_cache
 from hypothesis import given
 from hypothesis import strategies as st
-from support.pipelines import BATCH, CALL, make_dit, run_dit, save_dit
+from support.pipelines import BATCH, CALL, make_dit, make_flux, run_dit, run_flux, save_dit
 from torch import nn
 from typer.testing import CliRunner
 
@@ -266,6 +266,20 @@ def test_magcache_of_ours_is_that_of_diffusers():
             theirs = run_dit(pipe, steps=STEPS)
             np.testing.assert_allclose(theirs, ours, atol=1e-5)
     assert computed == [step + STEPS * number for number in range(3) for step in (0, 1, 4, 7)]
+
+
+def test_nothing_of_cache_dit_stays_in_a_denoiser():
+    """It has patched forwards, and put a list of blocks after another that comes later."""
+    pipe = make_flux()
+    names = [name for name, _ in pipe.transformer.named_modules()]
+    bench = SimpleNamespace(runner=SimpleNamespace(pipe=pipe), num_steps=6, timestep=0.0)
+    expected = run_flux(pipe)
+    with METHODS["cache-dit-mask"].apply(bench, 2):
+        assert "forward" in vars(pipe.transformer)
+        run_flux(pipe)
+    assert [name for name, _ in pipe.transformer.named_modules()] == names
+    assert not any(vars(module).keys() & {"forward", "_is_patched"} for module in pipe.transformer.modules())
+    assert np.array_equal(run_flux(pipe), expected)
 
 
 def test_fastercache_of_diffusers_leaves_out_the_branch_without_a_label(folder):

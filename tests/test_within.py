@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from support.comparing import identical
 from support.models import Toy, toy_calls
 from support.pipelines import make_denoiser, make_dit, make_flux
+from support.placing import needed_to_draw
 from transformers import T5Config, T5EncoderModel
 
 import cemq
@@ -25,8 +27,9 @@ from cemq.build.settings import resolve
 from cemq.build.within import PieceByPiece, open_within, plan_build
 from cemq.bundle.manifest import PRIOR, read_bundle, write_pipeline
 from cemq.bundle.original import find_original
-from cemq.bundle.plan_memory import plan_original
 from cemq.errors import InputError, PlacementError, SchemeError
+from cemq.evaluation.within import Room
+from cemq.memory.footprint import cached_bytes, read_headers
 from cemq.memory.placement import MAPPED, ON_DEVICE
 from cemq.pipelines.opening import open_pipeline
 from cemq.quantize import (
@@ -354,11 +357,9 @@ def test_a_bundle_is_planned_again_within_a_limit(wordy, made, tmp_path, caplog)
 
 def test_a_bundle_is_compared_within_a_limit(made, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    original, manifest = find_original(read_bundle(made)), read_bundle(made)
-    whole = {"dtype": "float32", "device": "cpu", "call": manifest.call, "steps": 4}
-    vram = needed_to_draw(made, original, **whole)
+    original = find_original(read_bundle(made))
     with caplog.at_level("INFO", "cemq"):
-        within = cemq.evaluate(made, samples=2, device="cpu", vram=vram)
+        within = cemq.evaluate(made, samples=2, device="cpu", vram=needed_to_draw(made))
     said = [message for message in caplog.messages if str(original.source.folder) in message]
     assert "in the model's files" in said[0]
     found = cemq.evaluate(made, samples=2, batch_size=1, device="cpu")
@@ -368,18 +369,91 @@ def test_a_bundle_is_compared_within_a_limit(made, tmp_path, monkeypatch, caplog
     assert not list((tmp_path / "cache").rglob("original-*"))
 
 
-def needed_to_draw(bundle, original, **settings):
-    """The least with which both can, bytes; full precision from the files that its weights are in."""
-    for least in range(1 << 20, 1 << 30, 200_000):
-        with suppress(PlacementError):
-            plan = plan_original(original, least, **settings)
-            cemq.plan_memory(bundle, least, device="cpu")
-            assert plan.chosen.placement is MAPPED
-            return least
-    raise AssertionError("nothing fits")
+OWN, OTHERS = ("uniform", "fora", "teacache"), ("cache-dit-mask", "diffusers-taylorseer")
+compares = pytest.mark.filterwarnings("ignore")  # of the libraries
 
 
-def test_what_cannot_be_compared_within_a_limit_is_refused(made):
+def same_rows(within, found, *, but=()):
+    """But for seconds, and rows of methods that cannot do within a limit."""
+    assert len(within.rows) == len(found.rows)
+    for row, other in zip(within.rows, found.rows, strict=True):
+        assert (row.method, row.target, row.scheme, other.status) == (other.method, other.target, other.scheme, "ok")
+        if row.method not in but:
+            assert (row.status, row.setting) == ("ok", pytest.approx(other.setting))
+            assert row.compute_ratio == pytest.approx(other.compute_ratio)
+            assert row.psnr_db == pytest.approx(other.psnr_db, abs=0.05)
+            assert row.wall_ratio > 0
+
+
+@compares
+def test_methods_are_compared_on_a_bundle_within_a_limit(made, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = {"ratios": ["2x"], "methods": [*OTHERS, *OWN], "samples": 2, "device": "cpu"}
+    with caplog.at_level("INFO", "cemq"):
+        within = cemq.compare(made, vram=needed_to_draw(made), **asked)
+    placed = [message for message in caplog.messages if " on cpu" in message]
+    assert [" in the model's files: " in placed[0], " to disk, block level" in placed[1]] == [True, True]
+    same_rows(within, cemq.compare(made, batch_size=1, **asked), but=["cache-dit-mask"])
+    (refused,) = (row.status for row in within.rows if row.method == "cache-dit-mask")
+    assert refused.startswith("PlacementError: cache-dit runs past group offload to disk, block level, which loads")
+    assert not list((tmp_path / "cache").rglob("original-*"))
+
+
+@compares
+def test_methods_are_compared_on_full_precision_within_a_limit(wordy, made, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a bold seven\na thin two\n")
+    asked = {"ratios": ["2x"], "samples": 1, "methods": ["uniform", "cache-dit-mask"], "device": "cpu", "steps": 4}
+    asked |= {"calib": str(tmp_path / "prompts.txt"), "dtype": "float32", "call": RUN["call"]}
+    within = cemq.compare(wordy, vram=needed_to_draw(made), **asked)
+    same_rows(within, cemq.compare(wordy, batch_size=1, **asked))
+
+
+def test_a_cache_that_does_not_fit_beside_the_weights_is_refused(made):
+    manifest = read_bundle(made)
+    headers, plan = read_headers(made, call=manifest.call), cemq.plan_memory(made, needed_to_draw(made), device="cpu")
+    room = Room(plan=plan, folder=made, dtype="float32", call=manifest.call)
+    room.check("output", 1)
+    kept = cached_bytes(headers, dtype="float32", cache="modules", kept_steps=1)
+    needed = [plan.with_cached(headers.first_denoiser, steps * kept) for steps in (100, 101)]
+    assert needed[1].device_bytes - needed[0].device_bytes == kept > 0
+    with pytest.raises(PlacementError, match=r"the cache may hold .*, and with that group offload to disk, block lev"):
+        room.check("modules", 100)
+
+
+@compares
+def test_a_method_whose_cache_has_no_room_is_a_row_that_says_so(made, monkeypatch):
+    monkeypatch.setattr(Room, "check", lambda room, cache, kept: refuse(cache, kept) if cache == "modules" else None)
+    found = cemq.compare(made, ratios=["2x"], methods=["fora", "uniform"], samples=1, device="cpu", vram="1GiB")
+    assert [(row.method, row.status) for row in found.rows[1:]] == [
+        ("fora", "PlacementError: 1 of modules"), ("uniform", "ok"),
+    ]  # fmt: skip
+
+
+def refuse(cache, kept):
+    raise PlacementError(f"{kept} of {cache}")
+
+
+def test_a_report_is_drawn_within_a_limit(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    within = cemq.report(made, tmp_path / "a.html", samples=1, device="cpu", vram=needed_to_draw(made))
+    assert (tmp_path / "a.html").is_file()
+    assert within.psnr_db == pytest.approx(cemq.evaluate(made, samples=1, device="cpu").psnr_db, abs=0.5)
+
+
+def test_what_cannot_be_compared_within_a_limit_is_refused(wordy, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(cemq.Runner, "run_one", lambda *_: pytest.fail("something was run"))
+    (tmp_path / "prompts.txt").write_text("a bold seven\n")
+    asked = {"methods": ["uniform"], "device": "cpu"}
+    whole = asked | {"calib": str(tmp_path / "prompts.txt"), "steps": 4, "dtype": "float32"}
+    for run in (partial(cemq.compare, made, **asked), partial(cemq.compare, wordy, **whole)):
+        with pytest.raises(PlacementError, match=r"vram=1000 B: nothing fits"):
+            run(vram=1000)
+        with pytest.raises(InputError, match=r"batch_size=2: with vram=8GiB samples are drawn one at a time"):
+            run(batch_size=2, vram="8GiB")
+        with pytest.raises(InputError, match=r"memory 'much': write a size such as 8GiB"):
+            run(vram="much")
+    with pytest.raises(InputError, match=r"w4a8 in memory as a whole: build a bundle with cemq quantize-and-schedule"):
+        cemq.compare(wordy, vram="8GiB", schemes=["none", "w4a8"], **whole)
     with pytest.raises(PlacementError, match=r"vram=1000 B: nothing fits"):
         cemq.evaluate(made, samples=1, device="cpu", vram=1000)
     with pytest.raises(InputError, match=r"batch_size=2: with vram=8GiB samples are drawn one at a time"):

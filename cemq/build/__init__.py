@@ -88,6 +88,7 @@ def bundle_of(
     scheme: str | None = None,
     recipe: str | None = None,
     device: str | None = None,
+    vram: str | int | None = None,
     progress: Progress | None = None,
     processes: Processes = ALONE,
 ) -> Iterator[Path]:
@@ -95,6 +96,7 @@ def bundle_of(
 
     Args:
         check: Called with a model's step count, None where its recipe says none, before anything long.
+        vram: To build within, as of `quantize_and_schedule`.
 
     Raises:
         InputError: A scheme or a recipe for a bundle, or what ``check`` raises.
@@ -108,7 +110,7 @@ def bundle_of(
     check(resolve_recipe(str(name), recipe, {}).steps)
     with tempfile.TemporaryDirectory(prefix="cemq-") if processes.is_main else nullcontext() as mine:
         folder = Path(processes.gather([mine or ""])[0]) / "bundle"
-        asked = resolve(str(name), recipe, device, {"scheme": scheme, "also_steps": []})
+        asked = resolve(str(name), recipe, device, {"scheme": scheme, "also_steps": [], "vram": vram})
         with building(folder, asked, keeps=False, processes=processes) as work:
             _build(asked, work, progress)
         yield folder

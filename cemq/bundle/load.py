@@ -185,7 +185,6 @@ def _place(
     root = Path(offload_folder) if offload_folder is not None else None
     offload = disk_folder(read_checksum(folder), memory, tensor_dtypes(pipe), root)
     place(pipe, memory, device=device, offload_folder=offload)
-    pipe.cemq_memory_plan = memory
     logging.getLogger("cemq").info("%s: %s", folder, memory.summary())
 
 

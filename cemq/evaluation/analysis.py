@@ -12,24 +12,26 @@ from typing import Any, Unpack
 import numpy as np
 
 from cemq.bundle.load import from_pretrained
-from cemq.bundle.manifest import PRIOR, read_bundle
+from cemq.bundle.manifest import PRIOR, Manifest, read_bundle
 from cemq.bundle.original import find_original
 from cemq.errors import InputError, check_keywords
 from cemq.evaluation.compare import Running
+from cemq.evaluation.within import Room, at_once, free_device_memory, opening_original, plan_bundle
 from cemq.files import absolute, written_whole
 from cemq.metrics import error_of, middle_mean
 from cemq.parallel import ALONE
-from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, make_batches
+from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, make_batches
 from cemq.pipelines.opening import default_device
 from cemq.predict.correctors import check_corrector
 from cemq.predict.predictors import check_predictor
 from cemq.prior.error_prior import VIEWS, ErrorPrior
 from cemq.runtime import detach
-from cemq.runtime.runner import Runner
+from cemq.runtime.runner import Outcome, Runner
 from cemq.schedule import CacheSchedule, cem_costs, parse_budget, suited_corrector, usual_budget
 from cemq.search.propagation import sample_schedules
 from cemq.search.trials import ClosedLoop, Trial
 
+_USUAL_BATCH = 8  # samples
 _FIRST_SEED = 12345  # of the schedules that predictions are tested with
 
 
@@ -90,6 +92,8 @@ def analyze(
         budget: Full-compute steps of all of them, at least 2; None takes 3 in 10 of the steps.
         corrector: Of all of them; None takes what a plan of that budget would have (`suited_corrector`).
         device: Where they run; None takes CUDA where there is one.
+        vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: full precision draws all samples,
+            then the bundle runs the schedules, one sample at a time, each under the cheapest placement that fits.
         verify: When checksums are compared: ``always``, ``once`` on this machine, which is the default, or ``never``.
         progress: Told the name of what is being run, and the share of it done.
         processes: Those that `cemq.parallel.launched` gives, to run a share of the samples each; all return the same.
@@ -100,39 +104,63 @@ def analyze(
 
     Raises:
         CemqError: The bundle or the model it was made from cannot be used.
+        PlacementError: One of them does not fit into ``vram``, and how much the least placement needs.
     """
     check_keywords("analyze", running, Running)
     if not predictors:
         raise InputError("predictors: none is named; taylor1,reuse are the default")
-    place, folder = running.get("device") or default_device(), absolute(bundle)
-    progress, processes = running.get("progress"), running.get("processes", ALONE)
+    folder, progress = absolute(bundle), running.get("progress")
     manifest, prior = read_bundle(folder, verify=running.get("verify", "once")), ErrorPrior.load(folder / PRIOR)
     num_steps = prior.num_steps
     check_analysis(num_steps, schedules=schedules, predictors=predictors, budget=budget, corrector=corrector)
     budget = parse_budget(budget or usual_budget(num_steps), num_steps)
     corrector = corrector or suited_corrector(prior, budget)
-    pipe = from_pretrained(folder, device=place, verify="never")  # it is verified by now
-    detach(pipe)
-    pipe.set_progress_bar_config(disable=True)
+    tested = {name: test_schedules(num_steps, schedules, name, budget, corrector) for name in predictors}
+    _check_room(folder, manifest, [each for made in tested.values() for each in made], running)
     batches = make_batches(
-        manifest.held_out_conditions, samples=samples, first_seed=EVALUATION_SEED_OFFSET + seed, batch_size=8
-    )
-    runner = Runner(pipe=pipe, steps=manifest.num_inference_steps, call=manifest.call, processes=processes)
-    original = find_original(manifest).open(dtype=manifest.dtype, device=place)
-    original.set_progress_bar_config(disable=True)
-    references = replace(runner, pipe=original, progress=progress).run(batches, "reference")
+        manifest.held_out_conditions, samples=samples, first_seed=EVALUATION_SEED_OFFSET + seed,
+        batch_size=at_once(None, running.get("vram"), usual=_USUAL_BATCH),
+    )  # fmt: skip
+    runner, references = _runner_and_references(folder, manifest, batches, running)
     loop = ClosedLoop(runner=runner, prior=prior, batches=batches, references=references, cache=manifest.cache)
     result: dict[str, Any] = {"bundle": str(bundle), "model": manifest.model, "scheme": manifest.scheme}
     result |= {"samples": samples, "corrector": corrector, "spearman": {}, "points": {}}
-    for name in predictors:
-        tested = test_schedules(num_steps, schedules, name, budget, corrector)
+    for name, made in tested.items():
         trials: list[Trial] = []
-        for schedule in tested:
+        for schedule in made:
             trials.append(loop.run(schedule))
             if progress:
-                progress(f"schedules, {name}", len(trials) / len(tested))
-        result["spearman"][name], result["points"][name] = _ranked(prior, tested, trials)
+                progress(f"schedules, {name}", len(trials) / len(made))
+        result["spearman"][name], result["points"][name] = _ranked(prior, made, trials)
     return result
+
+
+def _check_room(folder: Path, manifest: Manifest, schedules: Sequence[CacheSchedule], running: Running) -> None:
+    """Raises PlacementError, before anything is run, where the bundle does not fit with what is cached of these."""
+    plan = plan_bundle(folder, running.get("vram"), running.get("device") or default_device())
+    if plan is not None:
+        room = Room(plan=plan, folder=folder, dtype=manifest.dtype, call=manifest.call)
+        room.check(manifest.cache, max(schedule.most_kept for schedule in schedules))
+
+
+def _runner_and_references(
+    folder: Path, manifest: Manifest, batches: Sequence[Batch], running: Running
+) -> tuple[Runner, list[Outcome]]:
+    """What runs the bundle, nothing attached, and what full precision made of the batches, which is gone by then."""
+    place, vram = running.get("device") or default_device(), running.get("vram")
+    calls: dict[str, Any] = {"steps": manifest.num_inference_steps, "call": manifest.call}
+    processes = running.get("processes", ALONE)
+    with opening_original(find_original(manifest), vram, dtype=manifest.dtype, device=place, **calls) as opening:
+        pipe = opening()
+        pipe.set_progress_bar_config(disable=True)
+        runner = Runner(pipe=pipe, progress=running.get("progress"), processes=processes, **calls)
+        references = runner.run(batches, "reference")
+        del pipe, runner
+        free_device_memory()  # the bundle takes its place
+    pipe = from_pretrained(folder, device=place, vram=vram, verify="never")  # it is verified by now
+    detach(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return Runner(pipe=pipe, processes=processes, **calls), references
 
 
 def _ranked(

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import logging
 import statistics
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
-import torch
 
 from cemq.bundle.checksums import Verify
 from cemq.bundle.load import from_pretrained
-from cemq.bundle.manifest import Manifest, read_bundle
-from cemq.bundle.original import Original, find_original
-from cemq.bundle.plan_memory import plan_memory, plan_original
+from cemq.bundle.manifest import read_bundle
+from cemq.bundle.original import find_original
 from cemq.errors import InputError, check_keywords
 from cemq.evaluation.pictures import TINY, sheet
 from cemq.evaluation.scores import METRICS, check_metrics, score, summary
-from cemq.files import absolute, cache_folder, check_writable, written_whole
-from cemq.memory.offload import free_host_memory
+from cemq.evaluation.within import at_once, free_device_memory, opening_original, plan_bundle
+from cemq.files import absolute, check_writable, written_whole
 from cemq.metrics import relative_l2
 from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, iterate, make_batches
-from cemq.pipelines.opening import check_device, component_bytes, default_device, weight_bytes
+from cemq.pipelines.opening import component_bytes, default_device, weight_bytes
 from cemq.pipelines.outputs import as_bytes, as_pictures, kind_of, output_kind, rate_of
 from cemq.runtime import schedule_hook
 from cemq.runtime.runner import Outcome, Runner, said_of_steps
@@ -46,6 +40,7 @@ class Running(TypedDict, total=False):
     """How a bundle is loaded, where samples are run, and who hears of it and takes a share; each may be left out."""
 
     device: str | None
+    vram: str | int | None
     verify: Verify | bool
     progress: Progress | None
     processes: Processes
@@ -60,7 +55,6 @@ class Judging(Running, total=False):
     steps: int | None
     budget: int | str | None
     batch_size: int | None
-    vram: str | int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +215,7 @@ def run_both(bundle: str | Path, **judging: Unpack[Judging]) -> SideBySide:
         manifest.held_out_conditions,
         samples=judging.get("samples", 16),
         first_seed=EVALUATION_SEED_OFFSET + judging.get("seed", 0),
-        batch_size=_at_once(judging.get("batch_size"), manifest, vram),
+        batch_size=at_once(judging.get("batch_size"), vram, usual=(manifest.recipe or {}).get("batch_size", 4)),
     )
     seeds = tuple(seed for batch in batches for seed in batch.seeds)
     if used := set(seeds) & set(manifest.profiled_seeds):
@@ -230,13 +224,14 @@ def run_both(bundle: str | Path, **judging: Unpack[Judging]) -> SideBySide:
     calls = {"steps": steps, "call": manifest.call}
     loaded = {"device": place, "budget": budget, "vram": vram, "verify": "never"}  # it is verified by now
     scheduled = _Side("bundle", partial(from_pretrained, bundle, **loaded))
-    if vram is not None:  # refused now, not after full precision has drawn
-        plan_memory(bundle, vram, device=check_device(place).type, budget=budget, host_memory=free_host_memory())
-    with _opening(find_original(manifest, judging.get("reference")), manifest, place, vram) as opening:
-        original = _Side("reference", opening)
+    plan_bundle(bundle, vram, place, budget=budget)  # or it is refused after full precision has drawn
+    original = find_original(manifest, judging.get("reference"))
+    placed = {"dtype": manifest.dtype, "device": place, "call": manifest.call, "steps": manifest.num_inference_steps}
+    with opening_original(original, vram, **placed) as opening:
+        reference = _Side("reference", opening)
         run_all = _take_turns if vram is None else _one_after_the_other
-        run_all((original, scheduled), share, calls, judging.get("progress"))
-    references, outcomes = original.made, scheduled.made
+        run_all((reference, scheduled), share, calls, judging.get("progress"))
+    references, outcomes = reference.made, scheduled.made
     fidelity = measure_fidelity(references, outcomes, processes, batches)
     wall_ratios = processes.gather([a.seconds / b.seconds for a, b in zip(references, outcomes, strict=True)])
     schedule = schedule_hook(scheduled.pipe).schedule
@@ -248,7 +243,7 @@ def run_both(bundle: str | Path, **judging: Unpack[Judging]) -> SideBySide:
         compute_ratio=fidelity.num_steps / fidelity.full_steps,
         wall_ratio=statistics.median(wall_ratios),
         model_bytes=scheduled.denoiser_bytes,
-        reference_bytes=original.denoiser_bytes,
+        reference_bytes=reference.denoiser_bytes,
         seeds=seeds,
         device=place,
         dtype=manifest.dtype,
@@ -259,7 +254,7 @@ def run_both(bundle: str | Path, **judging: Unpack[Judging]) -> SideBySide:
         references=references,
         outcomes=outcomes,
         component_bytes={
-            name: (count, scheduled.component_bytes.get(name, 0)) for name, count in original.component_bytes.items()
+            name: (count, scheduled.component_bytes.get(name, 0)) for name, count in reference.component_bytes.items()
         },
         frame_rate=rate_of(scheduled.pipe, manifest.call) if output_kind(scheduled.pipe) == "video" else 0.0,
         scheme=manifest.scheme,
@@ -288,9 +283,7 @@ class _Side:
 
     def let_go(self) -> None:
         self._pipe = None
-        gc.collect()  # pipelines refer to themselves, and another takes their place
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_device_memory()  # another takes its place
 
 
 def _take_turns(
@@ -315,39 +308,6 @@ def _one_after_the_other(
         if side is not sides[-1]:
             del runner
             side.let_go()
-
-
-def _at_once(batch_size: int | None, manifest: Manifest, vram: str | int | None) -> int:
-    """Samples run together; one within a limit, as placements allow for. Raises InputError where more are asked for."""
-    if vram is None:
-        return batch_size or (manifest.recipe or {}).get("batch_size", 4)
-    if batch_size not in (None, 1):
-        raise InputError(f"batch_size={batch_size}: with vram={vram} samples are drawn one at a time: leave one out")
-    return 1
-
-
-@contextmanager
-def _opening(
-    original: Original, manifest: Manifest, device: str, vram: str | int | None
-) -> Iterator[Callable[[], DiffusionPipeline]]:
-    """What opens full precision; its weights may rest on disk for as long as the block lasts.
-
-    Raises:
-        PlacementError: It fits nowhere, said before anything is loaded.
-    """
-    opening = partial(original.open, dtype=manifest.dtype, device=device)
-    if vram is None:
-        yield opening
-        return
-    plan = plan_original(
-        original, vram, dtype=manifest.dtype, device=check_device(device).type, call=manifest.call,
-        steps=manifest.num_inference_steps,
-    )  # fmt: skip
-    logging.getLogger("cemq").info("%s: %s", original.source.name, plan.summary())
-    root = cache_folder() / "offload"
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="original-", dir=root) as folder:
-        yield partial(opening, plan=plan, offload_folder=Path(folder) / "weights")
 
 
 def check_picture_path(path: Path, what: str = "picture") -> None:

@@ -118,6 +118,7 @@ def report(
     reference: str | None = None,
     compare: str | Path | None = None,
     device: str | None = None,
+    vram: str | int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Draw samples of a bundle and of its original, as `evaluate` does, and write a page of HTML that shows both, the
@@ -130,6 +131,7 @@ def report(
         compare: A file of what ``cemq compare --json`` printed of this bundle or of its model; its methods are shown
             beside the bundle.
         device: Where both run; None takes CUDA where there is one.
+        vram: Device memory to stay within, as `evaluate` does.
         progress: Told the name of what is being run, and the share of it done.
 
     Returns:
@@ -139,6 +141,7 @@ def report(
         InputError: The page cannot be written there, a seed was used for profiling, or ``compare`` is of another
             model, step count or scheme.
         CemqError: The bundle or the reference cannot be used.
+        PlacementError: One of them does not fit into ``vram``, and how much the least placement needs.
     """
     path, folder = absolute(output), absolute(bundle)
     if path.suffix.lower() != ".html":
@@ -150,7 +153,9 @@ def report(
         from cemq.evaluation.rivals.saved import read_comparison  # loads every library that methods come from
 
         others = read_comparison(compare, manifest)
-    found = run_both(folder, reference=reference, samples=samples, device=device, verify="never", progress=progress)
+    found = run_both(
+        folder, reference=reference, samples=samples, device=device, vram=vram, verify="never", progress=progress
+    )
     page = page_of(folder, manifest, description, found, others)
     with written_whole(path, "report") as partial:
         partial.write_text(render(page), encoding="utf-8")

@@ -92,6 +92,11 @@ class Headers:
     configs: Mapping[str, dict[str, Any]]
     picture: Picture
 
+    @property
+    def first_denoiser(self) -> str:
+        """Its name; there is one."""
+        return next(name for name in DENOISERS if name in self.configs)
+
     def role(self, name: str) -> Role:
         return "denoiser" if name in DENOISERS else "vae" if name.startswith("vae") else "other"
 
@@ -148,7 +153,6 @@ def read_footprint(
         kept_steps: The most steps of which it is kept at a time.
     """
     configs, picture = headers.configs, headers.picture
-    first = next(name for name in DENOISERS if name in configs)
     sequence = (getattr(headers.pipeline, "model_cpu_offload_seq", None) or "").split("->")
     excluded = getattr(headers.pipeline, "_exclude_from_cpu_offload", ())
 
@@ -158,11 +162,8 @@ def read_footprint(
         known = _diffusers_class(kind) if library == "diffusers" else None
         loaded = [_as_loaded(tensor, stored_dtype or dtype, dtype) for tensor in tensors]
         whole, *fewer = _activations(role, tensors, configs, name, picture, dtype)
-        kept = 0
-        if name == first:  # a second denoiser (Wan 2.2) goes on with what the first one left
-            features = output_features(configs[name]) if cache == "output" else widths(tensors)[0]
-            rows, itemsize = headers.rows(name), itemsize_of(dtype)
-            kept = kept_steps * _cached_tensors(cache, loaded) * features * rows * itemsize
+        is_first = name == headers.first_denoiser  # a second one (Wan 2.2) goes on with what the first one left
+        kept = cached_bytes(headers, dtype=dtype, cache=cache, kept_steps=kept_steps) if is_first else 0
         found.append(
             ComponentMemory(
                 name=name,
@@ -179,6 +180,14 @@ def read_footprint(
             )
         )
     return tuple(found)
+
+
+def cached_bytes(headers: Headers, *, dtype: str, cache: str, kept_steps: int) -> int:
+    """What is cached of so many full-compute steps at once; the other arguments are those of `read_footprint`."""
+    name = headers.first_denoiser
+    tensors = headers.tensors[name]
+    features = output_features(headers.configs[name]) if cache == "output" else widths(tensors)[0]
+    return kept_steps * _cached_tensors(cache, tensors) * features * headers.rows(name) * itemsize_of(dtype)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -225,7 +234,7 @@ def _blocks(tensors: list[Tensor]) -> tuple[int, ...]:
     return tuple(size for _, size in sorted(sizes.items()))
 
 
-def _cached_tensors(cache: str, tensors: list[Tensor]) -> int:
+def _cached_tensors(cache: str, tensors: Sequence[Tensor]) -> int:
     """How many tensors with a row for each token are cached of a full-compute step.
 
     Text and picture may have modules of their own: those of the text, which is shorter, are counted as if it were not.

@@ -86,7 +86,7 @@ def before_placing(plan: MemoryPlan | None, device: torch.device) -> BeforePlaci
 def place(
     pipe: DiffusionPipeline, plan: MemoryPlan, *, device: torch.device, offload_folder: Path | None = None
 ) -> None:
-    """Put a pipeline that lies in host memory where the plan wants it.
+    """Put a pipeline that lies in host memory where the plan wants it; ``pipe.cemq_memory_plan`` is the plan then.
 
     Args:
         offload_folder: Where weights rest that the plan keeps on disk, see `disk_folder`.
@@ -118,6 +118,7 @@ def place(
     else:
         for name, model in models.items():
             _in_groups(name, model, plan, device)
+    pipe.cemq_memory_plan = plan
 
 
 def _models(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

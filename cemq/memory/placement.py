@@ -157,6 +157,15 @@ class MemoryPlan:
     def fits(self, estimate: Estimate) -> bool:
         return not estimate.obstacle and estimate.device_bytes + self.reserve_bytes <= self.limit_bytes
 
+    def with_cached(self, name: str, cached_bytes: int) -> Estimate:
+        """What the chosen placement needs where a denoiser's step cache holds so much."""
+        components = [
+            dataclasses.replace(each, cached_bytes=cached_bytes) if each.name == name else each
+            for each in self.components
+        ]
+        chosen = self.chosen
+        return estimate(components, chosen.placement, chosen.vae, device=self.device, host_limit=None)
+
     def summary(self) -> str:
         """One line: what was chosen and what it needs."""
         chosen = self.chosen

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -14,12 +15,13 @@ import cemq.evaluation.rivals.planned
 import cemq.evaluation.rivals.watching  # noqa: F401  all three of which enter their methods
 from cemq.bundle.load import from_pretrained
 from cemq.bundle.manifest import MANIFEST, Manifest, lora_text, read_bundle
-from cemq.bundle.original import find_model, find_original
+from cemq.bundle.original import Original, find_original
 from cemq.errors import InputError, check_keywords, choose
 from cemq.evaluation.compare import check_picture_path
 from cemq.evaluation.rivals.contest import FULL, Contest, Row
 from cemq.evaluation.rivals.methods import METHODS, Bench
 from cemq.evaluation.scores import check_metrics
+from cemq.evaluation.within import at_once, free_device_memory, opening_original, plan_bundle, room_of
 from cemq.files import written_whole
 from cemq.pipelines.batches import (
     EVALUATION_SEED_OFFSET,
@@ -43,9 +45,9 @@ from cemq.pipelines.opening import (
     default_dtype,
     denoisers,
     locate,
-    open_pipeline,
 )
 from cemq.quantize import QuantizationSettings, quantize_pipeline, record_calls
+from cemq.quantize.schemes import NO_SCHEME
 from cemq.recipe import find_calibration, load_recipe, make_recipe, recipe_for
 from cemq.runtime import detach
 from cemq.runtime.runner import Outcome, Runner
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
 RATIOS = ("2x", "3.3x", "5x")
 _PROFILED, _PLANNED = 12, 4  # samples, as in builds of the default effort
 _COLUMNS = 3  # panels of a plot side by side
+_USUAL_BATCH = 4  # samples
 _CALLS = 5  # one call of the denoiser in so many is recorded for its weights
 
 
@@ -69,9 +72,10 @@ class Settings(TypedDict, total=False):
     steps: int | None
     calib: str | None
     call: Mapping[str, Any] | None
-    batch_size: int
+    batch_size: int | None
     device: str | None
     dtype: str | None
+    vram: str | int | None
     progress: Progress | None
 
 
@@ -101,6 +105,7 @@ class _Course:
     model: str
     manifest: Manifest | None  # of a bundle
     folder: Path
+    original: Original
     steps: int | None
     call: Mapping[str, Any]
     device: str
@@ -109,7 +114,24 @@ class _Course:
     samples: int
     seed: int
     batch_size: int
+    vram: str | int | None
     progress: Progress | None
+
+    @property
+    def num_steps(self) -> int:
+        """Of every run. Raises CemqError for a pipeline class that has no default, where none are asked for."""
+        return self.steps or default_steps(class_of_folder(self.folder))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _References:
+    """Samples that methods are fitted to and planned on and those that they are judged by, and what full precision made
+    of them."""
+
+    calibration: Sequence[Batch]
+    recorded: Sequence[tuple[Trajectory, Outcome]]
+    judged: Sequence[Batch]
+    outcomes: Sequence[Outcome]
 
 
 def compare(
@@ -137,14 +159,19 @@ def compare(
         steps: Denoising steps; None takes the bundle's, the recipe's or the pipeline's.
         calib: Prompts or class labels, as of a build; None takes those of the bundle or the recipe.
         call: Other arguments of the pipeline.
-        batch_size: Samples run together; 4 by default.
+        batch_size: Samples run together; None takes 4.
         device: Where it runs; None takes CUDA where there is one.
         dtype: None takes the bundle's, else that of the device.
+        vram: Device memory to stay within, such as ``"8GiB"`` or a number of bytes: full precision draws all samples,
+            then methods take turns on the bundle, one sample at a time, each under the cheapest placement that fits.
+            Of a model, on full precision alone. A method whose cache does not fit is a row that says so; what those of
+            other libraries keep is not known.
         progress: Told the name of what is being run, and the share of it done.
 
     Raises:
         CemqError: The model cannot be used, there is no such method or scheme, or a method left the pipeline other than
             it was.
+        PlacementError: Full precision or the bundle does not fit into ``vram``, and how much the least placement needs.
     """
     check_keywords("compare", settings, Settings)
     for name, given in (("ratios", ratios), ("methods", methods), ("schemes", schemes)):
@@ -157,14 +184,16 @@ def compare(
     if course.manifest is not None and schemes is not None:
         raise InputError(f"schemes: '{model}' is a bundle, which has its own: {course.manifest.scheme}")
     kinds = [_scheme(name) for name in (schemes or ("none",))]
+    _check_within(course, kinds)
     rows: list[Row] = []
-    for number, contest in enumerate(_contests(course, kinds)):
-        rows.append(contest.uncached())
-        for place, method in enumerate(chosen):
-            if course.progress is not None:
-                course.progress("methods", (number + place / len(chosen)) / len(kinds))
-            rows += contest.rows(method, targets)
-        steps = contest.bench.num_steps
+    with closing(_contests(course, kinds)) as contests:
+        for number, contest in enumerate(contests):
+            rows.append(contest.uncached())
+            for place, method in enumerate(chosen):
+                if course.progress is not None:
+                    course.progress("methods", (number + place / len(chosen)) / len(kinds))
+                rows += contest.rows(method, targets)
+            steps = contest.bench.num_steps
     if course.progress is not None:
         course.progress("methods", 1.0)
     original = course.model if course.manifest is None else name_of_original(course.manifest)
@@ -198,18 +227,20 @@ def _ratio(given: str | float) -> float:
 def _scheme(name: str) -> QuantizationSettings:
     backend, _, scheme = name.rpartition(":")
     settings = QuantizationSettings(scheme=scheme, backend=backend or "native")
-    if scheme != "none":
+    if scheme != NO_SCHEME:
         settings.check()
     return settings
 
 
 def _course(model: str, settings: Settings) -> _Course:
     """Raises CemqError for what cannot be run, before anything is loaded."""
+    vram = settings.get("vram")
     shared = {
         "samples": settings.get("samples", 16),
         "seed": settings.get("seed", 0),
-        "batch_size": settings.get("batch_size", 4),
+        "batch_size": at_once(settings.get("batch_size"), vram, usual=_USUAL_BATCH),
         "device": settings.get("device") or default_device(),
+        "vram": vram,
         "progress": settings.get("progress"),
     }
     check_device(shared["device"])
@@ -217,12 +248,10 @@ def _course(model: str, settings: Settings) -> _Course:
     if (Path(model) / MANIFEST).is_file():
         folder = Path(model)
         manifest = read_bundle(folder, verify="once")
-        find_model(manifest)
         return _Course(
-            model=model, manifest=manifest, folder=folder, call=_read(folder, manifest.call | call),
-            steps=settings.get("steps") or manifest.num_inference_steps, dtype=manifest.dtype,
-            conditions=read_conditions(find_calibration(calib)) if calib else None,
-            **shared,
+            model=model, manifest=manifest, folder=folder, original=find_original(manifest),
+            call=_read(folder, manifest.call | call), steps=settings.get("steps") or manifest.num_inference_steps,
+            dtype=manifest.dtype, conditions=read_conditions(find_calibration(calib)) if calib else None, **shared,
         )  # fmt: skip
     source, named = locate(model), recipe_for(model)
     recipe = load_recipe(named) if named else make_recipe({})
@@ -230,11 +259,31 @@ def _course(model: str, settings: Settings) -> _Course:
     if calib is None:
         raise InputError(f"'{model}': give prompts or class labels with --calib, one a line")
     return _Course(
-        model=source.name, manifest=None, folder=source.folder, call=_read(source.folder, recipe.call | call),
+        model=source.name, manifest=None, folder=source.folder,
+        original=Original(source=source, loras=(), variant=None), call=_read(source.folder, recipe.call | call),
         steps=settings.get("steps") or recipe.steps,
         dtype=choose("dtype", settings.get("dtype") or recipe.dtype or default_dtype(shared["device"]), DTYPES),
         conditions=read_conditions(find_calibration(calib)), **shared,
     )  # fmt: skip
+
+
+def _check_within(course: _Course, schemes: Sequence[QuantizationSettings]) -> None:
+    """What can be said of a limit before anything is loaded.
+
+    Raises:
+        InputError: A model would have to be quantized within it.
+        PlacementError: The bundle does not fit; of full precision it is said when that is opened.
+    """
+    if course.manifest is not None:
+        plan_bundle(course.folder, course.vram, course.device, call=course.call)
+        return
+    for each in schemes:
+        if course.vram is not None and each.scheme != NO_SCHEME:
+            name = name_of_scheme(each.scheme, each.backend)
+            raise InputError(
+                f"vram={course.vram}: compare quantizes a model to {name} in memory as a whole: build a bundle with "
+                "cemq quantize-and-schedule --vram first, and compare that"
+            )
 
 
 def _read(folder: Path, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,38 +293,39 @@ def _read(folder: Path, call: Mapping[str, Any]) -> dict[str, Any]:
     return read_call(kind, call)
 
 
-def _contests(course: _Course, schemes: Sequence[QuantizationSettings]) -> Iterator[Contest]:
+def _contests(course: _Course, schemes: Sequence[QuantizationSettings]) -> Generator[Contest]:
     """One after the other, so that one quantized pipeline is held at a time."""
-    original = _original(course)
+    limits = {"dtype": course.dtype, "device": course.device, "call": course.call, "steps": course.num_steps}
+    with opening_original(course.original, course.vram, **limits) as opening:
+        original = opening()
+        references = _references(course, original)
+        if course.manifest is None:
+            for number, scheme in enumerate(schemes):
+                pipe = original if number == len(schemes) - 1 or scheme.scheme == NO_SCHEME else opening()
+                _quantize(_runner(course, pipe), scheme, references.calibration)
+                yield _contest(course, pipe, name_of_scheme(scheme.scheme, scheme.backend), references)
+            return
+        del original
+        free_device_memory()  # the bundle takes its place
+    pipe = from_pretrained(course.folder, device=course.device, call=course.call, verify="never", vram=course.vram)
+    detach(pipe)
+    yield _contest(course, pipe, name_of_scheme(course.manifest.scheme, course.manifest.backend), references)
+
+
+def _references(course: _Course, original: DiffusionPipeline) -> _References:
+    """Raises CemqError for a pipeline that cannot be driven, or conditions or steps that it does not take."""
+    check_drivable(original)
     calibration, judged = _samples(course, original)
     runner = _runner(course, original)
     check_steps(original, runner.steps)
     recorded = [runner.record_one(batch) for batch in calibration]
-    references = runner.run(judged, "reference runs")
-    for number, scheme in enumerate(schemes):
-        if course.manifest is not None:
-            pipe = from_pretrained(course.folder, device=course.device, verify="never")
-            detach(pipe)
-            name = name_of_scheme(course.manifest.scheme, course.manifest.backend)
-        else:
-            pipe = original if number == len(schemes) - 1 or scheme.scheme == "none" else _original(course)
-            name = name_of_scheme(scheme.scheme, scheme.backend)
-            _quantize(_runner(course, pipe), scheme, calibration)
-        yield _contest(_runner(course, pipe), name, calibration, recorded, judged, references)
-
-
-def _original(course: _Course) -> DiffusionPipeline:
-    if course.manifest is not None:
-        return find_original(course.manifest).open(dtype=course.dtype, device=course.device)
-    pipe = open_pipeline(course.folder, dtype=course.dtype, device=course.device)
-    check_drivable(pipe)
-    return pipe
+    outcomes = runner.run(judged, "reference runs")
+    return _References(calibration=calibration, recorded=recorded, judged=judged, outcomes=outcomes)
 
 
 def _runner(course: _Course, pipe: DiffusionPipeline) -> Runner:
     pipe.set_progress_bar_config(disable=True)
-    steps = course.steps or default_steps(type(pipe))
-    return Runner(pipe=pipe, steps=steps, call=course.call)
+    return Runner(pipe=pipe, steps=course.num_steps, call=course.call)
 
 
 def _samples(course: _Course, pipe: DiffusionPipeline) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
@@ -297,28 +347,25 @@ def _samples(course: _Course, pipe: DiffusionPipeline) -> tuple[tuple[Batch, ...
 def _quantize(runner: Runner, settings: QuantizationSettings, batches: Sequence[Batch]) -> None:
     calls = {}
     for name, denoiser in denoisers(runner.pipe):
-        if settings.scheme != "none" and settings.is_fitted(denoiser):
+        if settings.scheme != NO_SCHEME and settings.is_fitted(denoiser):
             with record_calls(denoiser, every=_CALLS) as calls[name]:
                 runner.run(batches)
     quantize_pipeline(runner.pipe, settings, calls)
 
 
-def _contest(
-    runner: Runner,
-    scheme: str,
-    calibration: Sequence[Batch],
-    recorded: Sequence[tuple[Trajectory, Outcome]],
-    judged: Sequence[Batch],
-    references: Sequence[Outcome],
-) -> Contest:
-    trajectories, outcomes = zip(*recorded, strict=True)
-    dtype = str(next(iter(denoisers(runner.pipe)))[1].dtype).removeprefix("torch.")
+def _contest(course: _Course, pipe: DiffusionPipeline, scheme: str, references: _References) -> Contest:
+    runner, calibration = _runner(course, pipe), references.calibration
+    trajectories, outcomes = zip(*references.recorded, strict=True)
+    dtype = str(next(iter(denoisers(pipe)))[1].dtype).removeprefix("torch.")
     prior = runner.profile(calibration, trajectories, scheme=scheme, dtype=dtype)
     planned = -(-_PLANNED // len(calibration[0].seeds))
     bench = Bench(
         runner=runner, batches=calibration, references=outcomes, trajectories=trajectories, prior=prior, planned=planned
     )
-    return Contest(bench=bench, scheme=scheme, batches=judged, references=references)
+    return Contest(
+        bench=bench, scheme=scheme, batches=references.judged, references=references.outcomes,
+        room=room_of(pipe, course.folder, dtype=course.dtype, call=course.call),
+    )  # fmt: skip
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -16,7 +16,9 @@ from cemq.evaluation.compare import Fidelity, measure_fidelity
 from cemq.evaluation.rivals.methods import Bench, Method
 from cemq.evaluation.rivals.sweep import settle
 from cemq.evaluation.rivals.work import counted_work
+from cemq.evaluation.within import Room
 from cemq.pipelines.batches import Batch
+from cemq.runtime import find_hook
 from cemq.runtime.runner import Outcome, Runner
 
 FULL = "full compute"
@@ -78,12 +80,14 @@ class Contest:
         scheme: Of its weights and activations, for the rows.
         batches: The samples that they are compared on.
         references: What the full-precision pipeline makes of those.
+        room: Within a limit, what is left of it for caches.
     """
 
     bench: Bench
     scheme: str
     batches: Sequence[Batch]
     references: Sequence[Outcome]
+    room: Room | None = None
 
     def __post_init__(self) -> None:
         first = self.bench.batches[0]
@@ -132,14 +136,14 @@ class Contest:
 
     def _settled(self, method: Method, target: float, ratios: dict[float, float]) -> float:
         def measured(setting: float) -> float:
-            with _put_on(self.bench, method, setting), counted_work(self.runner.pipe) as work:
+            with self._put_on(method, setting), counted_work(self.runner.pipe) as work:
                 self.runner.run_one(self._probe)
             return self._full / work.operations
 
         return settle(method.knob, target, measured, self.bench.num_steps, ratios)
 
     def _judged(self, method: Method, setting: float) -> dict[str, Any]:
-        with _put_on(self.bench, method, setting), counted_work(self.runner.pipe) as work:
+        with self._put_on(method, setting), counted_work(self.runner.pipe) as work:
             outcomes = self.runner.run(self.batches)
         fidelity = measure_fidelity(self.references, outcomes, batches=self.batches)
         probes = sum(len(batch.seeds) for batch in self.batches) / len(self._probe.seeds)
@@ -152,7 +156,7 @@ class Contest:
             full = self._run_clean(method)
             turns.append([])
             for setting in settings:
-                with _put_on(self.bench, method, setting):
+                with self._put_on(method, setting):
                     turns[-1].append(full / self.runner.run_one(self._timed).seconds)
         self._run_clean(method)
         return dict(zip(settings, np.median(turns, axis=0).tolist(), strict=True))
@@ -164,13 +168,16 @@ class Contest:
             raise CemqError(f"method {method.name} left the pipeline other than it was: compare without it")
         return found.seconds
 
-
-@contextmanager
-def _put_on(bench: Bench, method: Method, setting: float) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries that are tried on what they do not know
-        with method.apply(bench, setting):
-            yield
+    @contextmanager
+    def _put_on(self, method: Method, setting: float) -> Iterator[None]:
+        """Raises PlacementError where what is cached does not fit into a limit; other libraries do not say what is."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries that are tried on what they do not know
+            with method.apply(self.bench, setting):
+                hook = find_hook(self.runner.pipe)
+                if self.room is not None and hook is not None:
+                    self.room.check(hook.plan.cache, hook.run.decider.most_kept)
+                yield
 
 
 def _told(fidelity: Fidelity) -> dict[str, Any]:

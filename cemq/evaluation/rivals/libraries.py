@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from cemq.errors import PlacementError
 from cemq.evaluation.rivals.methods import MOST_SKIPPED, Bench, Interval, Knob, Threshold, add_method
 from cemq.pipelines.batches import Batch
 from cemq.pipelines.noise_scheduler import intercepted
@@ -18,6 +19,7 @@ from cemq.runtime.arguments import DenoiserArguments
 from cemq.runtime.cached.modules import find_parts
 
 _CONTEXT = "cemq"  # of calls that a pipeline gives none
+_REPLACED = {"forward", "_is_patched"}  # attributes of modules
 _OF_BRANCHES = (  # arguments of denoisers with a row for each sample and branch of guidance
     *("hidden_states", "encoder_hidden_states", "timestep", "attention_mask", "encoder_attention_mask"),
     *("class_labels", "pooled_projections"),
@@ -235,17 +237,45 @@ _add_hooked("diffusers-pab", "Pyramid Attention Broadcast, arXiv:2408.12588", In
 
 @contextmanager
 def _cache_dit(bench: Bench, calibrator: Any, **settings: Any) -> Iterator[None]:
+    """Raises PlacementError for a pipeline whose weights come and go."""
     import cache_dit
 
+    plan = getattr(bench.runner.pipe, "cemq_memory_plan", None)
+    if plan is not None and plan.chosen.placement.hooks:
+        # it puts forwards of its own in the place of those that load weights, and moves blocks itself: layers then run
+        # on whatever lies in that memory, after it is disabled too (1.5)
+        raise PlacementError(f"cache-dit runs past {plan.chosen.name}, which loads weights: allow more memory")
     for handler in logging.getLogger("CACHE_DIT").handlers:  # which all of its loggers share
         handler.setLevel(logging.ERROR)
     config = cache_dit.DBCacheConfig(num_inference_steps=bench.num_steps, Bn_compute_blocks=0, **settings)
     pipe = bench.runner.pipe
+    with _put_back(pipe):
+        try:
+            cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
+            yield
+        finally:
+            cache_dit.disable_cache(pipe)
+
+
+@contextmanager
+def _put_back(pipe: Any) -> Iterator[None]:
+    """What cache-dit (1.5) leaves in denoisers: forwards of its own, and blocks in another order than they are run in.
+
+    Policies that look into a denoiser, such as TeaCache, take the first of its blocks for what is computed first.
+    """
+    modules = [module for _, model in denoisers(pipe) for module in model.modules()]
+    before = [(vars(module), dict(vars(module))) for module in modules]
+    children = [(module._modules, dict(module._modules)) for module in modules]
     try:
-        cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
         yield
     finally:
-        cache_dit.disable_cache(pipe)
+        for own, attributes in before:
+            for name in _REPLACED & own.keys():
+                del own[name]
+            own.update({name: attributes[name] for name in _REPLACED & attributes.keys()})
+        for held, ordered in children:
+            held.clear()
+            held.update(ordered)
 
 
 def _db_cache(name: str, source: str, calibrator: Callable[[], Any] | None) -> None:
