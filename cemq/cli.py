@@ -535,7 +535,7 @@ def compare(
     """
     from cemq import compare as run_comparison
     from cemq.evaluation.compare import check_picture_path
-    from cemq.evaluation.rivals.comparison import draw
+    from cemq.evaluation.rivals.plot import draw
 
     if plot is not None:
         check_picture_path(plot, "plot")

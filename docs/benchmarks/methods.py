@@ -16,9 +16,10 @@ from typing import Any
 
 import cemq
 from cemq.bench.machine import describe_machine, one_line
-from cemq.evaluation.rivals.comparison import RATIOS, draw
+from cemq.evaluation.rivals.comparison import RATIOS
 from cemq.evaluation.rivals.contest import FULL, Row
 from cemq.evaluation.rivals.methods import METHODS
+from cemq.evaluation.rivals.plot import draw
 
 MODELS, SCHEMES = ("dit-digits", "sd3-digits", "emoji", "moving-digits"), ("none", "w8a8", "w4a8")
 ALL_RATIOS = (*RATIOS, "7.1x")  # the last is 7 of 50 steps
