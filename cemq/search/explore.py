@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,24 +189,34 @@ class Search:
         return SEGMENT_PREDICTORS if self.predictor == AUTO and self.corrector == NO_CORRECTOR else ()
 
     def best(self, budget: int) -> Trial:
-        """The best trial of a budget once the effort is spent: never worse on the samples than evenly spaced steps or
-        CEM's, where the effort suffices to run these on all of them."""
-        loop, fitted = self.loop, self.loop.fit(self.view).prior
-        published = [
-            loop.run(schedule)
-            for schedule in self.published(fitted, budget)
-            if schedule.predictor == self._names[0] and loop.spent + loop.cost(schedule.budget) <= self.limit
-        ]
+        """The best trial of a budget once the effort is spent, where it is better than what the prior alone says by
+        more than can be luck; never worse on the samples than evenly spaced steps or CEM's, where the effort suffices
+        to run these on all of them."""
+        fitted = self.loop.fit(self.view).prior
+        floors = self._afforded(each for each in self.published(fitted, budget) if each.predictor == self._names[0])
+        untaught = self._afforded([next(self._untaught(budget))])
         self.explore(budget, self.limit - self._finalist_cost(budget))
-        last = affordable(self._finalists(budget) + published, budget)
-        floor = max((trial.psnr_db for trial in published if trial in last), default=-math.inf)
-        return self.ranked([trial for trial in last if trial.psnr_db >= floor])[0]
+        last = affordable([*self._finalists(budget), *floors, *untaught], budget)
+        floor = max((trial.psnr_db for trial in floors if trial in last), default=-math.inf)
+        best, *_ = self.ranked([trial for trial in last if trial.psnr_db >= floor])
+        kept = [
+            each for each in untaught if each in last and each.psnr_db >= floor and not is_certain(gained(best, each))
+        ]
+        return kept[0] if kept else best
+
+    def _afforded(self, schedules: Iterable[CacheSchedule]) -> list[Trial]:
+        """Those that the effort suffices to run on all samples, run."""
+        loop = self.loop
+        return [loop.run(each) for each in schedules if loop.spent + loop.cost(each.budget) <= self.limit]
+
+    def _untaught(self, budget: int) -> Iterator[CacheSchedule]:
+        """What the prior says before any run has taught it better."""
+        return planned(self.loop.prior, budget, predictor=self.predictor, corrector=self.corrector, view=self.view)
 
     def picked(self, budget: int) -> Trial:
         """The best of a few schedules that are run on all samples while the effort lasts: the first of them, which is
         what the prior alone says, unless another is better by more than can be luck."""
-        loop, settings = self.loop, {"predictor": self.predictor, "corrector": self.corrector, "view": self.view}
-        own = planned(loop.prior, budget, **settings)
+        loop, own = self.loop, self._untaught(budget)
         known = [self.known] if self.known is not None and self.known.budget <= budget else []
         corrected = self.published(loop.prior, budget, self.corrector) if self.corrector != NO_CORRECTOR else ()
         best = first = loop.run(next(own))
