@@ -100,6 +100,8 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
                 f"| {model} | {scheme} | {row['compute_ratio']:.2f}x | {row['psnr_db']:.1f} | {best['psnr_db']:.1f} at "
                 f"{best['compute_ratio']:.2f}x | {best['method']} | {gain:+.1f} |"
             )
+    if not gains:
+        return ["No plan was among what was measured."]
     ahead = sum(gain > 0 for gain in gains)
     span = f"{min(gains):+.1f} to {max(gains):+.1f} dB"
     said = f"The plan is first in {ahead} of {len(gains)} cells; the differences are {span}."
