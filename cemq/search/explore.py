@@ -198,11 +198,9 @@ class Search:
         self.explore(budget, self.limit - self._finalist_cost(budget))
         last = affordable([*self._finalists(budget), *floors, *untaught], budget)
         floor = max((trial.psnr_db for trial in floors if trial in last), default=-math.inf)
-        best, *_ = self.ranked([trial for trial in last if trial.psnr_db >= floor])
-        kept = [
-            each for each in untaught if each in last and each.psnr_db >= floor and not is_certain(gained(best, each))
-        ]
-        return kept[0] if kept else best
+        eligible = [trial for trial in last if trial.psnr_db >= floor]
+        best, *_ = self.ranked(eligible)
+        return next((each for each in untaught if each in eligible and not is_certain(gained(best, each))), best)
 
     def _afforded(self, schedules: Iterable[CacheSchedule]) -> list[Trial]:
         """Those that the effort suffices to run on all samples, run."""
