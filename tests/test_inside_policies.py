@@ -146,15 +146,6 @@ def test_h2_cache_decides_and_serves_as_worked_out_by_hand(drawing, threshold, d
         assert alone / (STEPS - 1) == pytest.approx(2 * 2 / 12 if calls == 1 else (4 + 3) / (3 * 4 + 4 * 3), abs=0.2)
 
 
-def test_h2_cache_at_thresholds_of_nothing_changes_nothing(drawing):
-    pipe, draw_it, _ = drawing
-    plain = draw_it()
-    with attached(pipe, H2Cache(threshold=0, detail_threshold=0)) as hook:
-        assert np.array_equal(draw_it(), plain)
-        assert hook.steps_run == (STEPS, STEPS)
-    assert np.array_equal(draw_it(), plain)
-
-
 def test_what_a_block_adds_is_averaged_over_squares_of_tokens_and_channels():
     torch.manual_seed(0)
     text, picture = torch.randn(1, 512, 4), torch.randn(1, 4096, 4)
@@ -279,16 +270,17 @@ def test_duca_serves_as_worked_out_by_hand(drawing, interval, fresh, seed):
             assert not np.array_equal(draw_it(), found)  # so that equal pictures say something
 
 
-def test_an_interval_of_one_without_tokens_changes_nothing(drawing):
+# --- what they share
+
+
+@pytest.mark.parametrize("policy", [H2Cache(threshold=0, detail_threshold=0), DuCa(interval=1, fresh=0)])
+def test_what_serves_nothing_changes_nothing(drawing, policy):
     pipe, draw_it, _ = drawing
     plain = draw_it()
-    with attached(pipe, DuCa(interval=1, fresh=0)) as hook:
+    with attached(pipe, policy) as hook:
         assert np.array_equal(draw_it(), plain)
         assert hook.steps_run == (STEPS, STEPS)
     assert np.array_equal(draw_it(), plain)
-
-
-# --- what they share
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:In CPU autocast")  # of some models as they are made
