@@ -32,11 +32,15 @@ FAMILY_FULL_PRECISION = {
     "ZImageTransformer2DModel": ("all_x_embedder*", "all_final_layer*", "cap_embedder*"),
 }
 
-# Modulation and time embedding see a handful of rows, so 4 bits would cost quality and buy no time: 8 bits in W4A8.
+# Modulation and time embedding see a handful of rows, so 4 bits buy no time; rounded to nearest, they cost quality.
 EIGHT_BIT = ("*norm*.linear*", "*adaln*", "*modulation*", "*mod.*", "*time*embed*", "*time_proj*", "proj_out_1")
 
 # Layers that see the tokens of the text alone, where those of the picture have layers of their own.
 OF_TEXT = ("*context*", "*.add_[qkv]_proj", "*.to_add_out", "*txt_*")
+# Those of cross-attention, which is the second of a block, that do too.
+OF_CONDITIONS = ("*.attn2.to_[kv]",)
+
+QUERIES_AND_KEYS = ("*.to_[qk]", "*.to_query", "*.to_key")
 
 # Denoisers in the order they are looked for.
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -80,9 +84,14 @@ def full_precision_patterns(denoiser_class: str) -> tuple[str, ...]:
     return FULL_PRECISION + FAMILY_FULL_PRECISION.get(denoiser_class, ())
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's whole name is like one of the patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def cached_modules(children: Iterable[str]) -> tuple[str, ...]:
     """Which of a block's children, by name, are attention or feed-forward modules whose output may be cached."""
     names = tuple(children)
     if set(JOINT) <= set(names):
         return JOINT[1:]
-    return tuple(name for name in names if any(fnmatchcase(name, each) for each in (*ATTENTION, *FEED_FORWARD)))
+    return tuple(name for name in names if matches(name, (*ATTENTION, *FEED_FORWARD)))

@@ -60,7 +60,7 @@ class Recipe(BaseModel):
     smoothed: bool = Field(False, description="Scale native 8-bit activations per channel.")
     low_rank: int = Field(0, ge=0, description="Rank of a bf16 correction of native 4-bit weights")
     bits_budget: float | None = Field(
-        None, description="Average bits a native 4-bit weight, e.g. 4.5: the layers that gain most take 8."
+        None, description="Average bits a native 4-bit weight; the last blocks take 8. Default: a fifth of weights."
     )
     full_precision: list[str] | None = Field(
         None, description="Patterns of layers to keep, e.g. 'proj_out,*.ff.*'; default: by model."

@@ -25,7 +25,7 @@ from cemq.quantize import (
     record_calls,
     stored_bits,
 )
-from cemq.quantize.calls import Call, replay
+from cemq.quantize.calls import replay
 from cemq.quantize.gptq import gptq_int4
 from cemq.quantize.integers import quantize_int4
 
@@ -397,11 +397,11 @@ FOUR_BITS = CemqConfig("w4a8", **EVERYWHERE)
 @given(budget=st.floats(4.5, 10), more=st.floats(0, 3), smoothed=st.booleans(), low_rank=st.sampled_from([0, 4]))
 @settings(max_examples=20, deadline=None)
 def test_a_budget_is_kept_and_more_of_it_is_more_bytes(budget, more, smoothed, low_rank):
-    model, calls = Toy(256), toy_calls(1, width=256)
+    model = Toy(256)
     config = CemqConfig("w4a8", smoothed=smoothed, low_rank=low_rank, **EVERYWHERE)
     least = stored_bits(model, config)
     found = [
-        stored_bits(model, config.with_eight_bit(choose_eight_bit(model, config, calls, spent)))
+        stored_bits(model, config.with_eight_bit(choose_eight_bit(model, config, spent)))
         for spent in (max(least, budget), max(least, budget) + more)
     ]
     assert least <= found[0] <= max(least, budget)
@@ -409,42 +409,80 @@ def test_a_budget_is_kept_and_more_of_it_is_more_bytes(budget, more, smoothed, l
 
 
 def test_the_least_budget_raises_nothing_and_a_large_one_everything():
-    model, calls = Toy(256), toy_calls(1, width=256)
-    assert choose_eight_bit(model, FOUR_BITS, calls, stored_bits(model, FOUR_BITS)) == []
-    assert set(choose_eight_bit(model, FOUR_BITS, calls, 16)) == {"left", "right", "after", "unused"}
+    model = Toy(256)
+    assert choose_eight_bit(model, FOUR_BITS, stored_bits(model, FOUR_BITS)) == []
+    assert set(choose_eight_bit(model, FOUR_BITS, 16)) == {"left", "right", "after", "unused"}
 
 
 def test_a_budget_below_four_bits_is_refused():
-    model = Toy(256)
     with pytest.raises(InputError, match=r"bits budget 4.0: w4a8 needs 4\.\d\d bits a weight at least"):
-        choose_eight_bit(model, FOUR_BITS, toy_calls(1, width=256), 4.0)
+        choose_eight_bit(Toy(256), FOUR_BITS, 4.0)
 
 
 def test_a_bits_budget_with_nothing_to_quantize():
+    nothing = CemqConfig("w4a8", full_precision=("*",))
     with pytest.raises(SchemeError, match="nothing to quantize"):
-        choose_eight_bit(nn.Sequential(nn.Linear(64, 64)), CemqConfig("w4a8", full_precision=("*",)), [], 6)
+        choose_eight_bit(nn.Sequential(nn.Linear(64, 64)), nothing, 6)
+    assert choose_eight_bit(nn.Sequential(nn.Linear(64, 64)), nothing) == []
 
 
 @pytest.mark.parametrize("width", [33, 66])
 def test_layers_as_large_at_four_bits_as_at_eight_are_raised_for_free(width):
     model = nn.Sequential(nn.Linear(width, width))
-    calls = [Call((torch.randn(3, width),), {})]
-    least = stored_bits(model, FOUR_BITS)
-    for budget in (least, 20):
-        assert choose_eight_bit(model, FOUR_BITS, calls, budget) == ["0"]
+    for budget in (stored_bits(model, FOUR_BITS), 20):
+        assert choose_eight_bit(model, FOUR_BITS, budget) == ["0"]
 
 
-def test_the_layer_that_suffers_most_is_raised_first():
-    model, calls = Toy(256), toy_calls(3, width=256)
-    for call in calls:
-        call.arguments[0][:, ::64] = 0
-    model.right.weight.data[:, ::64] *= 100  # idle, but the others of their groups are left with hardly a step
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    linears = dict(model.named_children())
-    budget = stored_bits(model, FOUR_BITS) + 1.45  # what one of the two wide layers costs
-    assert choose_eight_bit(model, FOUR_BITS, calls, budget) == ["right"]
-    assert dict(model.named_children()) == linears
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+ORDER = [
+    "single_transformer_blocks.1.attn.to_v",
+    "single_transformer_blocks.1.proj_mlp",
+    "single_transformer_blocks.1.proj_out",
+    "transformer_blocks.0.attn.to_v",
+    "transformer_blocks.0.ff.net.2",
+    "single_transformer_blocks.1.attn.to_k",
+    "transformer_blocks.0.attn.to_q",
+    "single_transformer_blocks.1.norm.linear",
+    "transformer_blocks.0.attn2.to_v",
+    "transformer_blocks.0.attn.add_q_proj",
+    "transformer_blocks.0.ff_context.net.2",
+    "time_text_embed.linear_1",
+]
+
+
+def like_flux():
+    """Layers of one size, named and defined in the order of a FLUX's (and one of a Wan's)."""
+    model = nn.Module()
+    for name in (
+        "time_text_embed.linear_1", "transformer_blocks.0.attn2.to_v", "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.0.attn.to_v", "transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.ff.net.2",
+        "transformer_blocks.0.ff_context.net.2", "single_transformer_blocks.1.norm.linear",
+        "single_transformer_blocks.1.attn.to_k", "single_transformer_blocks.1.attn.to_v",
+        "single_transformer_blocks.1.proj_mlp", "single_transformer_blocks.1.proj_out",
+    ):  # fmt: skip
+        *path, last = name.split(".")
+        at = model
+        for part in path:
+            if not hasattr(at, part):
+                at.add_module(part, nn.Module())
+            at = at.get_submodule(part)
+        at.add_module(last, nn.Linear(256, 256, device="meta", dtype=torch.float32))
+    return model
+
+
+def test_what_the_last_blocks_add_to_the_picture_is_raised_first_and_modulation_last():
+    model = like_flux()
+    layers = [stored_bits(model, FOUR_BITS.with_eight_bit(ORDER[:count])) for count in range(len(ORDER) + 1)]
+    for count, budget in enumerate(layers):
+        assert set(choose_eight_bit(model, FOUR_BITS, budget + 1e-6)) == set(ORDER[:count])
+
+
+def test_a_fifth_of_the_weights_is_raised_where_no_budget_is_given():
+    assert set(choose_eight_bit(like_flux(), FOUR_BITS)) == set(ORDER[: len(ORDER) // 5])
+
+
+def test_layers_that_are_named_come_before_all_others():
+    first = ["transformer_blocks.0.attn.to_q", "time_*"]
+    assert set(choose_eight_bit(like_flux(), FOUR_BITS, first=first)) == {ORDER[6], ORDER[-1]}
 
 
 def test_the_chosen_layers_take_eight_bits_and_the_output_comes_nearer():
@@ -453,15 +491,9 @@ def test_the_chosen_layers_take_eight_bits_and_the_output_comes_nearer():
     errors = []
     for budget in (4.8, 7, 16):
         model = Toy(256)
-        config = FOUR_BITS.with_eight_bit(choose_eight_bit(model, FOUR_BITS, calls, budget))
+        config = FOUR_BITS.with_eight_bit(choose_eight_bit(model, FOUR_BITS, budget))
         quantize_in_place(model, config)
         taken = {name for name, layer in model.named_children() if layer.scheme.weight_bits == 8}
         assert taken == set(config.eight_bit)
         errors.append(relative(torch.cat([replay(model, call)["sample"] for call in calls]), expected))
     assert errors[2] < errors[1] < errors[0]
-
-
-def test_measuring_reports_its_progress():
-    shares = []
-    choose_eight_bit(Toy(256), FOUR_BITS, toy_calls(1, width=256), 6, progress=shares.append)
-    assert shares == [0.25, 0.5, 0.75, 1.0]

@@ -73,13 +73,6 @@ def test_a_build_takes_what_its_effort_says_and_says_what_it_took(folder, tmp_pa
         assert spent() == 2
 
 
-def test_what_is_replayed_to_quantize_counts_too(folder, tmp_path):
-    with counted(STEPS) as spent:
-        manifest = build(folder, tmp_path / "bundle", effort="instant", scheme="w4a8", bits_budget=8.5)
-    assert manifest.generations["replayed"] > 0.5
-    assert manifest.generations["total"] == pytest.approx(spent(), abs=0.02)
-
-
 def test_counts_that_are_asked_for_take_the_place_of_the_efforts(folder, tmp_path):
     manifest = build(
         folder, tmp_path / "bundle", effort="quick", samples=3, planning_samples=5, check_samples=2, solver="uniform",

@@ -166,6 +166,10 @@ def test_two_launched_processes_write_the_bundle_of_one_bit_for_bit(recipe, bund
     one, two = content(bundle), content(output)
     assert {"cemq.json", "prior.safetensors", "evidence.json"} < one.keys()
     assert [name for name in one.keys() | two.keys() if one.get(name) != two.get(name)] == []
+    took = [
+        json.loads((folder / "evidence.json").read_text())["generations"]["replayed"] for folder in (bundle, output)
+    ]
+    assert took[0] == 0 < took[1]
     assert not list(output.parent.glob(".*"))
 
 

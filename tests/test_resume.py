@@ -178,15 +178,6 @@ def test_what_weights_are_fitted_to_is_kept_until_they_are(ends, tmp_path):
     assert not list(work_of(tmp_path).glob("fitted-*"))
 
 
-def test_calls_that_are_replayed_are_kept_and_counted_as_well(root, ends, tmp_path):
-    settings = {"scheme": "w4a8", "bits_budget": 8.0}  # which is found by replaying them
-    build(root, tmp_path / "at once", **settings)
-    assert ends(lambda name: name == "fitted-0", **settings)
-    assert ends(lambda name: name == "fitted-0", **settings)
-    build(root, tmp_path / "out", **settings)
-    assert content(tmp_path / "out") == content(tmp_path / "at once")
-
-
 def test_what_cannot_be_kept_is_said_and_run_again(root, ends, whole, tmp_path, monkeypatch, said):
     write = stored.write
 

@@ -246,7 +246,6 @@ def test_weights_that_would_be_converted_in_memory_are_refused_with_the_dtype_to
     [
         ({"vram": "much"}, "memory 'much': write a size such as 8GiB"),
         ({"host_memory": "8GiB"}, "host_memory=8GiB: only with vram does a build limit memory: give both"),
-        ({"vram": "8GiB", "scheme": "w4a8", "bits_budget": 6.0}, "vram: a bits budget tries layers in the whole model"),
         ({"vram": "8GiB", "lora": ["some/lora"]}, "vram: fused LoRAs are in memory as a whole"),
     ],
 )

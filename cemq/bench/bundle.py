@@ -22,8 +22,8 @@ from cemq.bundle.original import find_original
 from cemq.errors import ModelError, check_keywords, choose
 from cemq.pipelines.batches import EVALUATION_SEED_OFFSET, Batch, Progress, make_batches, run
 from cemq.pipelines.opening import DTYPES, check_device, default_device, denoisers
+from cemq.pipelines.outputs import first_tensor
 from cemq.quantize import record_calls
-from cemq.quantize.allocate import replayed_output
 from cemq.quantize.calls import Call, replay
 from cemq.quantize.kernels import AUTO
 from cemq.runtime import attached, detach, schedule_hook
@@ -141,7 +141,7 @@ def _recorded_call(pipe: DiffusionPipeline, manifest: Manifest, samples: Batch, 
 
 def _relative_errors(models: Mapping[str, torch.nn.Module], call: Call) -> dict[str, float]:
     """Of each denoiser's output to full precision's; none where that is not at hand."""
-    outputs = {name: replayed_output(model, call) for name, model in models.items()}
+    outputs = {name: first_tensor(replay(model, call)) for name, model in models.items()}
     exact = outputs.get(FULL_PRECISION)
     return {name: relative_error(exact, output) for name, output in outputs.items() if exact is not None}
 

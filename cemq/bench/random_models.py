@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from cemq.bench.architectures import Architecture
 from cemq.errors import SchemeError
-from cemq.families import BLOCK_LISTS
+from cemq.families import BLOCK_LISTS, matches
 from cemq.quantize import NO_SCHEME, CemqConfig, QuantizationSettings, check_scheme, quantize_calibrated
 from cemq.quantize.allocate import layer_bytes
 from cemq.quantize.calls import Call
@@ -33,7 +32,7 @@ def empty_model(architecture: Architecture) -> Any:
 def share_blocks(model: nn.Module) -> None:
     """Have blocks of one shape be one and the same block: a forward costs as much, and the model a few blocks."""
     for name, blocks in model.named_children():
-        if isinstance(blocks, nn.ModuleList) and any(fnmatchcase(name, pattern) for pattern in BLOCK_LISTS):
+        if isinstance(blocks, nn.ModuleList) and matches(name, BLOCK_LISTS):
             first: dict[tuple, nn.Module] = {}
             for index, block in enumerate(blocks):
                 shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())

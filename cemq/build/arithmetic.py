@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
 
-from cemq.families import DENOISERS, OF_TEXT
+from cemq.families import DENOISERS, OF_TEXT, matches
 from cemq.memory.footprint import FEW_ROWS, Headers, Picture, Tensor, widths
 
 _LEVEL = re.compile(r"\bup_blocks\.(\d+)\.")
@@ -86,10 +85,10 @@ def _denoiser(headers: Headers, name: str) -> Arithmetic:
 def _linear(tensors: tuple[Tensor, ...], rows: int, text_rows: int, inputs: int) -> Arithmetic:
     """Of all linear layers; in blocks that have layers for the text, the others see the picture alone."""
     names = {tensor.name.removesuffix(".weight"): tensor for tensor in _weights(tensors, dimensions=2)}
-    of_text = {name for name in names if _matches(name, OF_TEXT) and not _matches(name, FEW_ROWS)}
+    of_text = {name for name in names if matches(name, OF_TEXT) and not matches(name, FEW_ROWS)}
     parted, total = {_block(name) for name in of_text}, Arithmetic()
     for name, tensor in names.items():
-        if _matches(name, FEW_ROWS):
+        if matches(name, FEW_ROWS):
             seen = inputs
         elif name in of_text:
             seen = text_rows
@@ -97,10 +96,6 @@ def _linear(tensors: tuple[Tensor, ...], rows: int, text_rows: int, inputs: int)
             seen = rows - text_rows if _block(name) in parted else rows
         total += Arithmetic(operations=2 * prod(tensor.shape) * seen, layers=1)
     return total
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _block(name: str) -> str:

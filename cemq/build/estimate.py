@@ -18,8 +18,6 @@ from cemq.families import DENOISERS
 from cemq.memory.footprint import ANY_FLOAT, read_footprint, read_headers
 from cemq.memory.placement import MemoryPlan, format_bytes
 from cemq.pipelines.opening import class_of_folder
-from cemq.quantize.allocate import MEASURED_CALLS
-from cemq.quantize.calibrate import HESSIAN_BYTES
 from cemq.schedule import SEARCH
 
 QUANTIZATION = "quantization"
@@ -212,8 +210,7 @@ def _quantization_seconds(
     sketched: Sketch, work: RunArithmetic, pace: Pace, settings: BuildSettings, steps: int
 ) -> tuple[float, float]:
     """For summing up Hessians while references are run, and for quantization itself: layers are rounded column by
-    column, and with a bits budget calls are replayed before. Text encoders and weights that are rounded to nearest take
-    no time to speak of."""
+    column. Text encoders and weights that are rounded to nearest take no time to speak of."""
     calls = fitted_calls(settings, steps)
     if not calls:
         return 0.0, 0.0
@@ -222,11 +219,6 @@ def _quantization_seconds(
     rows = work.inputs * work.tokens / settings.recipe.batch_size
     summing = calls * pace.seconds(Arithmetic(operations=2 * rows * numbers, layers=len(shapes)))
     found = 0.0
-    if settings.quantization.bits_budget is not None:  # calls are kept, and everything is done with them later
-        passes = 1 + 4 * numbers // HESSIAN_BYTES
-        found = summing + calls * passes * pace.seconds(work.step)
-        found += MEASURED_CALLS * len(shapes) * pace.seconds(work.step)
-        summing = 0.0
     if not settings.quantization.gptq:
         return summing, found
     for outputs, columns in shapes:

@@ -39,13 +39,13 @@ class Fitting(Protocol):
 def fitting(
     runner: Runner, quantization: QuantizationSettings, batches: Sequence[Batch], pieces: PieceByPiece | None = None
 ) -> Fitting:
-    """Inputs are summed up while full precision runs; calls are replayed for those sums only where they have to be
-    anyway, for a bits budget, or where every process has but a share of the runs.
+    """Inputs are summed up while full precision runs; where every process has but a share of the runs, calls are
+    recorded, and replayed for those sums.
 
     Args:
         pieces: Where the quantized pipeline is written piece by piece.
     """
-    if runner.processes.count > 1 or quantization.bits_budget is not None:
+    if runner.processes.count > 1:
         return _Recorded(runner, quantization, batches)
     return _Observed(runner, quantization, batches, pieces)
 

@@ -194,8 +194,6 @@ def resolve(model: str | None, recipe: str | None, device: str | None, settings:
     settled = resolve_recipe(model, recipe, {name: each for name, each in settings.items() if name not in OF_MEMORY})
     check_recipe(settled)
     limit = Limit.of(**{name: settings.get(name) for name in OF_MEMORY})
-    if limit and settled.bits_budget is not None:
-        raise InputError("vram: a bits budget tries layers in the whole model in memory: leave one of them out")
     if limit and settled.lora:
         raise InputError("vram: fused LoRAs are in memory as a whole: fuse them, save the pipeline, and build that")
     asked = [read_lora(text) for text in settled.lora or ()]

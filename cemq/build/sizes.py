@@ -19,7 +19,7 @@ from cemq.errors import ModelError, first_line
 from cemq.families import DENOISERS
 from cemq.memory.footprint import ComponentMemory, Headers, itemsize_of, output_features
 from cemq.prior.profile import LARGEST_CHANNEL_GRAMS
-from cemq.quantize import RECORDED_BYTES, CemqConfig
+from cemq.quantize import CemqConfig
 from cemq.quantize.allocate import layer_bytes
 from cemq.quantize.calibrate import HESSIAN_BYTES
 from cemq.quantize.in_diffusers import quantizable
@@ -91,22 +91,17 @@ def bundle_bytes(
     """What the bundle takes on disk.
 
     Layers whose weights a model reads past their forward stay in full precision, which no config says: they are counted
-    as quantized. A bits budget is counted as spent.
+    as quantized.
 
     Args:
         components: With weights as they are loaded.
         runs: Of schedules, which evidence.json lists.
     """
-    itemsize, budget = itemsize_of(settings.dtype), settings.quantization.bits_budget
+    itemsize = itemsize_of(settings.dtype)
     found = sum(component.weight_bytes for component in components)
     tensors = sum(map(len, headers.tensors.values()))
     for layer in sketched.layers:
-        numbers = layer.linear.weight.numel()
-        if budget is not None and layer.component in DENOISERS:
-            stored = int(numbers * budget / 8)
-        else:
-            stored = sketched.stored_bytes(layer)
-        found += stored - numbers * itemsize
+        found += sketched.stored_bytes(layer) - layer.linear.weight.numel() * itemsize
         tensors += sketched.tensors(layer) - 1
     return (
         found
@@ -141,8 +136,8 @@ def host_memory_bytes(
 ) -> int:
     """What the build holds in host memory at its peak, at the least, with what this process holds already.
 
-    The weights, which are opened there whatever the device; every recorded run; calls that are replayed. On a CPU also
-    the activations of the largest model, what GPTQ sums up, and the layer that it rounds. A ``vram`` changes nothing.
+    The weights, which are opened there whatever the device; every recorded run. On a CPU also the activations of the
+    largest model, what GPTQ sums up, and the layer that it rounds. A ``vram`` changes nothing.
     """
     samples, fits = settings.effort.samples, fitted_calls(settings, steps)
     name = next(name for name in DENOISERS if name in headers.tensors)
@@ -150,8 +145,6 @@ def host_memory_bytes(
     latents = headers.rows(name) / (picture.samples * picture.branches) * output_features(headers.configs[name])
     recorded = 2 * 4 * steps * samples * latents  # a prediction and a sample of every step, float32 at most
     found = psutil.Process().memory_info().rss + sum(component.weight_bytes for component in components) + recorded
-    if fits and settings.quantization.bits_budget is not None:  # the only ones that are kept to be replayed
-        found += min(RECORDED_BYTES, fits * latents * picture.branches * itemsize_of(settings.dtype))
     if torch.device(settings.device).type == "cpu":
         found += max(component.activation_bytes for component in components)
         if fits:
@@ -166,7 +159,7 @@ def fitted_calls(settings: BuildSettings, steps: int) -> int:
     asked = settings.quantization
     if not asked.quantizes_denoiser or asked.backend != "native" or SCHEMES[asked.scheme].is_coded:
         return 0
-    if not (asked.gptq or asked.smoothed or asked.bits_budget is not None):
+    if not (asked.gptq or asked.smoothed):
         return 0
     total = settings.effort.samples * steps
     return -(-total // calls_apart(total))

@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cemq.errors import BundleError, InputError, ModelError, first_line
-from cemq.families import BLOCK_LISTS, DENOISERS, EIGHT_BIT, cached_modules
+from cemq.families import BLOCK_LISTS, DENOISERS, EIGHT_BIT, cached_modules, matches
 from cemq.memory.placement import (
     ComponentMemory,
     Role,
@@ -244,7 +243,7 @@ def _cached_tensors(cache: str, tensors: Sequence[Tensor]) -> int:
     blocks: dict[tuple[str, str], set[str]] = {}
     for tensor in tensors:
         parts = tensor.name.split(".")
-        if len(parts) > 3 and parts[1].isdigit() and any(fnmatchcase(parts[0], pattern) for pattern in BLOCK_LISTS):
+        if len(parts) > 3 and parts[1].isdigit() and matches(parts[0], BLOCK_LISTS):
             child = parts[3] if parts[2] == "block" else parts[2]  # HiDream wraps its blocks
             blocks.setdefault((parts[0], parts[1]), set()).add(child)
     return sum(len(cached_modules(children)) for children in blocks.values())
@@ -405,7 +404,7 @@ def widths(tensors: tuple[Tensor, ...]) -> tuple[int, int]:
         for tensor in tensors
         if len(tensor.shape) in (2, 3)
         and tensor.name.endswith(".weight")
-        and not any(fnmatchcase(tensor.name.removesuffix(".weight"), pattern) for pattern in FEW_ROWS)
+        and not matches(tensor.name.removesuffix(".weight"), FEW_ROWS)
     ]
     if not layers:
         return 0, 0

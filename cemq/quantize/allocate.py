@@ -1,21 +1,22 @@
-"""Which layers deserve 8 bits, when an average number of bits is all there is to spend."""
+"""Which layers take 8 bits in a 4-bit scheme."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
 
-import torch
 from torch import nn
 
 from cemq.errors import InputError
-from cemq.pipelines.outputs import first_tensor
-from cemq.quantize.calls import Call, replay
+from cemq.families import EIGHT_BIT, OF_CONDITIONS, OF_TEXT, QUERIES_AND_KEYS, matches
 from cemq.quantize.in_diffusers import CemqConfig, nothing_to_quantize, quantizable
 from cemq.quantize.schemes import SCHEMES, Scheme
 
-MEASURED_CALLS = 4  # calls, spread over the recorded ones, on which each layer's harm is measured
+EIGHT_BIT_SHARE = 0.2  # of the weights, where no budget is given; see docs/notebook/weights.md
+
+_BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 
 def stored_bits(denoiser: nn.Module, config: CemqConfig) -> float:
@@ -27,85 +28,81 @@ def stored_bits(denoiser: nn.Module, config: CemqConfig) -> float:
     return 8 * size / sum(linear.weight.numel() for _, linear, _ in layers)
 
 
-@torch.no_grad()
 def choose_eight_bit(
-    denoiser: nn.Module,
-    config: CemqConfig,
-    calls: Sequence[Call],
-    bits_budget: float,
-    *,
-    progress: Callable[[float], None] | None = None,
+    denoiser: nn.Module, config: CemqConfig, bits_budget: float | None = None, *, first: Sequence[str] = ()
 ) -> list[str]:
-    """Names of the layers to keep at 8 bits in a 4-bit scheme, so that the average stays within a budget.
+    """Names of the layers to keep at 8 bits in a 4-bit scheme: those of the last blocks, where 4 bits harm most.
 
-    Each layer is rounded to 4 bits alone in the full-precision model, and what that does to the model's output on a few
-    recorded calls is its harm; layers are raised to 8 bits in the order of harm undone per byte.
+    What reaches the output from layers that are quantized alone grows with their depth. Of a block, first come what
+    attention adds and the feed-forward network; then, after those of all blocks, queries and keys; last modulation
+    and what sees the conditions alone, which hardly show.
 
     Args:
-        bits_budget: Average stored bits per quantized weight, scales included.
+        bits_budget: Average stored bits per quantized weight, scales included; None: `EIGHT_BIT_SHARE` of the weights.
+        first: Patterns of layers that come before all others.
 
     Raises:
         InputError: Not even 4 bits everywhere fit the budget.
     """
-    least, free = least_bits(denoiser, config, within=bits_budget)
-    lowest = config.with_eight_bit(free)
-    layers = [entry for entry in quantizable(denoiser, lowest) if entry[2].weight_bits == 4]
-    harms = _harms(denoiser, lowest, calls[:: max(1, len(calls) // MEASURED_CALLS)][:MEASURED_CALLS], progress)
-    extra = {name: _extra_bytes(lowest, linear, scheme) for name, linear, scheme in layers}
-    room = (bits_budget - least) / 8 * sum(linear.weight.numel() for _, linear, _ in quantizable(denoiser, lowest))
-    raised = list(free)
-    for name in sorted(extra, key=lambda name: harms[name] / extra[name], reverse=True):
-        if extra[name] <= room:
-            room -= extra[name]
+    if bits_budget is None:
+        raised, lowest = [], config.with_eight_bit(())
+        costs = {name: linear.weight.numel() for name, linear, _ in quantizable(denoiser, lowest)}
+        room = EIGHT_BIT_SHARE * sum(costs.values())
+    else:
+        least, raised = _least_bits(denoiser, config, within=bits_budget)
+        lowest = config.with_eight_bit(raised)
+        weights = sum(linear.weight.numel() for _, linear, _ in quantizable(denoiser, lowest))
+        costs = _extra_bytes(denoiser, lowest)
+        room = (bits_budget - least) / 8 * weights
+    for name in _most_harmed_first(costs, first):
+        if costs[name] <= room:
+            room -= costs[name]
             raised.append(name)
     return raised
 
 
-def least_bits(denoiser: nn.Module, config: CemqConfig, *, within: float) -> tuple[float, list[str]]:
+def _most_harmed_first(names: Iterable[str], first: Sequence[str]) -> list[str]:
+    """Layers, given in the order of definition, in the order in which they are raised."""
+    names = list(names)
+    blocks = {name: found[1] for name in names if (found := _BLOCK.match(name))}
+    depths = {block: depth for depth, block in enumerate(dict.fromkeys(blocks.values()))}
+
+    def rank(name: str) -> tuple[int, int]:
+        if matches(name, first):
+            kind = 3
+        elif name not in blocks or matches(name, (*EIGHT_BIT, *OF_TEXT, *OF_CONDITIONS)):
+            kind = 0
+        else:
+            kind = 1 if matches(name, QUERIES_AND_KEYS) else 2
+        return kind, depths.get(blocks.get(name), -1)
+
+    return sorted(names, key=rank, reverse=True)
+
+
+def _least_bits(denoiser: nn.Module, config: CemqConfig, *, within: float) -> tuple[float, list[str]]:
     """The smallest average there is, and the names of layers so narrow that 8 bits take no more room than 4.
 
     Raises:
         InputError: Not even 4 bits everywhere stay ``within`` the budget.
     """
-    lowest = config.with_eight_bit(())
-    free = [name for name, linear, scheme in quantizable(denoiser, lowest) if _extra_bytes(lowest, linear, scheme) <= 0]
+    free = [name for name, extra in _extra_bytes(denoiser, config.with_eight_bit(())).items() if extra <= 0]
     least = stored_bits(denoiser, config.with_eight_bit(free))
     if within < least:
         raise InputError(f"bits budget {within}: {config.scheme} needs {least:.2f} bits a weight at least")
     return least, free
 
 
-def _extra_bytes(config: CemqConfig, linear: nn.Linear, scheme: Scheme) -> int:
-    """What a layer of 4-bit weights would take more with 8-bit ones."""
-    wider = replace(SCHEMES[f"w8a{scheme.activation_bits}"], smoothed=scheme.smoothed)
-    return layer_bytes(config, linear, wider) - layer_bytes(config, linear, scheme)
+def _extra_bytes(denoiser: nn.Module, config: CemqConfig) -> dict[str, int]:
+    """What every layer of 4-bit weights would take more with 8-bit ones."""
 
+    def wider(scheme: Scheme) -> Scheme:
+        return replace(SCHEMES[f"w8a{scheme.activation_bits}"], smoothed=scheme.smoothed)
 
-def _harms(
-    denoiser: nn.Module, config: CemqConfig, calls: Sequence[Call], progress: Callable[[float], None] | None
-) -> dict[str, float]:
-    """Squared error of the model's output, relative to its square, with each layer alone at 4 bits."""
-    wanted = [replayed_output(denoiser, call).float() for call in calls]
-    layers, harms = [entry for entry in quantizable(denoiser, config) if entry[2].weight_bits == 4], {}
-    for done, (name, linear, scheme) in enumerate(layers, start=1):
-        alone = SCHEMES[f"w{scheme.weight_bits}a16"]
-        denoiser.set_submodule(name, config.layer_class(alone).from_linear(linear, alone))
-        try:
-            found = [replayed_output(denoiser, call).float() for call in calls]
-        finally:
-            denoiser.set_submodule(name, linear)
-        harms[name] = sum(
-            ((a - b).square().sum() / b.square().sum().clamp_min(1e-12)).item()
-            for a, b in zip(found, wanted, strict=True)
-        )
-        if progress:
-            progress(done / len(layers))
-    return harms
-
-
-def replayed_output(denoiser: nn.Module, call: Call) -> torch.Tensor:
-    """The first tensor in what the denoiser answers to a call."""
-    return first_tensor(replay(denoiser, call))
+    return {
+        name: layer_bytes(config, linear, wider(scheme)) - layer_bytes(config, linear, scheme)
+        for name, linear, scheme in quantizable(denoiser, config)
+        if scheme.weight_bits == 4
+    }
 
 
 def layer_bytes(config: CemqConfig, linear: nn.Linear, scheme: Scheme) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from enum import Enum
-from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +21,7 @@ from diffusers.utils import get_module_from_name
 from torch import nn
 
 from cemq.errors import BundleError, SchemeError
-from cemq.families import EIGHT_BIT, FULL_PRECISION
+from cemq.families import EIGHT_BIT, FULL_PRECISION, matches
 from cemq.quantize.adapters import guard_methods, refuse_adapters
 from cemq.quantize.layers import InputStatistics, QuantizedLinear, fuse_gelu
 from cemq.quantize.schemes import BACKENDS, SCHEMES, Scheme, check_scheme
@@ -79,13 +78,13 @@ class CemqConfig(QuantizationConfigMixin):
 
     def scheme_for(self, name: str) -> Scheme | None:
         """The scheme of one module, None where it stays in full precision."""
-        if _matches(name, self.full_precision):
+        if matches(name, self.full_precision):
             return None
         scheme = SCHEMES[self.scheme]
         if scheme.is_coded:
             return scheme
         wider = f"w8a{scheme.activation_bits}"
-        if scheme.weight_bits < 8 and wider in BACKENDS[self.backend].layers and _matches(name, self.eight_bit):
+        if scheme.weight_bits < 8 and wider in BACKENDS[self.backend].layers and matches(name, self.eight_bit):
             scheme = SCHEMES[wider]
         rank = self.low_rank if scheme.weight_bits == 4 else 0
         return replace(scheme, low_rank=rank, smoothed=self.smoothed and scheme.activation_bits == 8)
@@ -115,10 +114,6 @@ class CemqConfig(QuantizationConfigMixin):
         }
 
     to_diff_dict = to_dict
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def linear_of(model: nn.Module, name: str) -> nn.Linear:

@@ -12,7 +12,7 @@ from torch import nn
 from cemq.errors import InputError, ReplayError, SchemeError, choose
 from cemq.families import DENOISERS, EIGHT_BIT, full_precision_patterns
 from cemq.pipelines.opening import denoisers
-from cemq.quantize.allocate import choose_eight_bit, least_bits
+from cemq.quantize.allocate import choose_eight_bit
 from cemq.quantize.calibrate import Observer, quantize_calibrated, weights_read_elsewhere
 from cemq.quantize.calls import Call
 from cemq.quantize.in_diffusers import CemqConfig, quantizable, quantize_in_place
@@ -35,7 +35,8 @@ class QuantizationSettings:
         gptq: Fit weights to recorded inputs instead of rounding them to nearest; native backend.
         smoothed: Scale inputs per channel before they are quantized to 8 bits; native backend.
         low_rank: Rank of a bfloat16 correction beside every 4-bit weight; native backend.
-        bits_budget: Average stored bits per weight in a 4-bit scheme; the layers that gain most take 8 bits.
+        bits_budget: Average stored bits per weight in a 4-bit scheme, which layers of the last blocks take 8 bits for.
+            None: a fifth of the weights; rounded to nearest: modulation and time embedding.
         components: Names of the pipeline's components; empty: the denoiser. Text encoders are quantized weight-only.
     """
 
@@ -57,10 +58,8 @@ class QuantizationSettings:
     def check(self) -> None:
         """Raises SchemeError or InputError for what cannot go together, before any model is opened."""
         check_scheme(self.scheme, self.backend)
-        asked = SCHEMES.get(self.scheme)
-        four_bit = asked is not None and asked.weight_bits == 4 and not asked.is_coded
         for option, asked in (("low rank", self.low_rank), ("bits budget", self.bits_budget is not None)):
-            if asked and not (four_bit and self.backend == "native"):
+            if asked and not self._is_four_bit:
                 found = f"{self.backend} {self.scheme}"
                 raise InputError(f"{option}: only 4-bit schemes of the native backend take it, not {found}")
             if asked and not self.quantizes_denoiser:
@@ -80,17 +79,31 @@ class QuantizationSettings:
         return self.scheme != NO_SCHEME and name in (self.components or DENOISERS)
 
     def config(self, denoiser: nn.Module) -> CemqConfig:
-        """The quantization config of the denoiser, with the layers at 8 bits that go with the rounding."""
+        """The quantization config of the denoiser, with the layers at 8 bits that go with the rounding.
+
+        Raises:
+            InputError: The bits budget cannot be kept.
+        """
         native = self.backend == "native"
         kept = full_precision_patterns(type(denoiser).__name__) if self.full_precision is None else self.full_precision
-        return CemqConfig(
+        config = CemqConfig(
             self.scheme,
             backend=self.backend,
             full_precision=kept,
-            eight_bit=() if native and self.gptq else EIGHT_BIT,  # fitted ones need no more than 4: quantization.md
+            eight_bit=() if native and self.gptq else EIGHT_BIT,
             low_rank=self.low_rank,
             smoothed=native and self.smoothed and SCHEMES[self.scheme].activation_bits == 8,
         )
+        if not self._is_four_bit or (self.bits_budget is None and not self.gptq):
+            return config
+        chosen = choose_eight_bit(denoiser, config, self.bits_budget, first=config.eight_bit)
+        return config.with_eight_bit(chosen)
+
+    @property
+    def _is_four_bit(self) -> bool:
+        """Whether it is a scheme of native 4-bit integers, some of which may be 8-bit ones."""
+        asked = SCHEMES.get(self.scheme)
+        return self.backend == "native" and asked is not None and asked.weight_bits == 4 and not asked.is_coded
 
     def is_fitted(self, denoiser: nn.Module) -> bool:
         """Whether the denoiser is quantized to what its layers are fed."""
@@ -99,7 +112,7 @@ class QuantizationSettings:
         config = self.config(denoiser)
         if self.backend == "native":
             is_fitted = config.layer_class(SCHEMES[self.scheme]).is_fitted
-            return is_fitted and (self.gptq or config.smoothed or self.bits_budget is not None)
+            return is_fitted and (self.gptq or config.smoothed)
         return any(
             config.layer_class(scheme).needs_largest and scheme.activation_bits == 8
             for _, _, scheme in quantizable(denoiser, config)
@@ -113,12 +126,10 @@ class QuantizationSettings:
         """The same, rounded to nearest: for a denoiser whose calls cannot be replayed.
 
         Raises:
-            ReplayError: The backend or the bits budget cannot do without; ``reason``, and what to do.
+            ReplayError: The backend cannot do without; ``reason``, and what to do.
         """
         if self.backend != "native":
             raise ReplayError(f"{reason}, and {self.backend} is fitted to calls: take --backend native") from reason
-        if self.bits_budget is not None:
-            raise ReplayError(f"{reason}, and a bits budget is spent by replaying calls: leave it out") from reason
         return replace(self, gptq=False, smoothed=False)
 
     def check_components(self, pipeline: str, models: Collection[str]) -> None:
@@ -133,8 +144,7 @@ class QuantizationSettings:
         models = [key for key, part in pipe.components.items() if isinstance(part, nn.Module)]
         self.check_components(type(pipe).__name__, models)
         for _, denoiser in denoisers(pipe):
-            if self.bits_budget is not None:
-                least_bits(denoiser, self.config(denoiser), within=self.bits_budget)
+            self.config(denoiser)
 
 
 def quantize_pipeline(
@@ -181,9 +191,6 @@ def quantize_pipeline(
             quantize_in_place(model, config)
             continue
         config = config.with_full_precision(weights_read_elsewhere(model, config, known[0]))
-        if settings.bits_budget is not None:
-            chosen = choose_eight_bit(model, config, known, settings.bits_budget, progress=report("bits per layer"))
-            config = config.with_eight_bit(chosen)
         if not settings.is_fitted(model):
             quantize_in_place(model, config)
             continue

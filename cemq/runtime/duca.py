@@ -26,7 +26,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -34,7 +33,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from cemq.errors import InputError
-from cemq.families import FEED_FORWARD
+from cemq.families import FEED_FORWARD, matches
 from cemq.runtime.history import copied
 from cemq.runtime.policies import (
     Inside,
@@ -155,7 +154,7 @@ class _Call:
             output = run()
             self._stream.kept[place] = tree_map(_blank if place.feeds else copied, output)
             return output
-        if not place.feeds and any(fnmatchcase(place.module, pattern) for pattern in FEED_FORWARD):
+        if not place.feeds and matches(place.module, FEED_FORWARD):
             self._renew(place, arguments, kept, run)
         return kept if place.feeds else tree_map(copied, kept)
 

@@ -6,7 +6,6 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from cemq.errors import ModelError
-from cemq.families import BLOCK_LISTS
+from cemq.families import BLOCK_LISTS, matches
 from cemq.runtime.registration import OutermostHook, install, keep_outermost, uninstall
 
 Forward = Callable[[], Any]
@@ -152,7 +151,7 @@ def block_stack(denoiser: nn.Module) -> list[nn.Module]:
     blocks = [
         getattr(block, "_orig_mod", block)
         for name, child in denoiser.named_children()
-        if isinstance(child, nn.ModuleList) and any(fnmatchcase(name, pattern) for pattern in BLOCK_LISTS)
+        if isinstance(child, nn.ModuleList) and matches(name, BLOCK_LISTS)
         for block in child
     ]
     if not blocks:
