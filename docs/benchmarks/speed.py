@@ -1,65 +1,90 @@
 """Time of one forward, full precision against every scheme: ``python docs/benchmarks/speed.py``.
 
 A 74 M DiT (12 heads x 64, 6 layers, 512 tokens) with random weights, bfloat16, as `cemq bench --arch dit-small` times
-it: eager, then compiled. Writes speed.md and speed.json beside itself. About 4 minutes on 2 CPU cores of one's own.
+it: eager, compiled, and beside other backends. In a run the variants take turns, and there are five runs, to see how
+far ratios repeat. Writes speed.md and speed.json beside itself; what was measured on CPUs that can do other things
+(VNNI, AVX-512) stays. Some 15 minutes on 2 CPU cores of one's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cemq.bench import bench_architecture
 from cemq.bench.machine import one_line
 from cemq.quantize import installed
 
 OTHERS = ("quanto:w8a8", "quanto:w4a8", "bitsandbytes:w8a8", "bitsandbytes:w4a16", "torchao:w8a8")
+HERE = Path(__file__).with_suffix("")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = ["" if value is None else value if isinstance(value, str) else f"{value:.4g}" for value in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def able(machine: dict[str, Any]) -> str:
+    """What decides how fast integers are."""
+    return ", ".join(machine["features"]) or "neither VNNI nor AVX-512"
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """What the runs of one kind say, a row a variant."""
+    lines = [
+        "| variant | time / bfloat16's | ms | bytes | bytes / bfloat16's | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rows in zip(*(run["tables"][0]["rows"] for run in runs), strict=True):
+        first, ratios = rows[0], [row["time_ratio"] for row in rows]
+        spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(rows) > 1 else ""
+        milliseconds = np.median([row["median_ms"] for row in rows])
+        lines.append(
+            f"| {first['variant']} | {np.median(ratios):.2f}{spread} | {milliseconds:.1f} | "
+            f"{first['weight_bytes'] / 1e6:.1f} MB | {first['bytes_ratio']:.3f} | {first['relative_l2']:.4f} |"
+        )
+    return "\n".join([*lines, *(f"\n{note}" for run in runs for note in run["notes"])])
+
+
+def section(kinds: dict[str, list[dict[str, Any]]]) -> str:
+    (first, *_), *_ = kinds.values()
+    tables = "\n\n".join(
+        f"### {kind}: {len(runs)} run{'s' * (len(runs) > 1)} of {runs[0]['settings']['rounds']} rounds\n\n{table(runs)}"
+        for kind, runs in kinds.items()
+    )
+    machine = first["machine"]
+    return f"## {able(machine)}\n\n{machine['date'][:10]}, {one_line(machine)}.\n\n{tables}"
+
+
+def page(record: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    return f"""# Speed of one forward
+
+Command: `python docs/benchmarks/speed.py`. In a run the variants took turns; milliseconds and ratios are of medians,
+and of several runs there are the median, the least and the greatest. Full precision is bfloat16 here. The error is
+relative L2 of the output against a float32 model of the same random weights, rounded to nearest here. Integers are as
+fast as the CPU's instructions for them are.
+
+{(chr(10) * 2).join(map(section, record.values()))}
+"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=41)
-    rounds = parser.parse_args().rounds
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--runs", type=int, default=5)
+    asked = parser.parse_args()
     others = [name for name in OTHERS if installed(name.partition(":")[0])]
-    runs = {
-        "Eager, native": bench_architecture("dit-small", rounds=rounds),
-        "Compiled, native": bench_architecture("dit-small", rounds=rounds, compiled=True),
-        "Eager, all backends": bench_architecture("dit-small", schemes=("w8a8", "w4a8", *others), rounds=rounds),
+    run = partial(bench_architecture, "dit-small", rounds=asked.rounds)
+    kinds = {
+        "Eager": [run() for _ in range(asked.runs)],
+        "Compiled": [run(compiled=True) for _ in range(asked.runs)],
+        "Eager, all backends": [run(schemes=("w8a8", "w4a8", *others))],
     }
-    here = Path(__file__).with_suffix("")
-    here.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
-    machine = runs["Eager, native"]["machine"]
-    parts = [
-        f"## {title}\n\n" + "\n\n".join(table(part["rows"]) for part in run["tables"]) + notes(run)
-        for title, run in runs.items()
-    ]
-    here.with_suffix(".md").write_text(
-        f"""# Speed of one forward
-
-{machine["date"][:10]}, {one_line(machine)}; {", ".join(machine["features"])}.
-Command: `python docs/benchmarks/speed.py`. Every table is one run in which the variants took turns; medians of {rounds}
-rounds, in milliseconds. `time_ratio` and `bytes_ratio` are against full precision (bfloat16) of the same table; the
-error is relative L2 of the output against a float32 model of the same random weights, rounded to nearest here.
-
-"""
-        + "\n\n".join(parts)
-        + "\n"
-    )
-
-
-def notes(run: dict[str, Any]) -> str:
-    return "".join(f"\n\n{note}" for note in run["notes"])
+    stored = HERE.with_suffix(".json")
+    record = json.loads(stored.read_text()) if stored.exists() else {}
+    record[able(kinds["Eager"][0]["machine"])] = kinds
+    stored.write_text(json.dumps(record, indent=1) + "\n")
+    HERE.with_suffix(".md").write_text(page(record))
 
 
 if __name__ == "__main__":
