@@ -136,8 +136,8 @@ def host_memory_bytes(
 ) -> int:
     """What the build holds in host memory at its peak, at the least, with what this process holds already.
 
-    The weights, which are opened there whatever the device; every recorded run. On a CPU also the activations of the
-    largest model, what GPTQ sums up, and the layer that it rounds. A ``vram`` changes nothing.
+    The weights, which are opened there whatever the device; every recorded run; what GPTQ sums up. On a CPU also the
+    activations of the largest model, and the layer that GPTQ rounds. A ``vram`` changes nothing.
     """
     samples, fits = settings.effort.samples, fitted_calls(settings, steps)
     name = next(name for name in DENOISERS if name in headers.tensors)
@@ -145,13 +145,21 @@ def host_memory_bytes(
     latents = headers.rows(name) / (picture.samples * picture.branches) * output_features(headers.configs[name])
     recorded = 2 * 4 * steps * samples * latents  # a prediction and a sample of every step, float32 at most
     found = psutil.Process().memory_info().rss + sum(component.weight_bytes for component in components) + recorded
+    fitted = [layer for layer in sketched.layers if layer.component in DENOISERS]
+    if fits:  # what is summed up, and the bytes of it that are written, to go on from
+        found += 2 * min(HESSIAN_BYTES, _hessian_bytes(fitted))
     if torch.device(settings.device).type == "cpu":
         found += max(component.activation_bytes for component in components)
         if fits:
-            sizes = [tuple(layer.linear.weight.shape) for layer in sketched.layers if layer.component in DENOISERS]
-            found += min(HESSIAN_BYTES, sum(4 * columns**2 for _, columns in sizes) // 2)  # q, k and v share theirs
+            sizes = [tuple(layer.linear.weight.shape) for layer in fitted]
             found += max((12 * (columns**2 + rows * columns) for rows, columns in sizes), default=0)
     return int(found)
+
+
+def _hessian_bytes(layers: Sequence[Layer]) -> int:
+    """Of the sums for GPTQ; layers of one module that are as wide, as q, k and v are, share theirs."""
+    sums = {(layer.component, layer.name.rpartition(".")[0], layer.linear.in_features) for layer in layers}
+    return sum(4 * columns**2 for *_, columns in sums)
 
 
 def fitted_calls(settings: BuildSettings, steps: int) -> int:
