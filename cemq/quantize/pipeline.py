@@ -143,7 +143,7 @@ class QuantizationSettings:
         """Raises InputError for a component that the pipeline lacks or that stays, or a budget that cannot be kept."""
         models = [key for key, part in pipe.components.items() if isinstance(part, nn.Module)]
         self.check_components(type(pipe).__name__, models)
-        for _, denoiser in denoisers(pipe):
+        for _, denoiser in denoisers(pipe) if self.quantizes_denoiser else ():
             self.config(denoiser)
 
 
