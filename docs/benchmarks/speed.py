@@ -75,16 +75,17 @@ def main() -> None:
     asked = parser.parse_args()
     others = [name for name in OTHERS if installed(name.partition(":")[0])]
     run = partial(bench_architecture, "dit-small", rounds=asked.rounds)
-    kinds = {
-        "Eager": [run() for _ in range(asked.runs)],
-        "Compiled": [run(compiled=True) for _ in range(asked.runs)],
-        "Eager, all backends": [run(schemes=("w8a8", "w4a8", *others))],
-    }
     stored = HERE.with_suffix(".json")
-    record = json.loads(stored.read_text()) if stored.exists() else {}
-    record[able(kinds["Eager"][0]["machine"])] = kinds
-    stored.write_text(json.dumps(record, indent=1) + "\n")
-    HERE.with_suffix(".md").write_text(page(record))
+    record, kinds = json.loads(stored.read_text()) if stored.exists() else {}, {}
+    for kind, variants, runs in (
+        ("Eager", {}, asked.runs),
+        ("Compiled", {"compiled": True}, asked.runs),
+        ("Eager, all backends", {"schemes": ("w8a8", "w4a8", *others)}, 1),
+    ):
+        kinds[kind] = [run(**variants) for _ in range(runs)]
+        record[able(kinds["Eager"][0]["machine"])] = kinds
+        stored.write_text(json.dumps(record, indent=1) + "\n")
+        HERE.with_suffix(".md").write_text(page(record))
 
 
 if __name__ == "__main__":
