@@ -218,9 +218,9 @@ def _quantization_seconds(
     numbers = sum(columns**2 for _, columns in shapes) / 2  # q, k and v share their Hessian
     rows = work.inputs * work.tokens / settings.recipe.batch_size
     summing = calls * pace.seconds(Arithmetic(operations=2 * rows * numbers, layers=len(shapes)))
-    found = 0.0
     if not settings.quantization.gptq:
-        return summing, found
+        return summing, 0.0
+    found = 0.0
     for outputs, columns in shapes:
         factors = Arithmetic(operations=_FACTORED * 4 / 3 * columns**3)
         updates = Arithmetic(
