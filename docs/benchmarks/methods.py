@@ -1,8 +1,9 @@
 """Every caching method beside plans, at equal compute, on the built-in models: ``python docs/benchmarks/methods.py``.
 
 Calls `cemq.compare`, as ``cemq compare`` does, for each model and scheme, and writes methods.md, methods.png and
-methods.json beside itself. ``--models`` and ``--schemes`` measure some of it anew and keep the rest; ``--page`` only
-writes the page. About 20 minutes of a CPU core for each model and scheme (``OMP_NUM_THREADS=1``).
+methods.json beside itself, and what each method gave into ``docs/methods.md``. ``--models`` and ``--schemes`` measure
+some of it anew and keep the rest; ``--page`` only writes the pages. About 20 minutes of a CPU core for each model and
+scheme (``OMP_NUM_THREADS=1``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import cemq
 from cemq.bench.machine import describe_machine, one_line
 from cemq.evaluation.rivals.comparison import RATIOS
@@ -24,6 +27,9 @@ from cemq.evaluation.rivals.plot import draw
 MODELS, SCHEMES = ("dit-digits", "sd3-digits", "emoji", "moving-digits"), ("none", "w8a8", "w4a8")
 ALL_RATIOS = (*RATIOS, "7.1x")  # the last is 7 of 50 steps
 HERE = Path(__file__).with_suffix("")
+METHODS_PAGE = HERE.parent.parent / "methods.md"
+BEGIN, END = "<!-- figures: written by python docs/benchmarks/methods.py --page -->", "<!-- end of figures -->"
+TOLD = 3.3  # the compute ratio of the table over all models
 
 
 def measure(model: str, scheme: str, samples: int, names: list[str] | None) -> list[dict[str, Any]]:
@@ -108,6 +114,27 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     return [said, "", *lines]
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A method a line: what it is above the plan at `TOLD` times less compute, mean over models and the range."""
+    at = [row for row in rows if row["target"] == TOLD and row["status"] == "ok"]
+    plans = {(row["model"], row["scheme"]): row["psnr_db"] for row in at if row["method"] == "cemq"}
+    apart: dict[str, dict[str, list[float]]] = {}
+    for row in at:
+        if row_of(row).is_near and not row["method"].startswith("cemq"):
+            found = apart.setdefault(row["method"], {scheme: [] for scheme in SCHEMES})
+            found[row["scheme"]].append(row["psnr_db"] - plans[row["model"], row["scheme"]])
+
+    def cell(gains: list[float]) -> str:
+        if not gains:
+            return "-"
+        span = f" ({min(gains):+.1f} to {max(gains):+.1f}, {len(gains)} models)" if len(gains) > 1 else ""
+        return f"{np.mean(gains):+.1f}{span}"
+
+    names = sorted(apart, key=lambda name: (-np.mean(apart[name]["none"] or [-99.0]), name))
+    lines = ["| method | full precision | W8A8 | W4A8 |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {' | '.join(map(cell, apart[name].values()))} |" for name in names)])
+
+
 def counted(rows: list[dict[str, Any]]) -> dict[str, int]:
     """How many methods were run, by kind of model: each row of full compute is of one."""
     schemes = {"full precision": ("none",), "quantized models": ("w8a8", "w4a8")}
@@ -164,6 +191,9 @@ def write(record: dict[str, Any]) -> None:
     record["rows"].sort(key=lambda row: order.index((row["model"], row["scheme"])))
     HERE.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     HERE.with_suffix(".md").write_text(page(record))
+    told = METHODS_PAGE.read_text()
+    before, after = told.partition(BEGIN)[0], told.partition(END)[2]
+    METHODS_PAGE.write_text(f"{before}{BEGIN}\n\n{summary(record['rows'])}\n\n{END}{after}")
     drawn = tuple(
         Row(
             **{key: value for key, value in row.items() if key != "model"}
