@@ -1,5 +1,6 @@
 """The C kernels against the torch ops they stand for, and life without them."""
 
+import platform
 import shutil
 import stat
 import subprocess
@@ -9,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.processes import run_python
 from torch import nn
 
 from cemq.errors import ModelError
 from cemq.quantize import SCHEMES, NativeLinear, integers
-from cemq.quantize.kernels import cpu, integer_linear, integer_weight, weight_only_linear
+from cemq.quantize.kernels import cpu, integer_linear, integer_weight, own, weight_only_linear
 
 compiled = pytest.mark.skipif(cpu.kernels() is None, reason=f"no CPU kernels: {cpu.why_not()}")
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
@@ -159,6 +160,63 @@ def test_whole_layers_are_equal_with_and_without_kernels(dtype, bits, rows, inne
     assert ((found - expected).abs() <= (1e-5 if dtype == torch.float32 else 2**-7) * largest).all()
 
 
+def by_passes(kernels, values, smooth, weight, group_scale, scale, sums, bias, gelu):
+    """A layer by the passes around a product of 32-bit integers."""
+    tokens, *scales = kernels.quantize_tokens(values, smooth)
+    product = tokens.int() @ integer_weight(weight, group_scale, values.shape[1]).int().T
+    return kernels.rescale(product, *scales, scale, sums, bias, values.dtype, gelu)
+
+
+def layer_arguments(generator, rows, inner, outputs, bits, dtype, with_bias=True, smoothed=True):
+    """Of `Kernels.linear`, but for ``gelu``."""
+    weight, group_scale, scale = random_weight(generator, outputs, inner, bits)
+    sums = integer_weight(weight, group_scale, inner).sum(1, keepdim=True, dtype=torch.int32)
+    bias = torch.randn(outputs, generator=generator).to(dtype) if with_bias else None
+    smooth = torch.rand(inner, generator=generator) + 0.5 if smoothed else None
+    return random_values(generator, rows, inner, dtype), smooth, weight, group_scale, scale, sums, bias
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize("bits", [4, 8])
+@given(
+    rows=SIZES, inner=WIDTHS, outputs=SIZES, with_bias=st.booleans(), smoothed=st.booleans(), gelu=st.booleans(),
+    seed=SEEDS,
+)  # fmt: skip
+@example(rows=600, inner=1500, outputs=40, with_bias=True, smoothed=False, gelu=True, seed=0)  # more than lie near
+@settings(max_examples=20, deadline=None)
+def test_a_product_in_c_is_exact(dtype, bits, rows, inner, outputs, with_bias, smoothed, gelu, seed):
+    generator = torch.Generator().manual_seed(seed)
+    arguments = layer_arguments(generator, rows, inner, outputs, bits, dtype, with_bias, smoothed)
+    kernels = cpu.kernels()
+    assert torch.equal(kernels.linear(*arguments, gelu), by_passes(kernels, *arguments, gelu))
+
+
+@compiled
+@pytest.mark.parametrize("token", [-128, 127])
+def test_the_largest_integers_do_not_overflow_what_they_are_added_in(token):
+    """A row of -128 or 127 but for one number that sets its scale, times weights of -127."""
+    columns = 3000
+    values = torch.full((7, columns), float(token))
+    values[:, 0] = -128 if token > 0 else 127
+    weight = torch.full((33, columns), -127, dtype=torch.int8)
+    sums = weight.sum(1, keepdim=True, dtype=torch.int32)
+    arguments = values, None, weight, None, torch.ones(33, 1), sums, None
+    assert (cpu.kernels().quantize_tokens(values, None)[0][:, 1:] == token).all()
+    assert torch.equal(cpu.kernels().linear(*arguments), by_passes(cpu.kernels(), *arguments, False))
+
+
+@compiled
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_layer_is_the_same_by_either_product(faster, monkeypatch):
+    arguments = layer_arguments(torch.Generator().manual_seed(0), 40, 70, 30, 4, torch.float32)
+    values, smooth, *stored = arguments
+    monkeypatch.setattr(own, "multiplies_faster", lambda kernels: faster)
+    assert torch.equal(
+        integer_linear(values, *stored, smooth, by="cpu"), by_passes(cpu.kernels(), *arguments, gelu=False)
+    )
+
+
 @compiled
 def test_rows_need_not_be_contiguous():
     generator = torch.Generator().manual_seed(0)
@@ -243,6 +301,8 @@ def kernel_arguments(rows=5, columns=128, outputs=6):
         "quantize_tokens": {"values": values, "smooth": torch.ones(columns)},
         "rescale": {"product": product, **scales, "bias": bias, "dtype": torch.float32},
         "expand_int4": {"packed": packed, "group_scale": group_scale, "columns": columns},
+        "linear": {"values": values, "smooth": torch.ones(columns), **int4, "weight_sum": sums, "bias": bias},
+        "linear of int8": {"values": values, "smooth": None, **int8, "weight_sum": sums, "bias": bias},
         "few_rows": {"values": values, **int4, "bias": bias},
         "few_rows of int8": {"values": values, **int8, "bias": bias},
     }
@@ -256,7 +316,7 @@ FAULTS = {
 }
 # these cast what they are given, and work on as many rows as there are
 NO_FAULTS = {("few_rows", "values", "dtype"), ("few_rows", "bias", "dtype")}
-NO_FAULTS |= {("few_rows", "values", "size"), ("quantize_tokens", "values", "size")}
+NO_FAULTS |= {("few_rows", "values", "size"), ("quantize_tokens", "values", "size"), ("linear", "values", "size")}
 
 
 @compiled
@@ -359,6 +419,54 @@ def test_a_compiler_without_openmp_is_enough(cache, monkeypatch, tmp_path):
     assert why_not == ""
     values = torch.randn(5, 70)
     assert torch.equal(kernels.quantize_tokens(values, None)[0], integers.quantize_tokens(values)[0])
+
+
+EMULATED = """
+#include <immintrin.h>
+static inline VECTOR emulated(VECTOR sums, VECTOR tokens, VECTOR factors) {
+  int32_t sum[sizeof(VECTOR) / 4];
+  uint8_t left[sizeof(VECTOR)];
+  int8_t right[sizeof(VECTOR)];
+  memcpy(sum, &sums, sizeof sums);
+  memcpy(left, &tokens, sizeof tokens);
+  memcpy(right, &factors, sizeof factors);
+  for (unsigned i = 0; i < sizeof left; i++) sum[i / 4] += left[i] * right[i];
+  memcpy(&sums, sum, sizeof sums);
+  return sums;
+}
+"""
+UNITS = {"__AVX512VNNI__": ("_mm512_dpbusd_epi32", "__m512i"), "__AVXVNNI__": ("_mm256_dpbusd_avx_epi32", "__m256i")}
+
+
+@compiler
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("unit", [*UNITS, "__AVX2__", "none"])
+def test_the_products_of_other_cpus_are_exact_too(unit, tmp_path):
+    """Each way to multiply that is not this CPU's, with its one instruction spelled out in C."""
+    if unit != "none" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"{unit} is of another architecture")
+    if unit == "__AVX2__" and "avx2" not in cpu.features():
+        pytest.skip("no AVX2")
+    source = cpu.SOURCE.read_text()
+    for name in (*UNITS, "__AVX2__"):
+        assert f"defined({name})" in source
+        source = source.replace(f"defined({name})", str(int(name == unit)))
+    if unit in UNITS:
+        intrinsic, vector = UNITS[unit]
+        assert f"){intrinsic}(" in source
+        source = source.replace(f"){intrinsic}(", ")emulated(")
+        source = source.replace(
+            "#include <string.h>\n", f"#include <string.h>\n{EMULATED.replace('VECTOR', vector)}", 1
+        )
+    other = tmp_path / "cpu.c"
+    other.write_text(source)
+    kernels, why_not = cpu.load(other)
+    assert why_not == ""
+    generator = torch.Generator().manual_seed(0)
+    for rows, inner, outputs, bits in ((1, 1, 1, 8), (40, 70, 30, 4), (37, 129, 65, 8), (300, 1030, 33, 4)):
+        for dtype in cpu.DTYPES:
+            arguments = layer_arguments(generator, rows, inner, outputs, bits, dtype)
+            assert torch.equal(kernels.linear(*arguments, True), by_passes(kernels, *arguments, True))
 
 
 @compiler

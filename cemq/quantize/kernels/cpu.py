@@ -37,6 +37,8 @@ _SIGNATURES = {
     "rescale_bfloat16": (7, 3),
     "expand_int4": (3, 3),
     "few_rows": (6, 4),
+    "linear_float32": (8, 5),
+    "linear_bfloat16": (8, 5),
 }
 
 
@@ -54,6 +56,8 @@ class Kernels:
         for name, (pointers, sizes) in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = [_POINTER] * pointers + [_SIZE] * sizes, None
+        for dtype in DTYPES.values():
+            getattr(library, f"linear_{dtype}").restype = _SIZE
         self._library = library
 
     def quantize_tokens(
@@ -116,6 +120,47 @@ class Kernels:
             half,
         )
         return weight[:, :columns]
+
+    def linear(
+        self,
+        values: torch.Tensor,
+        smooth: torch.Tensor | None,
+        weight: torch.Tensor,
+        group_scale: torch.Tensor | None,
+        weight_scale: torch.Tensor,
+        weight_sum: torch.Tensor,
+        bias: torch.Tensor | None,
+        gelu: bool = False,
+    ) -> torch.Tensor:
+        """A whole layer: `quantize_tokens`, the product with int8 or packed int4 weights, and `rescale`.
+
+        Raises:
+            ModelError: As above, or the tokens do not fit in memory.
+        """
+        (rows, columns), outputs = values.shape, weight.shape[0]
+        group, stored, scales = 0, columns, 0
+        if group_scale is not None:
+            scales = group_scale.shape[1]
+            group, stored = 2 * weight.shape[1] // scales, weight.shape[1]
+        output = torch.empty(rows, outputs, dtype=values.dtype, device="cpu")
+        done = self._in("linear", values.dtype)(
+            _address("values", values, values.dtype, rows * columns),
+            _address("smooth", smooth, torch.float32, columns),
+            _address("weight", weight, torch.int8 if group_scale is None else torch.uint8, outputs * stored),
+            _address("group_scale", group_scale, torch.int8, outputs * scales),
+            _address("weight_scale", weight_scale, torch.float32, outputs),
+            _address("weight_sum", weight_sum, torch.int32, outputs),
+            _address("bias", bias, values.dtype, outputs),
+            _address("output", output, values.dtype, rows * outputs),
+            rows,
+            columns,
+            outputs,
+            group,
+            gelu,
+        )
+        if not done:
+            raise ModelError(f"no memory for {rows} x {columns} quantized activations: run a smaller batch")
+        return output
 
     def few_rows(
         self,
@@ -274,10 +319,15 @@ def _agrees(loaded: Kernels) -> bool:
     tokens = integers.quantize_tokens(values, None)
     product = tokens[0].int() @ expanded.int().T
     arguments = (product, *tokens[1:], scale, sums, None, torch.float32)
+    stored = (packed, group_scale), (expanded, None)
     return (
         all(torch.equal(a, b) for a, b in zip(loaded.quantize_tokens(values, None), tokens, strict=True))
         and torch.equal(loaded.expand_int4(packed, group_scale, weight.shape[1]), expanded)
         and torch.equal(loaded.rescale(*arguments), integers.rescale(*arguments))
+        and all(
+            torch.equal(loaded.linear(values, None, *weight, scale, sums, None), integers.rescale(*arguments))
+            for weight in stored
+        )
         and torch.allclose(loaded.rescale(*arguments, gelu=True), integers.rescale(*arguments, gelu=True), 1e-4, 1e-5)
         and torch.allclose(
             loaded.few_rows(values, packed, group_scale, scale, None).double(),

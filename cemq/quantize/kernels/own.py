@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -36,9 +38,44 @@ def by_symmetric_tokens(
 
 
 def on_the_cpu(values: torch.Tensor, weights: LinearWeights, smooth: torch.Tensor | None, gelu: bool) -> torch.Tensor:
-    """C before and after the product where there is a compiler, torch ops where there is none."""
-    passes = cpu_kernels(values) or integers
+    """C where there is a compiler, with its own product or around torch's; torch ops where there is none."""
+    if (compiled := cpu_kernels(values)) and multiplies_faster(compiled):
+        return compiled.linear(values, smooth, weights.weight, weights.group_scale, *weights.scales, gelu)
+    return _by_passes(compiled or integers, values, weights, smooth, gelu)
+
+
+def _by_passes(
+    passes: Any, values: torch.Tensor, weights: LinearWeights, smooth: torch.Tensor | None, gelu: bool
+) -> torch.Tensor:
+    """torch's product between the passes of C, or of `integers`."""
     return _multiplied(passes.quantize_tokens(values, smooth), weights, values.dtype, gelu, rescale=passes.rescale)
+
+
+@functools.cache
+def multiplies_faster(compiled: cpu.Kernels) -> bool:
+    """Whether C's own product is faster than torch's between C's passes; results are alike to the bit.
+
+    Both are tried once, on a layer of ordinary size: it depends on what the CPU, the compiler and torch know.
+    """
+    rows, columns, outputs = _TRIED
+    values = torch.ones(rows, columns, dtype=torch.float32, device="cpu")
+    weight = torch.ones(outputs, columns, dtype=torch.int8, device="cpu")
+    scale = torch.ones(outputs, 1, dtype=torch.float32, device="cpu")
+    sums = torch.full((outputs, 1), columns, dtype=torch.int32, device="cpu")
+    weights = LinearWeights(
+        weight=weight, group_scale=None, weight_scale=scale, weight_sum=sums, bias=None, columns=columns
+    )
+    whole = functools.partial(compiled.linear, values, None, weight, None, scale, sums, None)
+    parted = functools.partial(_by_passes, compiled, values, weights, None, False)
+    seconds = {whole: math.inf, parted: math.inf}
+    for call in [*seconds] * 3:
+        started = time.perf_counter()
+        call()
+        seconds[call] = min(seconds[call], time.perf_counter() - started)
+    return seconds[whole] < seconds[parted]
+
+
+_TRIED = 256, 768, 768  # rows, columns and outputs of the layer that is timed
 
 
 def _multiplied(
