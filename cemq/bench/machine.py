@@ -13,7 +13,7 @@ import torch
 
 from cemq.quantize.integers import has_int8_units
 from cemq.quantize.kernels import cpu
-from cemq.quantize.kernels.own import compile_obstacle
+from cemq.quantize.kernels.own import compile_obstacle, product_on_the_cpu
 
 LIBRARIES = (
     "cemq", "torch", "diffusers", "transformers", "accelerate", "triton", "optimum-quanto", "bitsandbytes", "torchao",
@@ -41,6 +41,7 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "features": [feature for feature, marks in CPU_FEATURES.items() if marks & flags],
         "int8_units": has_int8_units(),
+        "int8_product": product_on_the_cpu(),
         "c_kernels": cpu.why_not() or "in use",
         "compile_on_cpu": compile_obstacle("cpu") or "yes",
         "cuda": [_cuda_device(index) for index in range(torch.cuda.device_count())],

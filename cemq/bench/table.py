@@ -127,8 +127,7 @@ def _facts(machine: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "system", machine["system"]
     yield "CPU", f"{machine['cpu']}, {machine['cores']} cores, {threads_text(machine)}"
     yield "features", ", ".join(machine["features"]) or "none that speed up int8 or bfloat16"
-    units = machine["int8_units"]
-    yield "int8 product", "by int8 units" if units else "by float32, as exactly: this CPU has no int8 units"
+    yield "int8 product", machine["int8_product"]
     yield "C kernels", machine["c_kernels"]
     yield "torch.compile", machine["compile_on_cpu"]
     for device in machine["cuda"]:

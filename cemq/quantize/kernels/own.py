@@ -78,6 +78,13 @@ def multiplies_faster(compiled: cpu.Kernels) -> bool:
 _TRIED = 256, 768, 768  # rows, columns and outputs of the layer that is timed
 
 
+def product_on_the_cpu() -> str:
+    """What multiplies integers on this CPU, in words."""
+    if (compiled := cpu.kernels()) and multiplies_faster(compiled):
+        return "by C, in one pass with what surrounds it"
+    return "by torch" if integers.has_int8_units() else "by float32, as exactly: this CPU has no int8 units"
+
+
 def _multiplied(
     tokens: Tokens,
     weights: LinearWeights,
