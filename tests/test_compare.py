@@ -30,6 +30,7 @@ from cemq.quantize import CemqConfig, quantize_in_place
 from cemq.runtime import attached
 from cemq.runtime.magcache import MagCache
 from cemq.schedule import CacheSchedule
+from cemq.search.choose import plan
 
 STEPS = 8
 # One of each kind: a plan, a published rule, a policy, and each library
@@ -160,6 +161,18 @@ def test_a_hole_of_a_published_rule_ends_the_search():
     assert settle(Steps(), 6.0, measured, 50) == 7  # 8 would give 4.6, 7 gives 5, and 5 would be nearest
     with pytest.raises(InfeasibleBudgetError):
         settle(Steps(), 25.0, measured, 50)
+
+
+def test_the_plan_of_every_ratio_has_an_effort_of_its_own(folder, monkeypatch):
+    spent = []
+
+    def noted(loop, settings):
+        spent.append((settings.budget, loop.spent))
+        return plan(loop, settings)
+
+    monkeypatch.setattr("cemq.evaluation.rivals.planned.plan", noted)
+    compared(folder, ["cemq"], ratios=["2x", "4x"])
+    assert spent == [(4, 0.0), (2, 0.0)]
 
 
 # --- methods

@@ -63,9 +63,8 @@ class Bench:
             found.append(steps.reshape(self.num_steps, len(batch.seeds), -1).swapaxes(0, 1).astype(np.float64))
         return np.concatenate(found)
 
-    @cached_property
-    def loop(self) -> ClosedLoop:
-        """Runs schedules on the planning samples, and remembers what each gave."""
+    def new_loop(self) -> ClosedLoop:
+        """Runs schedules on the planning samples. Of each plan its own: what one runs is counted as its effort."""
         first = self.planned
         return ClosedLoop(
             runner=self.runner, prior=self.prior, batches=self.batches[:first], references=self.references[:first]

@@ -39,7 +39,7 @@ def follow(
 
 @add_method("cemq", "cemq, effort normal", Steps())
 def _cemq(bench: Bench, knob: float) -> AbstractContextManager[Any]:
-    planned = bench.fitted(f"cemq-{knob}", lambda: plan(bench.loop, PlanSettings(budget=int(knob))))
+    planned = bench.fitted(f"cemq-{knob}", lambda: plan(bench.new_loop(), PlanSettings(budget=int(knob))))
     return follow(bench, planned.schedule, fix=planned.correction)
 
 
