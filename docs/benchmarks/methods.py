@@ -100,6 +100,8 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
                 and other["status"] == "ok"
                 and not other["method"].startswith("cemq")
             ]
+            if not others:
+                continue
             best = max(others, key=lambda other: other["psnr_db"])
             gains.append(gain := row["psnr_db"] - best["psnr_db"])
             lines.append(
@@ -107,7 +109,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
                 f"{best['compute_ratio']:.2f}x | {best['method']} | {gain:+.1f} |"
             )
     if not gains:
-        return ["No plan was among what was measured."]
+        return ["No plan was measured beside others."]
     ahead = sum(gain > 0 for gain in gains)
     span = f"{min(gains):+.1f} to {max(gains):+.1f} dB"
     said = f"The plan is first in {ahead} of {len(gains)} cells; the differences are {span}."
