@@ -197,40 +197,34 @@ void few_rows(const float *restrict values, const void *restrict weight, const i
 enum { LANES = 16, DEPTH = 4, TILE = 12, SHIFT = 128 };
 typedef uint8_t token;
 typedef int8_t factor;
-typedef int32_t sums __attribute__((vector_size(64)));
-static inline sums add_products(sums sum, sums tokens, sums factors) {
-  return (sums)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)tokens, (__m512i)factors);
-}
+#define ADD_PRODUCTS(sum, tokens, factors)                                                                             \
+  (sums)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(tokens), (__m512i)(factors))
 #elif defined(__AVXVNNI__)
 enum { LANES = 8, DEPTH = 4, TILE = 6, SHIFT = 128 };
 typedef uint8_t token;
 typedef int8_t factor;
-typedef int32_t sums __attribute__((vector_size(32)));
-static inline sums add_products(sums sum, sums tokens, sums factors) {
-  return (sums)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)tokens, (__m256i)factors);
-}
+#define ADD_PRODUCTS(sum, tokens, factors)                                                                             \
+  (sums)_mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(tokens), (__m256i)(factors))
 #elif defined(__AVX2__)
 enum { LANES = 8, DEPTH = 2, TILE = 6, SHIFT = 0 };
-typedef int16_t token;
-typedef int16_t factor;
-typedef int32_t sums __attribute__((vector_size(32)));
-static inline sums add_products(sums sum, sums tokens, sums factors) {
-  return sum + (sums)_mm256_madd_epi16((__m256i)tokens, (__m256i)factors);
-}
+typedef int16_t token, factor;
+#define ADD_PRODUCTS(sum, tokens, factors) (sum) + (sums)_mm256_madd_epi16((__m256i)(tokens), (__m256i)(factors))
 #else
 enum { LANES = 8, DEPTH = 4, TILE = 6, SHIFT = 0 };
-typedef int8_t token;
-typedef int8_t factor;
-typedef int32_t sums __attribute__((vector_size(32)));
+typedef int8_t token, factor;
+#define ADD_PRODUCTS add_products
+#endif
+
+typedef int32_t sums __attribute__((vector_size(4 * LANES)));
+
+/* where none of these instructions is there */
 static inline sums add_products(sums sum, sums tokens, sums factors) {
   int8_t left[4 * LANES], right[4 * LANES];
   memcpy(left, &tokens, sizeof left);
   memcpy(right, &factors, sizeof right);
-  for (int lane = 0; lane < LANES; lane++)
-    for (int i = 4 * lane; i < 4 * lane + 4; i++) sum[lane] += left[i] * right[i];
+  for (int i = 0; i < 4 * LANES; i++) sum[i / 4] += left[i] * right[i];
   return sum;
 }
-#endif
 
 enum { PANEL = 2 * LANES, NEAR = 1 << 20 }; /* output channels at a time; bytes of tokens that stay near a core */
 
@@ -275,8 +269,8 @@ static inline void multiply_tile(const token *restrict tokens, const factor *res
       int32_t word;
       memcpy(&word, tokens + row * stride + i, 4);
       sums same = word - (sums){0};
-      all[row][0] = add_products(all[row][0], same, left);
-      all[row][1] = add_products(all[row][1], same, right);
+      all[row][0] = ADD_PRODUCTS(all[row][0], same, left);
+      all[row][1] = ADD_PRODUCTS(all[row][1], same, right);
     }
   }
   memcpy(product, all, sizeof all);
