@@ -39,7 +39,8 @@ def by_symmetric_tokens(
 
 def on_the_cpu(values: torch.Tensor, weights: LinearWeights, smooth: torch.Tensor | None, gelu: bool) -> torch.Tensor:
     """C where there is a compiler, with its own product or around torch's; torch ops where there is none."""
-    if (compiled := cpu_kernels(values)) and multiplies_faster(compiled):
+    in_one_piece = weights.weight.is_contiguous()
+    if (compiled := cpu_kernels(values)) and in_one_piece and multiplies_faster(compiled):
         return compiled.linear(values, smooth, weights.weight, weights.group_scale, *weights.scales, gelu)
     return _by_passes(compiled or integers, values, weights, smooth, gelu)
 
