@@ -340,6 +340,16 @@ def test_a_kernel_refuses_a_buffer_that_is_not_what_it_takes_it_for(kernel, name
 
 
 @compiled
+@pytest.mark.parametrize("kernel", ["linear", "linear of int8", "few_rows", "few_rows of int8"])
+def test_a_weight_of_fewer_columns_than_the_values_is_refused(kernel):
+    arguments = kernel_arguments()[kernel] | {"values": torch.ones(5, 256)}
+    if arguments.get("smooth") is not None:
+        arguments["smooth"] = torch.ones(256)
+    with pytest.raises(ModelError, match=r"^a quantized layer's weight is [^\n]*: load the model anew$"):
+        getattr(cpu.kernels(), kernel.split()[0])(**arguments)
+
+
+@compiled
 def test_groups_that_do_not_fit_in_what_is_unpacked_at_a_time_are_refused():
     packed, group_scale, scale = integers.quantize_int4(torch.ones(6, 960), 96)
     with pytest.raises(ModelError, match="groups of 96 weights"):

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -214,12 +215,18 @@ def probe_int8_units() -> bool:
     extreme = torch.full((64, 256), INT8_MAX, dtype=torch.int8, device="cpu")
     if not (torch._int_mm(extreme, extreme.t()) == 256 * INT8_MAX**2).all():
         return False
-    seconds = {torch._int_mm: math.inf, float_matmul: math.inf}
-    for product, _ in itertools.product(seconds, range(3)):
+    units = functools.partial(torch._int_mm, extreme, extreme.t())
+    return is_faster(units, functools.partial(float_matmul, extreme, extreme))
+
+
+def is_faster(call: Callable[[], object], other: Callable[[], object]) -> bool:
+    """Whether a call takes less time than another: the least of three turns of each."""
+    seconds = {call: math.inf, other: math.inf}
+    for each in (call, other) * 3:
         started = time.perf_counter()
-        product(extreme, extreme.t() if product is torch._int_mm else extreme)
-        seconds[product] = min(seconds[product], time.perf_counter() - started)
-    return seconds[torch._int_mm] < seconds[float_matmul]
+        each()
+        seconds[each] = min(seconds[each], time.perf_counter() - started)
+    return seconds[call] < seconds[other]
 
 
 def padded_matmul(left: torch.Tensor, right: torch.Tensor, *, min_rows: int, multiple: int) -> torch.Tensor:

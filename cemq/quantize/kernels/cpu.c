@@ -286,11 +286,11 @@ static inline void multiply_tile(const token *restrict tokens, const factor *res
     int64_t wide = group_scale ? (columns + group - 1) / group * group : columns;                                      \
     int64_t stride = (wide + DEPTH - 1) / DEPTH * DEPTH, tiles = (rows + TILE - 1) / TILE;                             \
     int64_t at_once = NEAR / (stride * (int64_t)sizeof(token) * TILE) + 1, chunks = (tiles + at_once - 1) / at_once;   \
-    int64_t panels = (outputs + PANEL - 1) / PANEL, enough = 1;                                                        \
+    int64_t panels = (outputs + PANEL - 1) / PANEL;                                                                    \
     token *tokens = calloc(tiles * TILE * stride, sizeof(token));                                                      \
     float *scales = malloc(rows * sizeof(float));                                                                      \
     int32_t *zeros = malloc(rows * sizeof(int32_t));                                                                   \
-    enough = tokens && scales && zeros;                                                                                \
+    int64_t enough = tokens && scales && zeros;                                                                        \
     if (enough) {                                                                                                      \
       PARALLEL for (int64_t row = 0; row < rows; row++)                                                                \
         NAME##_row(values + row * columns, smooth, tokens + row * stride, scales + row, zeros + row, columns);         \

@@ -138,16 +138,12 @@ class Kernels:
             ModelError: As above, or the tokens do not fit in memory.
         """
         (rows, columns), outputs = values.shape, weight.shape[0]
-        group, stored, scales = 0, columns, 0
-        if group_scale is not None:
-            scales = group_scale.shape[1]
-            group, stored = 2 * weight.shape[1] // scales, weight.shape[1]
+        *stored, group = _stored(weight, group_scale, columns)
         output = torch.empty(rows, outputs, dtype=values.dtype, device="cpu")
         done = self._in("linear", values.dtype)(
             _address("values", values, values.dtype, rows * columns),
             _address("smooth", smooth, torch.float32, columns),
-            _address("weight", weight, torch.int8 if group_scale is None else torch.uint8, outputs * stored),
-            _address("group_scale", group_scale, torch.int8, outputs * scales),
+            *stored,
             _address("weight_scale", weight_scale, torch.float32, outputs),
             _address("weight_sum", weight_sum, torch.int32, outputs),
             _address("bias", bias, values.dtype, outputs),
@@ -174,21 +170,12 @@ class Kernels:
         (rows, columns), outputs = values.shape, weight.shape[0]
         exact, offset = values.float(), None if bias is None else bias.float()
         output = torch.empty(rows, outputs, dtype=torch.float32, device="cpu")
-        if group_scale is None:
-            group, groups = 0, 0
-            stored = _address("weight", weight, torch.int8, outputs * columns)
-        else:
-            group = 2 * weight.shape[1] // group_scale.shape[1]
-            if _COLUMNS_AT_ONCE % group:
-                raise ModelError(
-                    f"groups of {group} weights: the CPU kernels take those that divide {_COLUMNS_AT_ONCE}"
-                )
-            groups = -(-columns // group)
-            stored = _address("weight", weight, torch.uint8, outputs * groups * group // 2)
+        *stored, group = _stored(weight, group_scale, columns)
+        if group and _COLUMNS_AT_ONCE % group:
+            raise ModelError(f"groups of {group} weights: the CPU kernels take those that divide {_COLUMNS_AT_ONCE}")
         self._library.few_rows(
             _address("values", exact, torch.float32, rows * columns),
-            stored,
-            _address("group_scale", group_scale, torch.int8, outputs * groups),
+            *stored,
             _address("weight_scale", weight_scale, torch.float32, outputs),
             _address("bias", offset, torch.float32, outputs),
             _address("output", output, torch.float32, rows * outputs),
@@ -221,6 +208,17 @@ def _address(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, values:
             f"of {_short(dtype)} on the CPU: load the model anew"
         )
     return tensor.data_ptr()
+
+
+def _stored(weight: torch.Tensor, group_scale: torch.Tensor | None, columns: int) -> tuple[int | None, int | None, int]:
+    """Addresses of a weight of so many columns and of its group scales, and how many columns share one: 0 of int8."""
+    outputs = weight.shape[0]
+    if group_scale is None:
+        return _address("weight", weight, torch.int8, outputs * columns), None, 0
+    group = 2 * weight.shape[1] // group_scale.shape[1]
+    groups = -(-columns // group)
+    packed = _address("weight", weight, torch.uint8, outputs * groups * group // 2)
+    return packed, _address("group_scale", group_scale, torch.int8, outputs * groups), group
 
 
 def _short(dtype: torch.dtype) -> str:

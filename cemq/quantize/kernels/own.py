@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import shutil
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -39,8 +37,7 @@ def by_symmetric_tokens(
 
 def on_the_cpu(values: torch.Tensor, weights: LinearWeights, smooth: torch.Tensor | None, gelu: bool) -> torch.Tensor:
     """C where there is a compiler, with its own product or around torch's; torch ops where there is none."""
-    in_one_piece = weights.weight.is_contiguous()
-    if (compiled := cpu_kernels(values)) and in_one_piece and multiplies_faster(compiled):
+    if (compiled := cpu_kernels(values)) and weights.weight.is_contiguous() and multiplies_faster(compiled):
         return compiled.linear(values, smooth, weights.weight, weights.group_scale, *weights.scales, gelu)
     return _by_passes(compiled or integers, values, weights, smooth, gelu)
 
@@ -60,20 +57,16 @@ def multiplies_faster(compiled: cpu.Kernels) -> bool:
     """
     rows, columns, outputs = _TRIED
     values = torch.ones(rows, columns, dtype=torch.float32, device="cpu")
-    weight = torch.ones(outputs, columns, dtype=torch.int8, device="cpu")
-    scale = torch.ones(outputs, 1, dtype=torch.float32, device="cpu")
-    sums = torch.full((outputs, 1), columns, dtype=torch.int32, device="cpu")
     weights = LinearWeights(
-        weight=weight, group_scale=None, weight_scale=scale, weight_sum=sums, bias=None, columns=columns
+        weight=torch.ones(outputs, columns, dtype=torch.int8, device="cpu"),
+        group_scale=None,
+        weight_scale=torch.ones(outputs, 1, dtype=torch.float32, device="cpu"),
+        weight_sum=torch.full((outputs, 1), columns, dtype=torch.int32, device="cpu"),
+        bias=None,
+        columns=columns,
     )
-    whole = functools.partial(compiled.linear, values, None, weight, None, scale, sums, None)
-    parted = functools.partial(_by_passes, compiled, values, weights, None, False)
-    seconds = {whole: math.inf, parted: math.inf}
-    for call in [*seconds] * 3:
-        started = time.perf_counter()
-        call()
-        seconds[call] = min(seconds[call], time.perf_counter() - started)
-    return seconds[whole] < seconds[parted]
+    whole = functools.partial(compiled.linear, values, None, weights.weight, None, *weights.scales)
+    return integers.is_faster(whole, functools.partial(_by_passes, compiled, values, weights, None, False))
 
 
 _TRIED = 256, 768, 768  # rows, columns and outputs of the layer that is timed
