@@ -33,10 +33,10 @@ from cemq.predict.correctors import WORTH_CORRECTING
 from cemq.prior.error_prior import RESPONSE, ErrorPrior
 from cemq.quantize import gptq
 from cemq.runtime import attached
-from cemq.schedule import CacheSchedule, plan_schedule, suited_corrector
-from cemq.schedule.local_search import plan_predicted
+from cemq.schedule import AUTO, CacheSchedule, plan_schedule, suited_corrector
 from cemq.schedule.plan import Plan
 from cemq.schedule.solvers import GAMMA
+from cemq.search.explore import planned
 
 CHOSEN_ON, CONFIRMED_ON = ("dit-digits", "sd3-digits"), ("emoji", "moving-digits")
 MODELS, BUDGETS, SAMPLES = (*CHOSEN_ON, *CONFIRMED_ON), (15, 10, 7), 16
@@ -53,22 +53,23 @@ class Variant:
     plan: Callable[[ErrorPrior, int], CacheSchedule]
 
 
-def planned_by(prior: ErrorPrior, budget: int, corrector: str, gamma: float = GAMMA) -> CacheSchedule:
-    """The dynamic program's schedule, which is the plan of effort ``instant`` and the first that ``normal`` runs."""
-    return plan_schedule(prior, budget, predictor="taylor1", corrector=corrector, gamma=gamma)
+def plans_of(prior: ErrorPrior, budget: int, corrector: str | None = None) -> list[CacheSchedule]:
+    """What a prior says with nothing run: the plan of effort ``instant``, which is the first that ``normal`` runs, and
+    what local search on the predicted error makes of it; None: the corrector that such plans have."""
+    corrector = corrector or suited_corrector(prior, budget, corrector="quadratic")
+    return list(planned(prior, budget, predictor=AUTO, corrector=corrector, view="combined"))
 
 
 def shipped(prior: ErrorPrior, budget: int) -> CacheSchedule:
-    return planned_by(prior, budget, suited_corrector(prior, budget, corrector="quadratic"))
+    return plans_of(prior, budget)[0]
 
 
 def searched(prior: ErrorPrior, budget: int) -> CacheSchedule:
-    """What local search on the predicted error makes of it."""
-    return plan_predicted(prior, budget, corrector=suited_corrector(prior, budget, corrector="quadratic"))
+    return plans_of(prior, budget)[1]
 
 
 def with_corrector(name: str) -> Callable[[ErrorPrior, int], CacheSchedule]:
-    return lambda prior, budget: planned_by(prior, budget, name)
+    return lambda prior, budget: plans_of(prior, budget, name)[0]
 
 
 def with_prior(change: Callable[[ErrorPrior], dict[str, Any]]) -> Callable[[ErrorPrior, int], CacheSchedule]:
@@ -93,7 +94,8 @@ def with_coherence(steps: float) -> Callable[[ErrorPrior, int], CacheSchedule]:
 
 def with_gamma(gamma: float) -> Callable[[ErrorPrior, int], CacheSchedule]:
     def solved(prior: ErrorPrior, budget: int) -> CacheSchedule:
-        return planned_by(prior, budget, suited_corrector(prior, budget, corrector="quadratic"), gamma)
+        corrector = suited_corrector(prior, budget, corrector="quadratic")
+        return plan_schedule(prior, budget, predictor="taylor1", corrector=corrector, gamma=gamma)
 
     return solved
 

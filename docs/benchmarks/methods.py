@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -193,9 +194,8 @@ def write(record: dict[str, Any]) -> None:
     record["rows"].sort(key=lambda row: order.index((row["model"], row["scheme"])))
     HERE.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     HERE.with_suffix(".md").write_text(page(record))
-    told = METHODS_PAGE.read_text()
-    before, after = told.partition(BEGIN)[0], told.partition(END)[2]
-    METHODS_PAGE.write_text(f"{before}{BEGIN}\n\n{summary(record['rows'])}\n\n{END}{after}")
+    figures = re.compile(rf"(?<={re.escape(BEGIN)}\n).*?(?={END})", re.DOTALL)
+    METHODS_PAGE.write_text(figures.sub(f"\n{summary(record['rows'])}\n\n", METHODS_PAGE.read_text()))
     drawn = tuple(
         Row(
             **{key: value for key, value in row.items() if key != "model"}
