@@ -390,6 +390,46 @@ def test_a_small_effort_leaves_what_the_prior_says_only_for_what_is_better_beyon
     assert found.schedule == loop.trials[2].schedule  # the mean of the one before is greater, and one sample's
 
 
+class Promising(ClosedLoop):
+    """The second schedule that is run has these gains over the first, all others lose."""
+
+    gains = ()
+
+    def run(self, schedule, *args, **keywords):
+        trial = super().run(schedule, *args, **keywords)
+        rank = [each.schedule for each in self.trials].index(trial.schedule)
+        gains = np.array({0: (0.0,) * 8, 1: self.gains}.get(rank, (-1.0,) * 8))
+        return dataclasses.replace(trial, sample_psnr_db=50 + gains[: trial.samples])
+
+
+@pytest.mark.parametrize(
+    ("gains", "allowed", "samples"),
+    [
+        ((9.0, 3.0, 9.0, 3.0, 9.0, 3.0, 9.0, 3.0), 20.0, 4),  # enough to be certain of
+        ((9.0, 3.0, 9.0, 3.0, 9.0, 3.0, 9.0, 3.0), 1.5, 2),  # the effort has not even half of what four samples cost
+        ((9.0, 1.0, -19.0, 0.0, 0.0, 0.0, 0.0, 0.0), 20.0, 4),  # it only looked better on the first two
+        ((9.0, 1.0, -9.0, 1.0, 9.0, 1.0, -9.0, 1.0), 20.0, 8),  # never certain
+        ((-9.0, 1.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0), 20.0, 2),  # it did not look better
+        ((9.0, 8.9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 20.0, 2),  # certain at once
+    ],
+)
+def test_what_looks_better_and_may_be_luck_is_run_on_more_of_the_samples_that_were_drawn(
+    eight, gains, allowed, samples
+):
+    loop = Promising(**eight, planned=2)
+    loop.gains = gains
+    settings = PlanSettings(budget=BUDGET, allowed=allowed, predictor="taylor1")
+    found = Search(loop=loop, settings=settings, corrector="none").picked(BUDGET)
+    first, second, *others = loop.trials
+    assert (loop.samples, loop.most_samples) == (2, 8)
+    assert (first.samples, second.samples) == (samples, samples)
+    assert {trial.samples for trial in others} <= {2}
+    assert loop.spent <= allowed * loop.samples + 1e-9
+    is_better = sum(gains[:samples]) > 0 and samples < 8 and allowed > 2
+    assert found.schedule == (second if is_better else first).schedule
+    assert found.samples == samples
+
+
 @pytest.mark.parametrize("tolerance", [0.3, 2.0])
 def test_a_small_effort_first_tries_the_budget_that_the_prior_expects_to_do(singly, tolerance):
     loop, prior = ClosedLoop(**singly), singly["prior"]
@@ -434,6 +474,16 @@ def test_the_least_effort_runs_nothing(singly):
     assert uniform.schedule.full_steps == (0, 2, 4)
     with pytest.raises(InputError, match="budget=auto is found by running schedules, and effort=instant runs none"):
         predicted(prior, PlanSettings(budget="auto", effort="instant"), **around)
+
+
+def test_schedules_run_on_the_planning_samples_unless_more_are_asked_for(eight):
+    loop = ClosedLoop(**eight, planned=3)
+    schedule = CacheSchedule(num_steps=STEPS, full_steps=(0, 3))
+    assert (loop.run(schedule).samples, loop.full().samples, loop.cost(2)) == (3, 3, 3 * 2 / STEPS)
+    assert (loop.run(schedule, samples=5).samples, loop.run(schedule, samples=99).samples) == (5, 8)
+    assert loop.run(schedule).samples == 8  # nothing that was run is forgotten
+    parts = {loop.calibrate(schedule, number, share=1 / 3).part_from for number in range(6)}
+    assert parts == {0, 1, 2}
 
 
 def test_a_trial_is_extended_by_the_samples_it_lacks():

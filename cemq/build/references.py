@@ -60,6 +60,12 @@ class Samples:
     held_out: tuple[str | int, ...]  # conditions that nothing was profiled with
 
     @property
+    def drawn(self) -> tuple[Batch, ...]:
+        """What can be planned on at the step count of the build, where full precision has drawn all that is profiled:
+        first what is planned on anyway."""
+        return self.planning + self.profiled[len(self.planning) :]
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         batches = dict.fromkeys((*self.profiled, *self.planning, *self.check))
         return tuple(seed for batch in batches for seed in batch.seeds)
@@ -94,7 +100,8 @@ class Fitted:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Originals:
-    """What full precision made of this process's share of the samples; planning samples by step count."""
+    """What full precision made of this process's share of the samples; by step count those that can be planned on: at
+    that of the build all that were `drawn`, at others the planning samples."""
 
     dtypes: Dtypes
     weight_bytes: int
@@ -230,9 +237,9 @@ def run_originals(
         work.generations.steps = trajectories[0].num_steps
         work.generations.calls_per_step = per_batch / settings.recipe.batch_size
     others = samples.planning[len(samples.profiled) :]
-    shared = len(work.processes.share(samples.planning[: len(samples.profiled)]))
-    further = _references(full, others, opened.steps, "full-precision planning samples")
-    planning = {opened.steps: [*profiled[:shared], *further]}
+    before = len(samples.profiled)
+    further = _references(full, others, opened.steps, "full-precision planning samples", before=before)
+    planning = {opened.steps: [*profiled, *further]}
     for count in settings.other_steps(opened.steps):
         planning[count] = _references(full, samples.planning, count, f"full precision, {count} steps")
     check = _references(full, samples.check, opened.steps, "full-precision check")
@@ -253,10 +260,16 @@ def count_references(samples: Samples, opened: Opened, settings: BuildSettings) 
     return len(samples.profiled) + others + at_other_steps + len(samples.check)
 
 
-def _references(full: FullPrecision, batches: Sequence[Batch], steps: int, stage: str) -> list[Reference]:
-    """Those of this process's share; what was not kept is run now."""
+def _references(
+    full: FullPrecision, batches: Sequence[Batch], steps: int, stage: str, *, before: int = 0
+) -> list[Reference]:
+    """Those of this process's share; what was not kept is run now.
+
+    Args:
+        before: How many batches come before these in the list that is shared.
+    """
     work = full.work
-    numbers = work.processes.share(range(len(batches)))
+    numbers = [number - before for number in work.processes.share(range(before + len(batches))) if number >= before]
     found = {number: work.kept(_name(stage, number)) for number in numbers}
     for number, batch, on_step in _missing(full, batches, steps, stage, found):
         found[number] = work.keep_own(

@@ -295,10 +295,10 @@ def _plan(
     carried: Plan | None = None,
 ) -> Planned:
     """One step count's; ``carried`` is another's carried over, with the budget to plan and a schedule to try."""
-    planning, stage, known = settings.planning, "planning", None
+    planning, stage, known, batches = settings.planning, "planning", None, samples.drawn
     if carried is not None:
         planning, known = planning.elsewhere(carried.schedule.budget), carried.schedule
-        stage = f"planning {runner.steps} steps"
+        stage, batches = f"planning {runner.steps} steps", samples.planning
     if not samples.planning:
         return predicted(prior, planning, cache=settings.cache, scheduler=runner.pipe.scheduler, steps=runner.steps)
     most = planning.limit(sum(len(batch.seeds) for batch in samples.planning))
@@ -309,8 +309,8 @@ def _plan(
 
     show(0.0)
     loop = ClosedLoop(
-        runner=runner, prior=prior, batches=samples.planning, references=originals.planning[runner.steps],
-        cache=settings.recipe.cache, on_spent=show, journal=journal(str(runner.steps)),
+        runner=runner, prior=prior, batches=batches, references=originals.planning[runner.steps],
+        planned=len(samples.planning), cache=settings.recipe.cache, on_spent=show, journal=journal(str(runner.steps)),
     )  # fmt: skip
     return plan(loop, planning, known=known)
 

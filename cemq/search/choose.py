@@ -177,7 +177,7 @@ def _chosen_corrector(loop: ClosedLoop, settings: PlanSettings, budget: int | No
         return _expected_corrector(loop.prior, settings, budget)
     name = "taylor1" if settings.predictor == AUTO else settings.predictor
     uniform = plan_schedule(loop.prior, budget, solver="uniform", predictor=name)
-    even = loop.run(uniform, samples=settings.search.searched)
+    even = loop.run(uniform, samples=min(settings.search.searched, loop.samples))
     lost = middle_mean(loop.full().sample_psnr_db[: even.samples] - even.sample_psnr_db)
     return settings.search.corrector if lost > settings.search.worth_correcting else NO_CORRECTOR
 
@@ -241,6 +241,6 @@ def _rectified(loop: ClosedLoop, settings: PlanSettings, best: Trial, limit: flo
         if loop.spent + loop.cost(best.budget) > limit:
             break
         trial = loop.run(best.schedule, fix)
-        if trial.psnr_db > chosen.psnr_db and is_certain(gained(trial, best)):
+        if gained(trial, chosen).mean() > 0 and is_certain(gained(trial, best)):
             chosen, kept = trial, fix
     return chosen, kept

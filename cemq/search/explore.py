@@ -131,7 +131,8 @@ class Search:
 
     @property
     def searched(self) -> int:
-        return self.settings.search.searched
+        """Samples, of those to plan on, that all but calibration runs and finalists run on."""
+        return min(self.settings.search.searched, self.loop.samples)
 
     @property
     def limit(self) -> float:
@@ -212,8 +213,8 @@ class Search:
         return planned(self.loop.prior, budget, predictor=self.predictor, corrector=self.corrector, view=self.view)
 
     def picked(self, budget: int) -> Trial:
-        """The best of a few schedules that are run on all samples while the effort lasts: the first of them, which is
-        what the prior alone says, unless another is better by more than can be luck."""
+        """The best of a few schedules that are run while the effort lasts: the first of them, which is what the prior
+        alone says, unless another is better by more than can be luck."""
         loop, own = self.loop, self._untaught(budget)
         known = [self.known] if self.known is not None and self.known.budget <= budget else []
         corrected = self.published(loop.prior, budget, self.corrector) if self.corrector != NO_CORRECTOR else ()
@@ -222,14 +223,30 @@ class Search:
             return first
         for schedule in (*known, *own, *corrected, *self.published(loop.prior, budget)):
             if loop.spent + loop.cost(schedule.budget) <= self.limit:
-                trial = loop.run(schedule)
+                trial = self._surer(loop.run(schedule), first.schedule)
+                first = loop.run(first.schedule)
                 if (
                     is_certain(gained(trial, first))
-                    and trial.psnr_db > best.psnr_db
+                    and gained(trial, best).mean() > 0
                     and trial.budget <= max(budget, first.budget)
                 ):
                     best = trial
-        return best
+        return loop.run(best.schedule)  # which others may have had run further
+
+    def _surer(self, trial: Trial, other: CacheSchedule) -> Trial:
+        """A trial; where it looks better than another schedule, and that may be luck, both are run on twice as many
+        samples, and again, while the effort lasts."""
+        loop = self.loop
+        while trial.samples < loop.most_samples:
+            rival, twice = loop.run(other), 2 * trial.samples
+            gains = gained(trial, rival)
+            further = [loop.cost(each.budget, twice) - loop.cost(each.budget, each.samples) for each in (trial, rival)]
+            cost = sum(max(0.0, each) for each in further)  # the other may have been run on them already
+            if gains.mean() <= 0 or is_certain(gains) or loop.spent + cost > self.limit:
+                break
+            loop.run(other, samples=twice)
+            trial = loop.run(trial.schedule, samples=twice)
+        return trial
 
     def fewest_picked(self, wanted: Wanted) -> Trial:
         """What the prior alone plans for the fewest steps that meet what is wanted: for as many as it expects to, then
@@ -275,9 +292,9 @@ class Search:
         far, and ``limit`` is not spent. Returns whether it was run at all."""
         loop, tried = self.loop, self._tried(budget)
         best = self.ranked(tried)[0] if tried else None
-        samples = self.searched if best is None else -(-min(self.searched, loop.samples) // 4)
+        samples = self.searched if best is None else -(-self.searched // 4)
         cost, trial = 0.0, None
-        while trial is None or trial.samples < min(self.searched, loop.samples):
+        while trial is None or trial.samples < self.searched:
             further = loop.cost(budget, samples) - cost
             if loop.spent + further > limit:
                 break
@@ -317,7 +334,7 @@ class Search:
             trial
             for trial in self.loop.plain()
             if trial.schedule.budget <= budget
-            and trial.samples >= min(self.searched, self.loop.samples)
+            and trial.samples >= self.searched
             and (self.predictor == AUTO or set(trial.schedule.predictors) == {self.predictor})
         ]
         return affordable(tried, budget)
@@ -358,7 +375,7 @@ class Search:
             for schedule in (skip_branches(each, budget) for each in (planned, better)):
                 affordable = loop.spent + loop.cost(budget) <= self.everything
                 trial = loop.run(schedule) if schedule.branch_steps and affordable else chosen
-                if trial.psnr_db > kept.psnr_db and is_certain(gained(trial, chosen)):
+                if gained(trial, kept).mean() > 0 and is_certain(gained(trial, chosen)):
                     kept, fix = trial, None
         return kept, fix
 

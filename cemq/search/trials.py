@@ -107,8 +107,9 @@ class ClosedLoop:
     Args:
         runner: The quantized pipeline.
         prior: Its error prior.
-        batches: The planning samples.
+        batches: The planning samples, and others that a schedule is run on only where more samples are asked for.
         references: What the full-precision pipeline made of this process's share of them.
+        planned: How many of the batches are the planning samples; None: all.
         cache: What skipped steps are predicted from; the prior's predictions are those of outputs all the same.
         on_spent: Told after each trial what has been spent so far.
         journal: What this process's runs gave, by what was run, as plain data. The search follows from it alone, so
@@ -119,6 +120,7 @@ class ClosedLoop:
     prior: ErrorPrior
     batches: Sequence[Batch]
     references: Sequence[Outcome]
+    planned: int | None = None
     cache: str = "output"
     on_spent: Callable[[float], None] | None = None
     journal: MutableMapping[str, Any] = field(default_factory=dict)
@@ -135,6 +137,12 @@ class ClosedLoop:
 
     @property
     def samples(self) -> int:
+        """To plan on."""
+        return _count(self.batches[: self.planned])
+
+    @property
+    def most_samples(self) -> int:
+        """With those that are run on only where more are asked for."""
         return _count(self.batches)
 
     @property
@@ -145,14 +153,14 @@ class ClosedLoop:
     def run(
         self, schedule: CacheSchedule, correction: Correction | None = None, *, samples: int | None = None
     ) -> Trial:
-        """The trial of a schedule on the first ``samples`` at the least, in whole batches; None takes all.
+        """The trial of a schedule on the first ``samples`` at the least, in whole batches; None takes those to plan on.
 
         Only what was not run before is run now.
         """
         return self._run(schedule, correction, range(self._batches_of(samples)))
 
     def full(self) -> Trial:
-        """The trial of full compute on all samples."""
+        """The trial of full compute on the samples to plan on."""
         return self.run(full_compute(self.num_steps))
 
     def calibrate(self, schedule: CacheSchedule, number: int, *, share: float = SearchSettings.calibrated) -> Trial:
@@ -161,7 +169,7 @@ class ClosedLoop:
         How errors spread differs from sample to sample, so a few samples for each calibration run, but all of them in
         turn by its ``number``, say as much as twice as many that are always the same.
         """
-        count = len(self.batches)
+        count = self._batches_of(None)
         parts = min(max(1, round(1 / share)), count)
         part = number % parts
         return self._run(schedule, None, range(part * count // parts, (part + 1) * count // parts), calibrates=True)
@@ -227,10 +235,11 @@ class ClosedLoop:
         return scores
 
     def _batches_of(self, samples: int | None) -> int:
-        """How many batches hold the first ``samples``; all if there are no more."""
-        count = len(self.batches)
+        """How many batches hold the first ``samples``, all if there are no more; of None those to plan on."""
+        if samples is None:
+            return len(self.batches[: self.planned])
         held = np.cumsum([len(batch.seeds) for batch in self.batches])
-        return count if samples is None else min(int(np.searchsorted(held, samples)) + 1, count)
+        return min(int(np.searchsorted(held, samples)) + 1, len(held))
 
     def cost(self, budget: int, samples: int | None = None) -> float:
         """Of one run with that many full-compute steps, in full generations of one sample."""

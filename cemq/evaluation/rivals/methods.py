@@ -65,9 +65,12 @@ class Bench:
 
     def new_loop(self) -> ClosedLoop:
         """Runs schedules on the planning samples. Of each plan its own: what one runs is counted as its effort."""
-        first = self.planned
         return ClosedLoop(
-            runner=self.runner, prior=self.prior, batches=self.batches[:first], references=self.references[:first]
+            runner=self.runner,
+            prior=self.prior,
+            batches=self.batches,
+            references=self.references,
+            planned=self.planned,
         )
 
     def loss_of_one(self, predictor: str) -> Callable[[Sequence[int]], float]:
