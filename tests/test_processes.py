@@ -174,7 +174,8 @@ def test_two_launched_processes_write_the_bundle_of_one_bit_for_bit(recipe, bund
 
 
 SETTINGS = {
-    "samples": 3, "planning_samples": 6, "batch_size": 3, "scheme": "w8a8", "solver": "uniform", "also_steps": [], "rectify": "none",
+    "samples": 3, "planning_samples": 6, "batch_size": 3, "scheme": "w8a8", "solver": "uniform", "also_steps": [],
+    "rectify": "none",
 }  # fmt: skip
 PAIR = """
 import json

@@ -99,6 +99,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
                 for other in rows
                 if (other["model"], other["scheme"], other["target"]) == (model, scheme, row["target"])
                 and other["status"] == "ok"
+                and row_of(other).is_near
                 and not other["method"].startswith("cemq")
             ]
             if not others:
