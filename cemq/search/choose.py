@@ -27,7 +27,7 @@ from cemq.schedule import (
 )
 from cemq.schedule.rectify import METHODS, Correction, make_correction
 from cemq.schedule.solvers import Aims
-from cemq.search.explore import Search, Wanted, gained, is_certain, planned
+from cemq.search.explore import Search, Wanted, beats, planned
 from cemq.search.propagation import sample_schedules
 from cemq.search.settings import AUTO_BUDGET, PlanSettings
 from cemq.search.trials import ClosedLoop, Trial
@@ -241,6 +241,6 @@ def _rectified(loop: ClosedLoop, settings: PlanSettings, best: Trial, limit: flo
         if loop.spent + loop.cost(best.budget) > limit:
             break
         trial = loop.run(best.schedule, fix)
-        if gained(trial, chosen).mean() > 0 and is_certain(gained(trial, best)):
+        if beats(trial, chosen, best):
             chosen, kept = trial, fix
     return chosen, kept

@@ -63,6 +63,11 @@ def gained(trial: Trial, other: Trial) -> np.ndarray:
     return trial.sample_psnr_db[:shared] - other.sample_psnr_db[:shared]
 
 
+def beats(trial: Trial, best: Trial, first: Trial) -> bool:
+    """Whether a trial is better than the best so far, and than the first by more than can be luck."""
+    return gained(trial, best).mean() > 0 and is_certain(gained(trial, first))
+
+
 def affordable(trials: Sequence[Trial], budget: int) -> list[Trial]:
     """Trials that cost no more than a budget, by what was computed; those that cost least, where all cost more."""
     least = min((trial.budget for trial in trials), default=budget)
@@ -225,11 +230,7 @@ class Search:
             if loop.spent + loop.cost(schedule.budget) <= self.limit:
                 trial = self._surer(loop.run(schedule), first.schedule)
                 first = loop.run(first.schedule)
-                if (
-                    is_certain(gained(trial, first))
-                    and gained(trial, best).mean() > 0
-                    and trial.budget <= max(budget, first.budget)
-                ):
+                if beats(trial, best, first) and trial.budget <= max(budget, first.budget):
                     best = trial
         return loop.run(best.schedule)  # which others may have had run further
 
@@ -375,7 +376,7 @@ class Search:
             for schedule in (skip_branches(each, budget) for each in (planned, better)):
                 affordable = loop.spent + loop.cost(budget) <= self.everything
                 trial = loop.run(schedule) if schedule.branch_steps and affordable else chosen
-                if gained(trial, kept).mean() > 0 and is_certain(gained(trial, chosen)):
+                if beats(trial, kept, chosen):
                     kept, fix = trial, None
         return kept, fix
 

@@ -32,7 +32,7 @@ class Bench:
         references: What the full-precision pipeline makes of them.
         trajectories: How it makes it.
         prior: The combined error prior of these samples.
-        planned: How many of the batches schedules are run on, the first ones.
+        planned: How many of the batches schedules are run on, the first ones, unless more are asked for.
     """
 
     runner: Runner
