@@ -536,20 +536,23 @@ def compare(
     from cemq import compare as run_comparison
     from cemq.evaluation.compare import check_picture_path
     from cemq.evaluation.rivals.plot import draw
+    from cemq.parallel import launched
 
-    if plot is not None:
-        check_picture_path(plot, "plot")
-    with _at_work(quiet) as progress:
-        found = run_comparison(
-            model, ratios=_names(budgets), methods=None if methods is None else _names(methods),
-            schemes=None if schemes is None else _names(schemes), samples=samples, seed=seed, steps=steps, calib=calib,
-            call=_call_arguments(call), batch_size=batch_size, device=device, vram=vram, dtype=dtype, progress=progress,
-        )  # fmt: skip
-    if plot is not None:
-        draw(found.rows, plot)
-    if as_json:
-        _print_json(found.to_dict())
-    else:
+    with launched() as processes:
+        if plot is not None:
+            check_picture_path(plot, "plot")
+        with _at_work(quiet) as progress:
+            found = run_comparison(
+                model, ratios=_names(budgets), methods=None if methods is None else _names(methods),
+                schemes=None if schemes is None else _names(schemes), samples=samples, seed=seed, steps=steps,
+                calib=calib, call=_call_arguments(call), batch_size=batch_size, device=device, vram=vram, dtype=dtype,
+                progress=progress, processes=processes,
+            )  # fmt: skip
+        if plot is not None and processes.is_main:
+            draw(found.rows, plot)
+        if as_json:
+            _print_json(found.to_dict())
+            return
         _print_comparison(found)
         if plot is not None:
             print(plot)

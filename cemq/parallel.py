@@ -33,7 +33,7 @@ _INTERRUPTED = "interrupted"
 class Processes:
     """This process among all that work on one job; by default it is the only one, and every method is trivial.
 
-    All processes must call `gather`, `agree` and `wait` equally often and in the same order.
+    All processes must call `gather`, `agree`, `wait` and `deal` equally often and in the same order.
     """
 
     rank: int = 0
@@ -41,6 +41,7 @@ class Processes:
     store: Any = None  # torch's key-value store: who has arrived where, and what went wrong
     group: Any = None  # a gloo group: results travel through host memory, whatever the device
     _meetings: Iterator[int] = field(default_factory=itertools.count, repr=False)
+    _deals: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -54,6 +55,20 @@ class Processes:
         'be'
         """
         return items[self.rank :: self.count]
+
+    def deal(self, count: int) -> Iterator[int]:
+        """The numbers below ``count`` in order, each to the process that is free first: for work of unequal length.
+
+        Raises:
+            ProcessError: Another process has failed.
+        """
+        if self.count == 1:
+            yield from range(count)
+            return
+        deal = f"deal {next(self._deals)}"
+        while (number := self._added(deal, 1) - 1) < count:
+            self._look_out()
+            yield number
 
     def gather(self, mine: Sequence[Item]) -> list[Item]:
         """The results of all items in their order, given those of this process's share.
@@ -93,14 +108,21 @@ class Processes:
         if self.count == 1:
             return
         meeting = f"meeting {next(self._meetings)}"
-        try:
-            self.store.add(meeting, 1)
-            while self.store.add(meeting, 0) < self.count:
-                if self.store.check([_FAILURE]):
-                    raise self._failure()
-                time.sleep(_POLL_SECONDS)  # and not in gloo, which neither Ctrl-C nor a failure would wake
-        except RuntimeError as error:
-            raise ProcessError(f"the main process is gone: {first_line(error)}") from error
+        self._added(meeting, 1)
+        while self._added(meeting, 0) < self.count:
+            self._look_out()
+            time.sleep(_POLL_SECONDS)  # and not in gloo, which neither Ctrl-C nor a failure would wake
+
+    def _added(self, name: str, more: int) -> int:
+        """A number that all processes share, after adding to it. Raises ProcessError."""
+        with _reaching_the_main_process():
+            return self.store.add(name, more)
+
+    def _look_out(self) -> None:
+        """Raises what went wrong in another process, if anything did."""
+        with _reaching_the_main_process():
+            if self.store.check([_FAILURE]):
+                raise self._failure()
 
     def _failure(self) -> BaseException:
         reason = self.store.get(_FAILURE).decode()
@@ -123,6 +145,15 @@ class Processes:
             while self.store.add(_LEFT, 0) < self.count and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
         return error
+
+
+@contextmanager
+def _reaching_the_main_process() -> Iterator[None]:
+    """Raises ProcessError where it has gone, and the store with it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(f"the main process is gone: {first_line(error)}") from error
 
 
 ALONE = Processes()

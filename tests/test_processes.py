@@ -112,6 +112,9 @@ with launched() as processes:
     for count in (7, 3, 1, 0):  # also fewer items than processes
         mine = processes.share([torch.full((2,), float(item)) for item in range(count)])
         assert [each[0].item() for each in processes.gather(mine)] == list(range(count))
+        dealt = list(processes.deal(count))  # whoever is free takes the next, and none is done twice
+        assert dealt == sorted(dealt)
+        assert sorted(number for each in processes.gather([dealt]) for number in each) == list(range(count))
     processes.agree("the answer", 42)
     try:
         processes.agree("rank", processes.rank)
@@ -177,6 +180,7 @@ SETTINGS = {
     "samples": 3, "planning_samples": 6, "batch_size": 3, "scheme": "w8a8", "solver": "uniform", "also_steps": [],
     "rectify": "none",
 }  # fmt: skip
+COMPARED = {"methods": ["cemq", "uniform", "teacache", "cem"], "ratios": ["2x", "3x"], "samples": 2}
 PAIR = """
 import json
 import os
@@ -199,6 +203,7 @@ with launched() as processes:
     ranks = analyze(bundle, schedules=5, samples=9, predictors=["reuse"], **same)
     cemq.quantize_and_schedule(output=folder / "few-two", **settings, **same)
     cemq.replan(bundle, folder / "again-two", steps=5, budget=2, **same)
+    compared = cemq.compare(bundle, **json.loads(sys.argv[4]), **same).to_dict()
 
 # The same two processes now draw one picture together, each half of its tokens. torch.distributed is still set up.
 import torch
@@ -230,7 +235,7 @@ for order in ("schedule on top", "schedule below"):
     parallel[order] = {"scheduled": drawn.tolist(), "counts": counts, "full": full.tolist(), "splits": len(splits)}
     splits.clear()
 if processes.is_main:
-    print(json.dumps([found, few, ranks, parallel]), flush=True)
+    print(json.dumps([found, few, ranks, parallel, compared]), flush=True)
 
 # One of them fails, as a command would; there is no launcher here that would end the other. Then both go on.
 runs, run_one = [], Runner.run_one
@@ -260,7 +265,7 @@ for bad, run in ((["--calib", "nowhere.txt"], run_one), ([], interrupted), ([], 
 def pair(bundle):
     """Two processes at work; both live through all of it."""
     settings = load_recipe(str(bundle.with_name("recipe.yaml"))).model_dump(exclude_unset=True) | SETTINGS
-    done = together(PAIR, bundle, bundle.parent, json.dumps(settings))
+    done = together(PAIR, bundle, bundle.parent, json.dumps(settings), json.dumps(COMPARED))
     assert [each.returncode for each in done] == [0, 0], "\n\n".join(each.stderr[-4000:] for each in done)
     cemq.quantize_and_schedule(output=bundle.with_name("few-one"), **settings, device="cpu")
     return done
@@ -268,7 +273,7 @@ def pair(bundle):
 
 @pytest.fixture(scope="module")
 def shared(pair):
-    """What they found together: two evaluations, an analysis, and pictures."""
+    """What they found together: two evaluations, an analysis, pictures, and a comparison."""
     return json.loads(pair[0].stdout.splitlines()[0])
 
 
@@ -298,6 +303,14 @@ def test_more_processes_than_batches_find_the_same(bundle, shared):
 def test_two_processes_plan_again_what_one_does(bundle):
     cemq.replan(bundle, bundle.with_name("again-one"), steps=5, budget=2, device="cpu")
     assert content(bundle.with_name("again-one")) == content(bundle.with_name("again-two"))
+
+
+def test_methods_are_dealt_out_and_their_rows_are_those_of_one_process(bundle, shared):
+    alone = json.loads(json.dumps(cemq.compare(bundle, **COMPARED, device="cpu").to_dict()))
+    for row in (*alone["rows"], *shared[4]["rows"]):
+        assert row.pop("wall_ratio") > 0, row["status"]
+    assert shared[4] == alone
+    assert len(alone["rows"]) == 1 + 4 * 2
 
 
 @pytest.mark.parametrize("order", ["schedule on top", "schedule below"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+import numpy as np
 
 import cemq.evaluation.rivals.libraries
 import cemq.evaluation.rivals.planned
@@ -18,9 +21,10 @@ from cemq.bundle.manifest import MANIFEST, Manifest, lora_text, read_bundle
 from cemq.bundle.original import Original, find_original
 from cemq.errors import InputError, check_keywords, choose
 from cemq.evaluation.rivals.contest import Contest, Row
-from cemq.evaluation.rivals.methods import METHODS, Bench
+from cemq.evaluation.rivals.methods import METHODS, Bench, Method
 from cemq.evaluation.scores import check_metrics
 from cemq.evaluation.within import at_once, free_device_memory, opening_original, plan_bundle, room_of
+from cemq.parallel import ALONE, Processes
 from cemq.pipelines.batches import (
     EVALUATION_SEED_OFFSET,
     Batch,
@@ -74,6 +78,7 @@ class Settings(TypedDict, total=False):
     dtype: str | None
     vram: str | int | None
     progress: Progress | None
+    processes: Processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +118,7 @@ class _Course:
     batch_size: int
     vram: str | int | None
     progress: Progress | None
+    processes: Processes
 
     @property
     def num_steps(self) -> int:
@@ -164,6 +170,7 @@ def compare(
             Of a model, on full precision alone. A method whose cache does not fit is a row that says so; what those of
             other libraries keep is not known.
         progress: Told the name of what is being run, and the share of it done.
+        processes: Those that `cemq.parallel.launched` gives, to try some of the methods each; all return the same.
 
     Raises:
         CemqError: The model cannot be used, there is no such method or scheme, or a method left the pipeline other than
@@ -182,14 +189,16 @@ def compare(
         raise InputError(f"schemes: '{model}' is a bundle, which has its own: {course.manifest.scheme}")
     kinds = [_scheme(name) for name in (schemes or ("none",))]
     _check_within(course, kinds)
+    course.processes.agree("what to compare", (kinds, targets, [each.name for each in chosen]))
     rows: list[Row] = []
     with closing(_contests(course, kinds)) as contests:
         for number, contest in enumerate(contests):
-            rows.append(contest.uncached())
-            for place, method in enumerate(chosen):
+
+            def report(share: float, number: int = number) -> None:
                 if course.progress is not None:
-                    course.progress("methods", (number + place / len(chosen)) / len(kinds))
-                rows += contest.rows(method, targets)
+                    course.progress("methods", (number + share) / len(kinds))
+
+            rows += _try_all(contest, chosen, targets, course.processes, report)
             steps = contest.bench.num_steps
     if course.progress is not None:
         course.progress("methods", 1.0)
@@ -198,6 +207,26 @@ def compare(
         model=course.model, original=original, num_steps=steps, samples=course.samples, device=course.device,
         dtype=course.dtype, rows=tuple(rows),
     )  # fmt: skip
+
+
+def _try_all(
+    contest: Contest,
+    methods: Sequence[Method],
+    targets: Sequence[float],
+    processes: Processes,
+    report: Callable[[float], None],
+) -> list[Row]:
+    """Full compute and every method, each tried by the process that is free first; the rows of all.
+
+    Args:
+        report: Told the share that is begun.
+    """
+    found: dict[int, list[Row]] = {}
+    for place in processes.deal(1 + len(methods)):
+        report(place / (1 + len(methods)))
+        found[place] = contest.rows(methods[place - 1], targets) if place else [contest.uncached()]
+    of_all = [item for part in processes.gather([found]) for item in part.items()]
+    return [row for _, of_one in sorted(of_all) for row in of_one]
 
 
 def name_of_original(manifest: Manifest) -> str:
@@ -239,6 +268,7 @@ def _course(model: str, settings: Settings) -> _Course:
         "device": settings.get("device") or default_device(),
         "vram": vram,
         "progress": settings.get("progress"),
+        "processes": settings.get("processes", ALONE),
     }
     check_device(shared["device"])
     call, calib = dict(settings.get("call") or {}), settings.get("calib")
@@ -317,6 +347,8 @@ def _references(course: _Course, original: DiffusionPipeline) -> _References:
     check_steps(original, runner.steps)
     recorded = [runner.record_one(batch) for batch in calibration]
     outcomes = runner.run(judged, "reference runs")
+    drawn = [hashlib.sha256(np.ascontiguousarray(each.images)).hexdigest() for each in outcomes]
+    course.processes.agree("what full precision draws", drawn)
     return _References(calibration=calibration, recorded=recorded, judged=judged, outcomes=outcomes)
 
 
