@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-import numpy as np
-
 import cemq.evaluation.rivals.libraries
 import cemq.evaluation.rivals.planned
 import cemq.evaluation.rivals.watching  # noqa: F401  all three of which enter their methods
@@ -224,7 +222,8 @@ def _try_all(
     found: dict[int, list[Row]] = {}
     for place in processes.deal(1 + len(methods)):
         report(place / (1 + len(methods)))
-        found[place] = contest.rows(methods[place - 1], targets) if place else [contest.uncached()]
+        with processes.apart():
+            found[place] = contest.rows(methods[place - 1], targets) if place else [contest.uncached()]
     of_all = [item for part in processes.gather([found]) for item in part.items()]
     return [row for _, of_one in sorted(of_all) for row in of_one]
 
@@ -347,7 +346,7 @@ def _references(course: _Course, original: DiffusionPipeline) -> _References:
     check_steps(original, runner.steps)
     recorded = [runner.record_one(batch) for batch in calibration]
     outcomes = runner.run(judged, "reference runs")
-    drawn = [hashlib.sha256(np.ascontiguousarray(each.images)).hexdigest() for each in outcomes]
+    drawn = [hashlib.sha256(each.images.tobytes()).hexdigest() for each in outcomes]
     course.processes.agree("what full precision draws", drawn)
     return _References(calibration=calibration, recorded=recorded, judged=judged, outcomes=outcomes)
 
