@@ -42,6 +42,8 @@ from cemq.schedule import (
 from cemq.schedule.local_search import settle
 from cemq.schedule.plan import Plan
 from cemq.schedule.segment import SLOPES
+from cemq.search.choose import plan
+from cemq.search.choose import predicted as expected
 from cemq.search.settings import PlanSettings, SearchSettings
 from cemq.search.trials import ClosedLoop
 
@@ -383,6 +385,22 @@ def test_what_is_planned_at_load_is_corrected_where_even_spacing_is_predicted_to
     assert (budget, expected) in {(2, "quadratic"), (STEPS, "none")} or 2 < budget < STEPS
     without = dataclasses.replace(prior.metadata, corrector="none")
     assert suited_corrector(dataclasses.replace(prior, metadata=without), budget) == "none"
+
+
+@pytest.mark.parametrize("effort", ["instant", "normal"])
+@pytest.mark.parametrize(("asked", "at_load"), [("auto", "quadratic"), ("none", "none"), ("linear", "linear")])
+def test_what_no_run_was_fitted_to_is_corrected_at_load_where_it_pays(corrected, effort, asked, at_load):
+    loop = fresh(corrected[0])
+    settings = PlanSettings(budget=STEPS - 1, effort=effort, corrector=asked, rectify="none")
+    if effort == "instant":
+        scheduler = loop.runner.pipe.scheduler
+        found = expected(loop.prior, settings, cache="output", scheduler=scheduler, steps=STEPS)
+    else:
+        found = plan(loop, settings)
+    assert not found.prior.is_fitted
+    assert found.schedule.corrector == ("none" if asked == "auto" else asked)  # one step that is skipped loses little
+    bundled = Plan(schedule=found.schedule, sampler=loop.prior.metadata.sampler, prior=found.prior)
+    assert bundled.with_budget(2).schedule.corrector == at_load
 
 
 @pytest.mark.parametrize("budget", [BUDGET, "auto"])

@@ -60,7 +60,7 @@ def _unshared(noise: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True, kw_only=True)
 class PriorMetadata:
     """Under which conditions the prior was measured; ``corrector`` is that of the corrected schedules that it was
-    fitted to, if any were."""
+    fitted to, if any were, and of one that was fitted to none that which plans have where skipping costs enough."""
 
     sampler: SamplerFingerprint
     scheme: str
@@ -160,8 +160,12 @@ class ErrorPrior:
 
     @property
     def corrector(self) -> str:
-        """Of the schedules that its response was fitted to."""
+        """Of the schedules that its response was fitted to, or else of plans where skipping costs enough."""
         return self.metadata.corrector if self.metadata else NO_CORRECTOR
+
+    def with_corrector(self, name: str) -> ErrorPrior:
+        """The same for plans that have this one; without metadata there is nowhere to say it."""
+        return dataclasses.replace(self, metadata=self.metadata and dataclasses.replace(self.metadata, corrector=name))
 
     @cached_property  # local search weighs thousands of schedules by it
     def coherences(self) -> np.ndarray:

@@ -8,7 +8,7 @@ corrections of the best. What is kept is never worse on these samples than ``uni
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -97,6 +97,10 @@ def plan(loop: ClosedLoop, settings: PlanSettings, *, known: CacheSchedule | Non
     if best is not full:
         chosen, fix = search.with_skipped_branches(chosen, fix)
     fit = loop.fit(view, repeated=settings.search.repeated)
+    prior = fit.prior
+    if not prior.is_fitted:  # nor does it know of any corrector
+        settled = _settled_corrector(settings, loop.cache, loop.runner.pipe.scheduler, loop.runner.steps)
+        prior = prior.with_corrector(settled or settings.search.corrector)
     evidence = {
         "solver": solver,
         "effort": settings.effort,
@@ -116,7 +120,7 @@ def plan(loop: ClosedLoop, settings: PlanSettings, *, known: CacheSchedule | Non
         "trials": [trial.to_dict() for trial in loop.trials],
         "curve": search.curve(fit.prior),
     }
-    return Planned(schedule=chosen.schedule, correction=fix, prior=fit.prior, evidence=evidence)
+    return Planned(schedule=chosen.schedule, correction=fix, prior=prior, evidence=evidence)
 
 
 def _finite(value: float) -> float | None:
@@ -134,7 +138,8 @@ def predicted(prior: ErrorPrior, settings: PlanSettings, *, cache: str, schedule
     check_runs(settings, samples=0)
     budget = settings.full_steps(prior.num_steps)
     assert budget is not None  # ``auto`` was refused
-    corrector = _settled_corrector(settings, cache, scheduler, steps) or _expected_corrector(prior, settings, budget)
+    settled = _settled_corrector(settings, cache, scheduler, steps)
+    corrector = settled or _expected_corrector(prior, settings, budget)
     aims: Aims = {"corrector": corrector, "view": settings.view}
     if settings.solver == SEARCH:
         schedule = next(planned(prior, budget, predictor=settings.predictor, **aims))
@@ -142,7 +147,7 @@ def predicted(prior: ErrorPrior, settings: PlanSettings, *, cache: str, schedule
         schedule = plan_schedule(prior, budget, solver=settings.solver, predictor=settings.predictor, **aims)
     asked = settings.rectify
     fix = None if asked in (AUTO, "none") else make_correction(asked, prior, schedule)
-    prior = replace(prior, metadata=prior.metadata and replace(prior.metadata, corrector=corrector))
+    prior = prior.with_corrector(settled or settings.search.corrector)
     evidence = {"solver": settings.solver, "effort": settings.effort, "search_generations": 0.0, "samples": 0}
     return Planned(schedule=schedule, correction=fix, prior=prior, evidence=evidence)
 

@@ -62,13 +62,13 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 def ranking_table(record: Record) -> str:
     first, *others = [f"{kind}, {view}" for kind in ("fitted", "unweighted", "cem") for view in VIEWS]
     rows = [
-        [model, scheme, predictor, found["corrector"]]
+        [model, scheme, predictor]
         + [f"{values[first]:.3f}", f"{found['by_means'][predictor]:.3f}"]
         + [f"{values[cost]:.2f}" for cost in others]
         for model, scheme, found in rows_of(record, "ranking")
         for predictor, values in found["spearman"].items()
     ]
-    return table(["model", "scheme", "predictor", "corrector", first, "by plain means", *others], rows)
+    return table(["model", "scheme", "predictor", first, "by plain means", *others], rows)
 
 
 def cells_table(record: Record) -> str:
@@ -234,16 +234,6 @@ def solver_table(solver: dict[str, float]) -> str:
     return table(["", "dynamic program, ms", "with its cost table, ms"], rows)
 
 
-def earlier(record: Record, part: str) -> str:
-    """Of parts that builds of today have not been measured for."""
-    if part not in record.get("earlier", ()):
-        return ""
-    return """Measured on 2026-11-23 with builds of the version before, which took some 800 generations and fitted the
-prior to runs, as `thorough` does.
-
-"""
-
-
 def page(record: Record) -> str:
     fitted_to = sum(found["fitted_to"] for _, _, found in rows_of(record, "ranking"))
     spent = [row["generations"] for _, _, rows in rows_of(record, "cells") for row in rows if row["plan"] == "default"]
@@ -263,11 +253,11 @@ Spearman's correlation of predicted cost and error found in closed loop over 60 
 half of them random, half near uniform, {fitted_to or "none"} of them run when the bundle was built, on {RANKED}
 evaluation samples. `fitted` is the cost that plans are made with, whose weights the default effort takes from the step
 sizes and `thorough` fits to runs; `unweighted` is the same with step sizes as the only weights; `cem` is CEM's
-published cost. Schedules have the corrector that the bundle was planned with. What
+published cost, which knows of no corrector, so that these schedules have none. What
 sets a schedule apart is averaged over the middle two thirds of the samples, as where plans are compared; `by plain
 means` is the first column without that.
 
-{earlier(record, "ranking")}{ranking_table(record)}
+{ranking_table(record)}
 
 ## Default plan against uniform and CEM
 
@@ -287,7 +277,7 @@ Schedules of the dynamic program (taylor1, no search, no correction), planned on
 quantized model's own (`self`) and the combined one, each fitted to 20 runs on 16 samples, as effort `thorough` fits it;
 all run on the quantized model. Mean and 95 % confidence interval over {SAMPLES} seeds.
 
-{earlier(record, "ablation")}{ablation_table(record)}
+{ablation_table(record)}
 
 ## `--budget auto`
 
