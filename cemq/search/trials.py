@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -281,8 +281,7 @@ class ClosedLoop:
                 counts.append(1.0 if trial.schedule.solver in (FULL, SAMPLE) else repeated)
                 groups.append(number)
         corrector = next((name for name in drawn if name != NO_CORRECTOR), NO_CORRECTOR)
-        metadata = self.prior.metadata and replace(self.prior.metadata, corrector=corrector)
-        prior = replace(self.prior, metadata=metadata)
+        prior = self.prior.with_corrector(corrector)
         if len(schedules) < SearchSettings.least_fitted:
             return Fit(prior=prior, rms_log_error=math.inf)
         return fit_propagation(prior, schedules, errors, counts=counts, groups=groups, view=view)
